@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# All CPU tests: lint, the fast tier (<= 60 s), then the slow tier. Makes the environment first if it is missing.
+#
+#   bash scripts/test.sh              lint, fast, slow: what CI runs
+#   bash scripts/test.sh fast         lint and the fast tier
+#   bash scripts/test.sh -m long      the trainings of minutes; further arguments go to pytest
+set -euo pipefail
+source "$(dirname "$0")/env.sh"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+if [ "$#" -gt 0 ] && [ "$1" != fast ]; then exec python -m pytest "$@"; fi
+
+say "Lint"
+ruff check .
+say "Fast tests"
+python -m pytest -q
+if [ "${1:-}" = fast ]; then exit 0; fi
+say "Slow tests"
+python -m pytest -q -m "slow and not long"

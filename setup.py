@@ -1,0 +1,32 @@
+"""Installs `src` for editable use: `pip install -e .`. Exact tested versions are in requirements.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dive-into-stable-diffusion-3.5",
+    version="0.1.0",
+    description="Standalone training programs for post-training Stable Diffusion 3.5 (and 1.5)",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["src", "src.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "diffusers>=0.42",
+        "transformers>=5.17",
+        "accelerate>=1.10",
+        "peft>=0.19",
+        "safetensors",
+        "pillow",
+        "pyyaml",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "datasets": ["datasets>=4.0"],  # hub ids, parquet and webdataset; local folders need nothing
+        "optimizers": ["bitsandbytes>=0.45", "prodigyopt>=1.1"],
+        "trackers": ["tensorboard", "wandb>=0.20"],
+        "build": ["open_clip_torch>=3.0"],  # python -m src.tiny.build
+        "test": ["pytest>=8", "ruff"],
+    },
+)
