@@ -1,0 +1,1 @@
+"""Library of the training scripts: every module is usable on its own."""

@@ -1,0 +1,233 @@
+"""Tensors on disk under a folder whose name says what they were computed with: a stale cache is never found, so never used.
+
+Three things guard an entry. The folder's name is a fingerprint of everything outside the entry (model files, sequence length,
+precision); the entry's name is a hash of everything inside (a picture's bytes, size and orientation, or a prompt); and the entry
+itself repeats its key. Entries are written to a temporary name and renamed: after a kill there are whole entries and missing ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import struct
+import time
+import uuid
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_WHOLE = 512 * 2**20  # bytes: larger weight files are sampled; both of SD3.5's CLIP-L and VAE are below, in half precision
+_BLOCKS, _BLOCK = 256, 4096
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
+_ABANDONED = 3600  # seconds after which a temporary file belongs to nobody any more
+
+
+def fingerprint(**named: object) -> str:
+    """16 hex digits of the SHA-256 of the values as canonical JSON.
+
+    Raises:
+        TypeError, ValueError: for a value that JSON cannot hold, or NaN: its text might differ from one run to the next.
+    """
+    text = json.dumps(named, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def folder_fingerprint(path: Path | str, subfolders: Iterable[str]) -> str:
+    """Says whether two model folders hold the same thing, wherever they lie and whenever they were copied.
+
+    All files count with name and content, but of a weight file above 512 MB only the size and 256 evenly spaced blocks of 4 KB:
+    reading 10 GB would take as long as the caches save. Hidden files, and those a download leaves behind, do not count.
+
+    Raises:
+        ValueError: if a subfolder is missing or empty.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(subfolders):
+        folder = Path(path) / name
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and not _hidden(file.relative_to(folder)))
+        if not files:
+            raise ValueError(f"--pretrained_model_name_or_path {path}: its part {name!r} is missing or empty")
+        for file in files:
+            digest.update(f"{name}/{file.relative_to(folder).as_posix()}:{file.stat().st_size};".encode())
+            _add_content(digest, file)
+    return digest.hexdigest()[:16]
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _add_content(digest: hashlib._Hash, file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= _WHOLE or file.suffix not in _WEIGHTS:
+            while part := stream.read(2**20):
+                digest.update(part)
+            return
+        for number in range(_BLOCKS):
+            stream.seek((size - _BLOCK) * number // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK))
+
+
+# --------------------------------------------------------------------------- the cache
+
+
+class TensorCache:
+    """Named tensors by key, in root/KIND-FINGERPRINT; fingerprint.json there says what the fingerprint stands for.
+
+    Several processes may write at once: whoever renames last wins, with the same content.
+
+    Raises:
+        ValueError: if the folder describes something else than its name says (somebody renamed or edited it).
+    """
+
+    def __init__(self, root: Path | str, kind: str, described_by: dict[str, object]):
+        self.folder = Path(root) / f"{kind}-{fingerprint(**described_by)}"
+        self._temporary = self.folder / "tmp"
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        for left in self._temporary.iterdir():  # by writers that were killed; those of living ones are young
+            try:
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    left.unlink()
+            except FileNotFoundError:
+                continue  # its writer has just renamed it
+        description = json.dumps(described_by, sort_keys=True, indent=1) + "\n"
+        note = self.folder / "fingerprint.json"
+        if not note.exists():
+            self._put(description.encode(), note)
+        elif json.loads(note.read_text()) != json.loads(description):
+            raise ValueError(f"the cache {self.folder} was made with other settings than its name says; delete it")
+
+    def file(self, key: str) -> Path:
+        name = hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / name[:2] / f"{name[2:]}.safetensors"
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys, each once and in order, that have no entry, or one that is damaged: to be computed and written again."""
+        return [key for key in dict.fromkeys(keys) if not self._intact(key)]
+
+    def write(self, key: str, tensors: dict[str, Tensor]) -> None:
+        """Stores the tensors as they are, dtype included.
+
+        Raises:
+            OSError: naming --cache_dir if the disk is full; whatever was there before is intact.
+        """
+        from safetensors.torch import save
+
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"key": key})
+        self._put(data, self.file(key))
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry.
+
+        Raises:
+            KeyError: if there is none: fill the cache first.
+            ValueError: if its file is damaged; `missing` reports it, so that the next start computes it again.
+        """
+        from safetensors.torch import load
+
+        try:
+            data = self.file(key).read_bytes()
+        except FileNotFoundError:
+            raise KeyError(f"{self.folder.name} has no entry for {key!r}") from None
+        header = _header(data, len(data))
+        if header is None or header.get("__metadata__", {}).get("key") != key:
+            raise ValueError(f"the cache file {self.file(key)} is damaged; delete it and start again")
+        return load(data)
+
+    def _intact(self, key: str) -> bool:
+        """Whether the file is as long as its header says, and says that it is this key's: cheap, the tensors are not read."""
+        try:
+            with self.file(key).open("rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                length = stream.read(8)
+                header = _header(length + stream.read(min(size, *struct.unpack("<Q", length))), size) if len(length) == 8 else None
+        except FileNotFoundError:
+            return False
+        return header is not None and header.get("__metadata__", {}).get("key") == key
+
+    def _put(self, data: bytes, target: Path) -> None:
+        temporary = self._temporary / f"{os.getpid()}-{uuid.uuid4().hex}"
+        try:
+            target.parent.mkdir(exist_ok=True)
+            temporary.write_bytes(data)
+            temporary.replace(target)
+        except OSError as error:
+            reason = f"cannot write to the cache ({error.strerror}); make room there, or set --cache_dir"
+            raise OSError(error.errno, reason, str(target)) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _header(data: bytes, size: int) -> dict | None:
+    """The header of a safetensors file of `size` bytes that begins with `data`, or None if the two do not agree.
+
+    Source: the safetensors format: 8 bytes of header length, the header as JSON, then the tensors without gaps.
+    """
+    if len(data) < 8:
+        return None
+    (length,) = struct.unpack("<Q", data[:8])
+    if len(data) < 8 + length:
+        return None
+    try:
+        header = json.loads(data[8 : 8 + length])
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return None
+    return header if size == 8 + length + end else None
+
+
+# --------------------------------------------------------------------------- filling it
+
+
+def fill(
+    cache: TensorCache,
+    keys: Sequence[str],
+    compute: Callable[[list[str]], Sequence[dict[str, Tensor]]],
+    *,
+    batch_size: int,
+    description: str,
+    rank: int = 0,
+    world: int = 1,
+    group: Callable[[str], Hashable] | None = None,
+    progress: bool = True,
+) -> int:
+    """Computes and writes what is missing of `keys`; returns how many entries this process computed.
+
+    Each entry is on disk as soon as its batch is done: stopped at any moment and called again, it computes the rest.
+    Several processes share the work by `rank` and `world`; all must wait for each other before they read.
+
+    Args:
+        compute: up to `batch_size` keys -> as many entries.
+        group: keys of one batch agree in it (the size of a picture); by default all may be together.
+
+    Raises:
+        ValueError: if a computed tensor holds NaN or infinity, which would otherwise come back in every epoch of every run.
+    """
+    from tqdm import tqdm
+
+    # The share is cut from all keys, not from the missing ones: those are fewer for a process that looks a moment later.
+    missing = cache.missing(list(dict.fromkeys(keys))[rank::world])
+    if group is not None:
+        order = {name: number for number, name in enumerate(dict.fromkeys(map(group, missing)))}
+        missing.sort(key=lambda key: order[group(key)])  # stable: within a group the order stays
+    with tqdm(total=len(missing), desc=description, unit="", disable=not progress or not missing) as bar:
+        for _, members in itertools.groupby(missing, key=group or (lambda key: None)):
+            members = list(members)
+            for start in range(0, len(members), batch_size):
+                batch = members[start : start + batch_size]
+                for key, tensors in zip(batch, compute(batch), strict=True):
+                    _check_finite(key, tensors)
+                    cache.write(key, tensors)
+                bar.update(len(batch))
+    return len(missing)
+
+
+def _check_finite(key: str, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} of {key!r} holds NaN or infinity and is not cached; try --mixed_precision bf16 or no")

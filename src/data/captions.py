@@ -1,0 +1,221 @@
+"""Captioned pictures from any source, each looked at once before training: what cannot be used is known, named and counted.
+
+A record is known by the hash of its file's bytes, so whatever is cached for a picture can never be mistaken for another's, and
+`image` refuses a file that changed after the scan. The hash is computed at every start; only the decoding is remembered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from src.data.sources import Row, Source, check_source, open_source
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["CaptionedImages", "Record", "check_source", "open_captioned"]
+
+_BLOCK = 256  # rows in flight at once: bounds memory, and what --max_train_samples looks at in vain
+
+
+@dataclass(frozen=True)
+class Record:
+    name: str  # what to print: file name, archive:key or row number
+    prompt: str
+    key: str  # first 16 hex digits of the SHA-256 of the encoded file: equal for equal contents
+    width: int  # px, after EXIF rotation
+    height: int
+
+
+class CaptionedImages:
+    """Usable records in a fixed order, and their pictures on demand. Can be pickled, so it goes into loader workers."""
+
+    def __init__(self, source: Source, rows: Sequence[int], records: Sequence[Record], skipped: Sequence[str]):
+        assert len(rows) == len(records), "each record has its row in the source"
+        self._source, self._rows = source, list(rows)
+        self.records, self.skipped = list(records), list(skipped)
+        self.column_names = list(source.column_names)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def image(self, index: int) -> Image.Image:
+        """The picture, upright, in RGB.
+
+        Raises:
+            ValueError: if its file is gone or no longer holds the bytes that the scan saw.
+        """
+        from src.images import open_rgb
+
+        record = self.records[index]
+        try:
+            data = self._source.read(self._rows[index])
+        except OSError as error:
+            raise ValueError(f"cannot read {record.name} any more: {error}") from error
+        if _key(data) != record.key:  # ~1 ms per megabyte; without it a cache could be filled under the wrong key
+            raise ValueError(f"{record.name} changed while it was in use; start again, so that it is scanned again")
+        return open_rgb(data, record.name)
+
+    def subset(self, indices: Sequence[int]) -> CaptionedImages:
+        """The records at these indices, in this order."""
+        return CaptionedImages(self._source, [self._rows[i] for i in indices], [self.records[i] for i in indices], self.skipped)
+
+    def hold_out(self, count: int) -> tuple[CaptionedImages, CaptionedImages]:
+        """(the rest, all records of `count` pictures chosen by content).
+
+        A choice by content stays the same when the data set grows or is sorted differently, but for pictures that are new,
+        and a picture that is there twice is on one side only.
+
+        Raises:
+            ValueError: if nothing would be left to train on.
+        """
+        keys = sorted({record.key for record in self.records})  # a hash: sorting it is a fixed shuffle
+        if count >= len(keys):
+            raise ValueError(f"cannot hold out {count} of {len(keys)} different pictures and still train on the others")
+        held = set(keys[:count])
+        inside = [i for i, record in enumerate(self.records) if record.key in held]
+        outside = [i for i, record in enumerate(self.records) if record.key not in held]
+        return self.subset(outside), self.subset(inside)
+
+
+def open_captioned(
+    dataset_name: str,
+    *,
+    image_column: str = "image",
+    caption_column: str = "text",
+    cache_dir: Path,
+    max_train_samples: int | None = None,
+    strict: bool = False,
+    revision: str | None = None,
+    progress: bool = True,
+) -> CaptionedImages:
+    """Opens a data set (layouts: `src.data.sources`), decodes every picture once and keeps those that can be used.
+
+    A caption that is a list counts with its first text. The first `max_train_samples` usable records are kept, in the order of the
+    source. Decoded sizes are remembered under `cache_dir` by content, so that a second start only reads and hashes the files.
+
+    Args:
+        strict: stop at the first picture that cannot be read or has no caption (--strict_data), instead of leaving it out.
+        progress: show a bar, and print what was left out.
+
+    Raises:
+        ValueError: naming the flag, if the data set cannot be opened, or nothing in it can be used, or for the first fault if `strict`.
+    """
+    check_source(dataset_name, image_column=image_column, caption_column=caption_column)
+    source = open_source(dataset_name, image_column=image_column, caption_column=caption_column, cache_dir=cache_dir, revision=revision)
+    memo = _Memo(cache_dir / "scans" / f"{_key(os.path.abspath(dataset_name).encode())}.json")
+    rows: list[int] = []
+    records: list[Record] = []
+    skipped: list[str] = []
+    try:
+        for row, found in _scan(source, memo, progress):
+            if isinstance(found, Record):
+                rows.append(row)
+                records.append(found)
+                if len(records) == max_train_samples:
+                    break
+            elif strict:
+                raise ValueError(f"--strict_data: {found}")
+            else:
+                skipped.append(found)
+    finally:
+        memo.save()
+    if not records:
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise ValueError(f"--dataset_name {dataset_name}: none of its {len(source.rows)} picture(s) can be used{first}")
+    if progress:
+        _report(dataset_name, len(records), skipped, source.ignored)
+    return CaptionedImages(source, rows, records, skipped)
+
+
+def _report(dataset_name: str, usable: int, skipped: list[str], ignored: int) -> None:
+    print(f"{dataset_name}: {usable} captioned picture(s)" + (f", {ignored} other file(s) ignored" if ignored else ""))
+    if skipped:
+        print(f"{len(skipped)} picture(s) skipped (--strict_data stops at the first):")
+        for line in skipped[:10]:
+            print(f"  {line}")
+        if len(skipped) > 10:
+            print(f"  and {len(skipped) - 10} more")
+
+
+# --------------------------------------------------------------------------- the scan
+
+
+def _scan(source: Source, memo: _Memo, progress: bool) -> Iterator[tuple[int, Record | str]]:
+    """(row, record or what is wrong with it) in order; a thread pool works at most a block ahead."""
+    from tqdm import tqdm
+
+    threads = min(32, (os.cpu_count() or 1) + 4)  # reading waits, decoding frees Python's lock
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source.rows), desc="scan pictures", unit="", disable=not progress) as bar:
+        for start in range(0, len(source.rows), _BLOCK):
+            block = range(start, min(start + _BLOCK, len(source.rows)))
+            for row, found in zip(block, pool.map(lambda row: _inspect(source, row, memo), block), strict=True):
+                bar.update()
+                yield row, found
+
+
+def _inspect(source: Source, number: int, memo: _Memo) -> Record | str:
+    from src.images import measure
+
+    row: Row = source.rows[number]
+    prompt = _text(row.caption)
+    if prompt is None:
+        return f"{row.name}: {row.problem or 'no caption'}"
+    try:
+        data = source.read(number)
+    except OSError as error:
+        return f"{row.name}: {error.strerror or error}"
+    key = _key(data)
+    size = memo.size(key)
+    if size is None:
+        try:
+            size = measure(data, row.name)
+        except ValueError as error:
+            return str(error)
+    memo.keep(key, size)
+    return Record(row.name, prompt, key, *size)
+
+
+def _key(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _text(caption: Any) -> str | None:
+    """The caption without white space around it, of a list the first text in it; None if there is none."""
+    if isinstance(caption, (list, tuple)):
+        return next((text for text in map(_text, caption) if text), None)
+    return caption.strip() or None if isinstance(caption, str) else None
+
+
+class _Memo:
+    """Sizes of pictures that were decoded before, by content. Only an accelerator: unreadable, it starts empty."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._now: dict[str, tuple[int, int]] = {}
+        try:
+            self._before = {key: (int(w), int(h)) for key, (w, h) in json.loads(file.read_text()).items()}
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            self._before = {}
+
+    def size(self, key: str) -> tuple[int, int] | None:
+        return self._before.get(key) or self._now.get(key)
+
+    def keep(self, key: str, size: tuple[int, int]) -> None:
+        self._now[key] = size
+
+    def save(self) -> None:
+        """Adds what this scan saw; renamed into place, so that a kill or a second process leaves a whole file."""
+        if self._now.keys() <= self._before.keys():
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({**self._before, **self._now}))
+        temporary.replace(self.file)

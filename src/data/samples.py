@@ -1,0 +1,214 @@
+"""The torch data set of a fine-tuning run: a `Key` in, a sample out, the same one however the run is cut into processes and workers.
+
+What is random about a sample (crop, flip, caption dropout) depends on (seed, step, position) alone, and is the same with and
+without caches. Latents are found by the picture's content and embeddings by the prompt, never by a place in some order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from src import seeds
+from src.data.buckets import FIT, Key, StepSampler, fit
+from src.data.cache import TensorCache, fill
+from src.data.captions import CaptionedImages, Record
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b samples of one size. With a latent cache `pixels` is None, without one the latents are; likewise for the text."""
+
+    indices: list[int]  # in the data set
+    positions: list[int]  # in the global batch
+    prompts: list[str]  # after caption dropout
+    size: tuple[int, int]  # (H, W) px
+    pixels: Tensor | None  # (b, 3, H, W) float32 in [-1, 1]
+    latent_mean: Tensor | None  # (b, 16, h, w) of the VAE's posterior, unscaled
+    latent_std: Tensor | None  # (b, 16, h, w)
+    embeds: Tensor | None  # (b, L, D)
+    pooled: Tensor | None  # (b, P)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader's pinning thread, so that `to` can copy while the GPU computes."""
+        return self._map(Tensor.pin_memory)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def latent_key(record: Record, size: tuple[int, int], flip: bool) -> str:
+    """Names a cached latent: the picture's content, and everything done to it before the VAE."""
+    return f"{record.key} {size[0]}x{size[1]} {FIT}, centre{', mirrored' if flip else ''}"
+
+
+class Samples(Dataset):
+    """Sample of a `Key`: tensors and prompt, by name.
+
+    Args:
+        images: the records; sizes: the bucket (H, W) of each.
+        caption_dropout: share of samples whose prompt becomes "" (teaches the unconditional half of guidance).
+        random_crop: cut anywhere instead of in the centre; flip: mirror half of the samples.
+        latents, text: filled caches (`fill_latents`, `fill_text`); None means that the batch carries pixels, or prompts only.
+
+    Raises:
+        ValueError: for --random_crop with a latent cache, which holds one crop of each picture.
+    """
+
+    def __init__(
+        self,
+        images: CaptionedImages,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        seed: int,
+        caption_dropout: float = 0.0,
+        random_crop: bool = False,
+        flip: bool = False,
+        latents: TensorCache | None = None,
+        text: TensorCache | None = None,
+    ):
+        if random_crop and latents is not None:
+            raise ValueError("--random_crop has no effect on cached latents, which hold one crop of each picture; add --no-cache_latents")
+        if len(sizes) != len(images):
+            raise ValueError(f"{len(images)} pictures but {len(sizes)} sizes")
+        self.images, self.sizes = images, [tuple(size) for size in sizes]
+        self.seed, self.caption_dropout, self.random_crop, self.flip = seed, caption_dropout, random_crop, flip
+        self.latents, self.text = latents, text
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _draw(self, key: Key, stream: str) -> float:
+        return seeds.uniform(self.seed, key.step, [key.position], stream).item()
+
+    def __getitem__(self, key: Key) -> dict:
+        record, size = self.images.records[key.index], self.sizes[key.index]
+        prompt = "" if self.caption_dropout and self._draw(key, "caption") < self.caption_dropout else record.prompt
+        flip = self.flip and self._draw(key, "flip") < 0.5
+        sample = {"index": key.index, "position": key.position, "prompt": prompt, "size": size}
+        if self.latents is None:
+            crop = (self._draw(key, "crop_y"), self._draw(key, "crop_x")) if self.random_crop else (0.5, 0.5)
+            sample["pixels"] = fit(self.images.image(key.index), size, crop=crop, flip=flip)  # (3, H, W)
+        else:
+            entry = self.latents.read(latent_key(record, size, flip))
+            sample |= {"latent_mean": entry["mean"], "latent_std": entry["std"]}  # (16, h, w)
+        if self.text is not None:
+            entry = self.text.read(prompt)
+            sample |= {"embeds": entry["embeds"], "pooled": entry["pooled"]}  # (L, D), (P,)
+        return sample
+
+
+def collate(samples: list[dict]) -> Batch:
+    sizes = {sample["size"] for sample in samples}
+    assert len(sizes) == 1, f"a batch has one size, got {sorted(sizes)}: the plan keeps buckets apart"
+
+    def stack(name: str) -> Tensor | None:
+        return torch.stack([sample[name] for sample in samples]) if name in samples[0] else None
+
+    return Batch(
+        indices=[sample["index"] for sample in samples],
+        positions=[sample["position"] for sample in samples],
+        prompts=[sample["prompt"] for sample in samples],
+        size=sizes.pop(),
+        **{name: stack(name) for name in ("pixels", "latent_mean", "latent_std", "embeds", "pooled")},
+    )
+
+
+def loader(samples: Samples, sampler: StepSampler, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
+    """Batches in the sampler's order. Workers stay for the whole run and use one thread each."""
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(0),  # else each epoch draws from the global generator, which belongs to the loop
+    )
+
+
+def _start_worker(worker: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+
+# --------------------------------------------------------------------------- filling the caches
+
+
+def fill_latents(
+    cache: TensorCache,
+    images: CaptionedImages,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    flip: bool,
+    encode: Callable[[Tensor], tuple[Tensor, Tensor]],
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+) -> int:
+    """Encodes every picture in its bucket's size, centred, and with `flip` its mirror image too (a mirrored latent is another latent).
+
+    Args:
+        encode: pixels (b, 3, H, W) in [-1, 1], on the CPU -> mean, std of the VAE's posterior (b, 16, h, w); one size per call.
+
+    Returns:
+        How many entries were computed; 0 if all were there.
+    """
+    jobs: dict[str, tuple[int, tuple[int, int], bool]] = {}
+    for index, (record, size) in enumerate(zip(images.records, sizes, strict=True)):
+        for mirrored in (False, True) if flip else (False,):
+            jobs[latent_key(record, size, mirrored)] = (index, tuple(size), mirrored)
+
+    with ThreadPoolExecutor(min(batch_size, 16)) as pool:
+
+        def compute(keys: list[str]) -> list[dict[str, Tensor]]:
+            batch = [jobs[key] for key in keys]
+            indices = list({index for index, _, _ in batch})
+            pictures = dict(zip(indices, pool.map(images.image, indices), strict=True))  # each decoded once for both orientations
+            pixels = pool.map(lambda job: fit(pictures[job[0]], job[1], flip=job[2]), batch)
+            mean, std = encode(torch.stack(list(pixels)))  # (b, 16, h, w)
+            return [{"mean": m, "std": s} for m, s in zip(mean, std, strict=True)]
+
+        return fill(
+            cache, list(jobs), compute, batch_size=batch_size, description="cache latents", rank=rank, world=world,
+            group=lambda key: jobs[key][1], progress=progress,
+        )  # fmt: skip
+
+
+def fill_text(
+    cache: TensorCache,
+    prompts: Sequence[str],
+    encode: Callable[[list[str]], tuple[Tensor, Tensor]],
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    progress: bool = True,
+) -> int:
+    """Encodes every different prompt; include "" if captions are dropped.
+
+    Args:
+        encode: prompts -> embeds (b, L, D), pooled (b, P), L the same for all.
+
+    Returns:
+        How many entries were computed; 0 if all were there.
+    """
+
+    def compute(batch: list[str]) -> list[dict[str, Tensor]]:
+        embeds, pooled = encode(batch)
+        return [{"embeds": e, "pooled": p} for e, p in zip(embeds, pooled, strict=True)]
+
+    return fill(cache, prompts, compute, batch_size=batch_size, description="cache text", rank=rank, world=world, progress=progress)

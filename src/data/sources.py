@@ -1,0 +1,396 @@
+"""Where pictures and captions come from: one class per layout, all with `rows`, `column_names` and `read(row) -> bytes`.
+
+  folder   metadata.jsonl or metadata.csv (`file_name` and a caption column), or NAME.txt beside each NAME.jpg
+  tar      WebDataset: 0001.jpg, 0001.txt or 0001.json in .tar files, read in place
+  table    parquet files, or a data set of the Hugging Face Hub, through `datasets`
+
+Nothing is decoded here, and `datasets` is imported for tables only, so that a wrong path is answered at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_LAYOUTS = (
+    "expected a folder with metadata.jsonl or metadata.csv, a folder with one .txt per picture, "
+    ".parquet or WebDataset .tar files, or a Hub id"
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture before anybody has looked at it. `where` is a path, (tar, offset, size) or a row number; `caption` is still raw."""
+
+    name: str
+    where: Any
+    caption: Any
+    problem: str = ""  # why there is no caption, where a better reason than "no caption" is known
+
+
+class Source(Protocol):
+    rows: list[Row]
+    column_names: list[str]
+    ignored: int  # files that are not part of the data set
+
+    def read(self, row: int) -> bytes: ...
+
+
+# --------------------------------------------------------------------------- what is it?
+
+
+@dataclass(frozen=True)
+class Located:
+    kind: str  # metadata, txt, tar, parquet or hub
+    path: Path
+    files: tuple[Path, ...] = ()  # the metadata file, the pictures, or the .tar or .parquet files
+
+
+def locate(dataset_name: str) -> Located:
+    """Says which layout `dataset_name` has, from file names alone.
+
+    Raises:
+        ValueError: naming --dataset_name, if it looks like a path and is not there, or holds nothing that can be read.
+    """
+    path = Path(dataset_name).expanduser()
+    if not dataset_name or not path.exists():
+        if not dataset_name or _looks_local(dataset_name):
+            raise ValueError(f"--dataset_name {dataset_name!r} does not exist; {_LAYOUTS}")
+        return Located("hub", path)
+    if path.is_file():
+        kind = {".parquet": "parquet", ".tar": "tar"}.get(path.suffix.lower())
+        if kind is None:
+            raise ValueError(f"--dataset_name {dataset_name} is a file, but neither .parquet nor .tar; {_LAYOUTS}")
+        return Located(kind, path, (path,))
+    for name in _METADATA:
+        if (path / name).is_file():
+            return Located("metadata", path, (path / name,))
+    pictures = _pictures(path)
+    if pictures:
+        return Located("txt", path, tuple(pictures))
+    for kind in ("parquet", "tar"):
+        files = sorted(file for file in path.rglob(f"*.{kind}") if not file.name.startswith("."))
+        # A clone of a Hub data set holds the test and validation parts too: they are not for training.
+        files = [file for file in files if file.name.startswith("train")] or files
+        if files:
+            return Located(kind, path, tuple(files))
+    folders = [sub for sub in sorted(path.iterdir()) if sub.is_dir()]
+    inside = [sub for sub in folders if _pictures(sub) or any((sub / name).is_file() for name in _METADATA)]
+    hint = f"; there are pictures in its subfolder: try --dataset_name {inside[0]}" if inside else f"; {_LAYOUTS}"
+    raise ValueError(f"--dataset_name {dataset_name} has no pictures{hint}")
+
+
+def _looks_local(name: str) -> bool:
+    """Whether somebody who typed this meant a path. A Hub id is NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        return True
+    return name.endswith((".parquet", ".tar", *PICTURES)) or ("/" in name and Path(name.split("/")[0]).is_dir())
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The folder's own pictures, sorted by name; hidden files (macOS leaves `._x.jpg` behind) are not pictures."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith("."))
+
+
+# --------------------------------------------------------------------------- folders
+
+
+@dataclass(frozen=True)
+class Folder:
+    rows: list[Row]
+    column_names: list[str]
+    ignored: int
+
+    def read(self, row: int) -> bytes:
+        return self.rows[row].where.read_bytes()
+
+
+def _metadata_lines(file: Path) -> Iterator[dict]:
+    """The rows of metadata.jsonl or metadata.csv.
+
+    Raises:
+        ValueError: naming the file and the line that cannot be read.
+    """
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:  # -sig: Windows editors put a byte order mark first
+            if file.suffix == ".csv":
+                yield from csv.DictReader(lines)
+                return
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        entry = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"--dataset_name: {file} line {number} is not JSON ({error.msg})") from error
+                    if not isinstance(entry, dict):
+                        raise ValueError(f"--dataset_name: {file} line {number} must be an object like {{'file_name': ..., 'text': ...}}")
+                    yield entry
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--dataset_name: {file} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"--dataset_name: {file} cannot be read as CSV ({error})") from error
+
+
+def _columns(entries: list[dict]) -> list[str]:
+    return list(dict.fromkeys(str(key) for entry in entries for key in entry if key is not None))
+
+
+def _check_columns(file: Path, columns: list[str], image_column: str, caption_column: str) -> str:
+    """Returns the name of the column with the file names."""
+    if not columns:
+        raise ValueError(f"--dataset_name: {file} has no entries")
+    name_column = next((column for column in ("file_name", image_column) if column in columns), None)
+    if name_column is None:
+        raise ValueError(f"--dataset_name: {file} has no column 'file_name'; it has {', '.join(columns)}")
+    if caption_column not in columns:
+        raise ValueError(f"--caption_column {caption_column!r} is not in {file}; it has {', '.join(columns)}")
+    return name_column
+
+
+def _open_metadata(at: Located, image_column: str, caption_column: str) -> Folder:
+    entries = list(_metadata_lines(at.files[0]))
+    columns = _columns(entries)
+    name_column = _check_columns(at.files[0], columns, image_column, caption_column)
+    rows = [
+        Row(str(entry.get(name_column)), at.path / str(entry.get(name_column) or "(no file name)"), entry.get(caption_column))
+        for entry in entries
+    ]
+    named = {row.where for row in rows}
+    return Folder(rows, columns, sum(file.is_file() and file not in named for file in at.path.iterdir()) - 1)  # 1: the metadata itself
+
+
+def _open_txt(at: Located) -> Folder:
+    rows = []
+    for picture in at.files:
+        beside = picture.with_suffix(".txt")
+        try:
+            rows.append(Row(picture.name, picture, beside.read_text(encoding="utf-8-sig")))
+        except FileNotFoundError:
+            rows.append(Row(picture.name, picture, None, f"no {beside.name} beside it"))
+        except UnicodeDecodeError:
+            rows.append(Row(picture.name, picture, None, f"{beside.name} is not UTF-8 text"))
+    used = {file for picture in at.files for file in (picture, picture.with_suffix(".txt"))}
+    return Folder(rows, ["text"], sum(file.is_file() and file not in used for file in at.path.iterdir()))
+
+
+# --------------------------------------------------------------------------- tar files
+
+
+@dataclass(frozen=True)
+class Tar:
+    rows: list[Row]
+    column_names: list[str]
+    ignored: int
+
+    def read(self, row: int) -> bytes:
+        path, offset, size = self.rows[row].where
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        if len(data) < size:
+            raise OSError(f"{path} ends in the middle of it")
+        return data
+
+
+def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]], dict[str, bytes]]]:
+    """(key, {extension: (offset, size)}, {"txt": ..., "json": ...}) for each run of members that share a key.
+
+    WebDataset's rule: the key is the name up to the first dot of its last part, the rest is the extension.
+    """
+
+    def split(member: tarfile.TarInfo) -> tuple[str, str]:
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+    try:
+        with tarfile.open(path, "r:") as archive:
+            files = (member for member in archive if member.isfile() and not member.name.rpartition("/")[2].startswith("."))
+            for key, members in itertools.groupby(files, key=lambda member: split(member)[0]):
+                places, texts = {}, {}
+                for member in members:
+                    extension = split(member)[1]
+                    places[extension] = (member.offset_data, member.size)
+                    if f".{extension}" not in PICTURES and member.size < 2**20:  # captions; larger members are other data
+                        texts[extension] = archive.extractfile(member).read()
+                yield key, places, texts
+            archive.fileobj.seek(archive.offset)  # tarfile takes damage in later headers for the end, and says nothing
+            if archive.fileobj.read(2**16).strip(b"\0"):
+                raise ValueError(f"--dataset_name: {path} is damaged or cut short at byte {archive.offset} (or two archives in one file)")
+    except tarfile.TarError as error:
+        raise ValueError(f"--dataset_name: {path} is not a whole, uncompressed .tar file ({error})") from error
+
+
+def _tar_caption(texts: dict[str, bytes], caption_column: str) -> tuple[Any, list[str], str]:
+    """(caption, the columns there were, what is wrong): the member named so, else that field of the .json, else "text" is the .txt."""
+    columns = [extension for extension in texts if extension != "json"]
+    fields: Any = {}
+    problem = ""
+    try:
+        fields = json.loads(texts["json"]) if "json" in texts else {}
+    except ValueError:
+        problem = "its .json cannot be read"
+    if isinstance(fields, dict):
+        columns += [field for field in fields if field not in columns]
+    member = caption_column if caption_column in texts else "txt"
+    if isinstance(fields, dict) and caption_column in fields and caption_column not in texts:
+        return fields[caption_column], columns, ""
+    if member in texts and caption_column in (member, "text"):
+        try:
+            return texts[member].decode("utf-8-sig"), columns, ""
+        except UnicodeDecodeError:
+            return None, columns, f"its .{member} is not UTF-8 text"
+    return None, columns, problem
+
+
+def _tar_rows(files: tuple[Path, ...], image_column: str, caption_column: str) -> Iterator[tuple[Row | None, list[str]]]:
+    """A row (None for a sample without a picture) and the sample's columns, in the order of the archives."""
+    for path in files:
+        for key, places, texts in _tar_samples(path):
+            pictures = [extension for extension in places if f".{extension}" in PICTURES]
+            pictures = [image_column] if image_column in places else pictures
+            caption, columns, problem = _tar_caption(texts, caption_column)
+            name = f"{path.name}:{key}"
+            row = Row(f"{name}.{pictures[0]}", (str(path), *places[pictures[0]]), caption, problem) if pictures else None
+            yield row, pictures + columns
+
+
+def _check_tar(files: tuple[Path, ...], found: list[tuple[Row | None, list[str]]], caption_column: str) -> list[str]:
+    rows = [row for row, _ in found if row is not None]
+    columns = list(dict.fromkeys(column for _, names in found for column in names))
+    if not rows:
+        raise ValueError(f"--dataset_name {files[0]}: no pictures in it")
+    if all(row.caption is None for row in rows):
+        raise ValueError(f"--caption_column {caption_column!r} is not in {files[0]}; it has {', '.join(columns)}")
+    return columns
+
+
+def _open_tar(at: Located, image_column: str, caption_column: str) -> Tar:
+    found = list(_tar_rows(at.files, image_column, caption_column))
+    columns = _check_tar(at.files, found, caption_column)
+    rows = [row for row, _ in found if row is not None]
+    return Tar(rows, columns, len(found) - len(rows))
+
+
+# --------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class Table:
+    rows: list[Row]
+    column_names: list[str]
+    table: Any  # a datasets.Dataset with the picture column only, not decoded
+    image_column: str
+    ignored: int = 0
+
+    def read(self, row: int) -> bytes:
+        value = self.table[row][self.image_column]
+        if value is None:
+            raise OSError("no picture in this row")
+        return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+
+
+def _check_table(name: str, schema: Any, image_column: str, caption_column: str) -> str:
+    """Returns the picture column of a pyarrow schema: the one asked for, else the only one that holds pictures."""
+    import pyarrow
+
+    columns = list(schema.names)
+    if caption_column not in columns:
+        raise ValueError(f"--caption_column {caption_column!r} is not in {name}; it has {', '.join(columns)}")
+    if image_column in columns:
+        return image_column
+    types = {column: schema.field(column).type for column in columns}
+    found = [c for c, t in types.items() if pyarrow.types.is_struct(t) and t.get_field_index("bytes") >= 0 or pyarrow.types.is_binary(t)]
+    if len(found) != 1:
+        raise ValueError(f"--image_column {image_column!r} is not in {name}; it has {', '.join(columns)}")
+    return found[0]
+
+
+def _open_table(at: Located, dataset_name: str, image_column: str, caption_column: str, cache_dir: Path, revision: str | None) -> Table:
+    import datasets
+
+    where = str(cache_dir / "datasets")
+    try:
+        if at.kind == "parquet":
+            table = datasets.load_dataset("parquet", data_files=[str(file) for file in at.files], split="train", cache_dir=where)
+        else:
+            table = datasets.load_dataset(dataset_name, split="train", cache_dir=where, revision=revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
+        if at.kind == "parquet":
+            raise ValueError(f"--dataset_name {dataset_name} cannot be read as parquet: {error}") from error
+        raise ValueError(
+            f"--dataset_name {dataset_name} is no local path, and cannot be had from the Hugging Face Hub either ({_first_line(error)}); "
+            "check the spelling, the connection and, for a gated data set, the login (hf auth login)"
+        ) from error
+    column = _check_table(dataset_name, table.features.arrow_schema, image_column, caption_column)
+    captions = list(table.select_columns([caption_column])[caption_column])
+    pictures = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], table.column_names, pictures, column)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --------------------------------------------------------------------------- the two entrances
+
+
+def open_source(dataset_name: str, *, image_column: str, caption_column: str, cache_dir: Path, revision: str | None = None) -> Source:
+    """Lists a data set's pictures and raw captions in a fixed order: that of the metadata, the archive or the table, else by file name.
+
+    Raises:
+        ValueError: as `check_source`, and for a Hub id that cannot be reached.
+    """
+    at = locate(dataset_name)
+    if at.kind == "metadata":
+        return _open_metadata(at, image_column, caption_column)
+    if at.kind == "txt":
+        return _open_txt(at)
+    if at.kind == "tar":
+        return _open_tar(at, image_column, caption_column)
+    return _open_table(at, dataset_name, image_column, caption_column, cache_dir, revision)
+
+
+def check_source(dataset_name: str, *, image_column: str = "image", caption_column: str = "text") -> None:
+    """Looks at names and the first entries only, in a fraction of a second, before anything heavy is imported. A Hub id passes.
+
+    Raises:
+        ValueError: naming --dataset_name (missing, empty, without captions) or --caption_column (with the columns there are).
+    """
+    at = locate(dataset_name)
+    if at.kind == "metadata":
+        entries = list(itertools.islice(_metadata_lines(at.files[0]), 2000))
+        name_column = _check_columns(at.files[0], _columns(entries), image_column, caption_column)
+        if not any((at.path / str(entry.get(name_column))).is_file() for entry in entries):
+            raise ValueError(
+                f"--dataset_name: of the first {len(entries)} pictures that {at.files[0]} names, none exists; "
+                f"{name_column!r} is relative to {at.path}, and the first one is {entries[0].get(name_column)!r}"
+            )
+    elif at.kind == "txt":
+        if not any(picture.with_suffix(".txt").is_file() for picture in at.files):
+            raise ValueError(
+                f"--dataset_name {dataset_name} has {len(at.files)} picture(s) but no captions; "
+                f"write a metadata.jsonl, or a .txt for each picture ({at.files[0].with_suffix('.txt').name} for {at.files[0].name})"
+            )
+    elif at.kind == "tar":
+        _check_tar(at.files, list(itertools.islice(_tar_rows(at.files, image_column, caption_column), 10)), caption_column)
+    elif at.kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            files = [pyarrow.parquet.ParquetFile(file) for file in at.files[:1]]
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"--dataset_name: {at.files[0]} cannot be read as parquet: {_first_line(error)}") from error
+        _check_table(str(at.files[0]), files[0].schema_arrow, image_column, caption_column)
+        if len(at.files) == 1 and files[0].metadata.num_rows == 0:
+            raise ValueError(f"--dataset_name: {at.files[0]} has no rows")
