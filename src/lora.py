@@ -1,0 +1,413 @@
+"""LoRA and DoRA on an SD3 transformer: choose layers, add, switch off (= the reference model), save, load, export.
+
+LoRA adds scale * B A to a frozen weight W (out, in), with A (rank, in), B (out, rank), scale = alpha / rank; B starts at zero, so training
+starts at the base model. DoRA also learns the length of each row: m * (W + scale * B A) / |W + scale * B A|.
+
+Every function takes the transformer bare or wrapped (DDP, torch.compile). diffusers and peft are imported inside the functions.
+Source: Hu et al., arXiv 2106.09685; Liu et al., arXiv 2402.09353.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ADAPTER = "default"  # peft's name of the one adapter that we train
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
+KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+EXPORT_FORMATS = ("diffusers", "kohya")
+
+_JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_DUAL = ("to_q", "to_k", "to_v", "to_out.0")
+# Every attention projection. diffusers' scripts name only those of `attn`: 191 of SD3.5-medium's 243, the dual attention is never trained.
+DEFAULT_LAYERS = tuple(f"attn.{name}" for name in _JOINT) + tuple(f"attn2.{name}" for name in _DUAL)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The model inside any DistributedDataParallel (`.module`) and torch.compile (`._orig_mod`) wrappers."""
+    while True:
+        inner = module._modules.get("module", module._modules.get("_orig_mod"))
+        if inner is None:
+            return module
+        module = inner
+
+
+# --------------------------------------------------------------------------- which layers
+
+
+def _dead(transformer: nn.Module) -> set[str]:
+    """Layers whose gradient is always zero: the last block drops its text tokens, so the queries that they ask have no reader."""
+    blocks = transformer.transformer_blocks
+    return {f"transformer_blocks.{i}.attn.add_q_proj" for i, block in enumerate(blocks) if block.context_pre_only}
+
+
+def _block_numbers(blocks: str, count: int) -> set[int]:
+    """ "0-2,5" -> {0, 1, 2, 5}."""
+    numbers: set[int] = set()
+    for part in blocks.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < count:
+            raise ValueError(f"--lora_blocks: {part.strip()!r} is no block or range of blocks of this model; all of them are 0-{count - 1}")
+        numbers |= set(range(first, last + 1))
+    return numbers
+
+
+def targets(transformer: nn.Module, layers: str | None = None, blocks: str | None = None) -> list[str]:
+    """Full names of the linear layers that get a LoRA, in the model's order, without those that never get a gradient.
+
+    Args:
+        layers: comma-separated ends of module names ("attn.to_q,ff.net.2"); None: every attention projection, `attn2` included.
+        blocks: comma-separated numbers and ranges of transformer blocks ("0-11,23"); None: all, and layers outside the blocks too.
+
+    Raises:
+        ValueError: naming --lora_layers or --lora_blocks and what exists, if a name or number matches nothing.
+    """
+    transformer = unwrap(transformer)
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    alive = [name for name in linears if name not in _dead(transformer)]
+    if blocks is not None:
+        prefixes = tuple(f"transformer_blocks.{i}." for i in _block_numbers(blocks, len(transformer.transformer_blocks)))
+        alive = [name for name in alive if name.startswith(prefixes)]
+    wanted = DEFAULT_LAYERS if layers is None else [name.strip() for name in layers.split(",")]
+    matches = {end: [name for name in alive if name == end or name.endswith(f".{end}")] for end in wanted}
+    unmatched = [end for end, names in matches.items() if not names] if layers is not None else []
+    if unmatched:
+        ends = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in alive})
+        where = "" if blocks is None else f" with --lora_blocks {blocks}"
+        raise ValueError(f"--lora_layers: no trainable linear layer{where} ends in {', '.join(unmatched)}; there are {', '.join(ends)}")
+    chosen = {name for names in matches.values() for name in names}
+    return [name for name in alive if name in chosen]
+
+
+# --------------------------------------------------------------------------- adding and switching
+
+
+def add(
+    transformer: nn.Module, *, rank: int, alpha: float | None = None, dropout: float = 0.0, use_dora: bool = False,
+    layers: str | None = None, blocks: str | None = None,
+) -> None:  # fmt: skip
+    """Freeze the transformer and add trainable adapters, in fp32 whatever its dtype; alpha None means alpha = rank (scale 1).
+
+    A is drawn from torch's global generator, N(0, 1/rank^2) as peft's "gaussian"; B is zero.
+
+    Raises:
+        ValueError: what `targets` refuses.
+    """
+    from peft import LoraConfig
+
+    transformer = unwrap(transformer)
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(
+            r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, use_dora=use_dora,
+            init_lora_weights="gaussian", target_modules=targets(transformer, layers, blocks),
+        ),
+        adapter_name=ADAPTER,
+    )  # fmt: skip
+    for _, layer in _layers(transformer):
+        for parameter in _tensors(layer).values():
+            parameter.data = parameter.data.float()  # peft casts them to the base's dtype, where small updates vanish
+        if use_dora:  # m in full precision too, or the start would not be the base model
+            layer.lora_magnitude_vector[ADAPTER].weight.data = layer.base_layer.weight.data.float().norm(dim=1)
+
+
+def _layers(transformer: nn.Module) -> list[tuple[str, Any]]:
+    """(full name, peft layer) of every adapted layer, in the model's order."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in unwrap(transformer).named_modules() if isinstance(module, LoraLayer)]
+
+
+def _tensors(layer: Any) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters of one peft layer, by their names in a saved file."""
+    tensors = {"lora_A.weight": layer.lora_A[ADAPTER].weight, "lora_B.weight": layer.lora_B[ADAPTER].weight}
+    if ADAPTER in layer.lora_magnitude_vector:
+        tensors["lora_magnitude_vector"] = layer.lora_magnitude_vector[ADAPTER].weight
+    return tensors
+
+
+def _named(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Every adapter parameter by its key in a saved file, such as transformer_blocks.0.attn.to_q.lora_A.weight."""
+    return {f"{name}.{key}": tensor for name, layer in _layers(transformer) for key, tensor in _tensors(layer).items()}
+
+
+def parameters(transformer: nn.Module) -> list[nn.Parameter]:
+    """What to train: every adapter parameter, in the model's order."""
+    return list(_named(transformer).values())
+
+
+def adapted(transformer: nn.Module) -> list[str]:
+    """Full names of the layers that have an adapter, in the model's order."""
+    return [name for name, _ in _layers(transformer)]
+
+
+@contextmanager
+def disabled(transformer: nn.Module) -> Iterator[None]:
+    """Inside, the transformer is the base model, bit for bit (the reference model of RL); nested or after an exception, all is put back.
+
+    peft's own `enable_adapters` would also turn requires_grad off and on again, under a graph that may still need it.
+    """
+    layers = [layer for _, layer in _layers(transformer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
+
+
+# --------------------------------------------------------------------------- saving and loading
+
+
+def state(transformer: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors, detached and not copied, with the names of a saved file (without its "transformer." prefix)."""
+    return {key: parameter.detach() for key, parameter in _named(transformer).items()}
+
+
+def load_state(transformer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy what `state` gave into the same adapters.
+
+    Raises:
+        ValueError: if the names or shapes differ, as with another --rank, --lora_layers or --use_dora.
+    """
+    own = _named(transformer)
+    wrong = sorted(own.keys() ^ tensors.keys())
+    wrong += sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
+    if wrong:
+        raise ValueError(
+            f"the saved LoRA does not fit this one in {len(wrong)} tensors, such as {wrong[0]}; "
+            "--rank, --lora_layers, --lora_blocks and --use_dora must be those it was saved with"
+        )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
+
+
+class State:
+    """The adapters as a part of a checkpoint."""
+
+    def __init__(self, transformer: nn.Module):
+        self.transformer = transformer
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return state(self.transformer)
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        load_state(self.transformer, tensors)
+
+
+def _metadata(transformer: nn.Module) -> dict[str, Any]:
+    """What a reader needs besides the tensors. Few keys on purpose: an older peft refuses those it does not know."""
+    config = unwrap(transformer).peft_config[ADAPTER]
+    return {
+        "r": config.r, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora,
+        "target_modules": adapted(transformer),
+    }  # fmt: skip
+
+
+def check_export(export_format: str, use_dora: bool) -> None:
+    """Refuse, before training, a format that the adapter cannot be written in.
+
+    Raises:
+        ValueError: naming --export_format.
+    """
+    if export_format not in EXPORT_FORMATS:
+        raise ValueError(f"--export_format must be one of {', '.join(EXPORT_FORMATS)}, got {export_format!r}")
+    if export_format == "kohya" and use_dora:
+        raise ValueError(
+            "--export_format kohya cannot hold --use_dora: readers of that format disagree on whether dora_scale counts rows or columns; "
+            "use --export_format diffusers or --export_merged"
+        )
+
+
+def save(transformer: nn.Module, folder: str | Path, export_format: str = "diffusers") -> None:
+    """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` takes, with alpha in its metadata; "kohya": that file besides.
+
+    Raises:
+        ValueError: what `check_export` refuses, before anything is written.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    metadata = _metadata(transformer)
+    check_export(export_format, metadata["use_dora"])
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in state(transformer).items()}
+    StableDiffusion3Pipeline.save_lora_weights(
+        str(folder), transformer_lora_layers=tensors, transformer_lora_adapter_metadata=metadata, weight_name=WEIGHTS_NAME
+    )
+    if export_format == "kohya":
+        export_kohya(transformer, Path(folder) / KOHYA_NAME)
+
+
+def check_init(path: str | Path) -> Path:
+    """The file that --init_lora means, before anything is loaded: a folder's `pytorch_lora_weights.safetensors` or the file itself.
+
+    Raises:
+        ValueError: naming --init_lora, if there is none.
+    """
+    file = Path(path).expanduser()
+    file = file / WEIGHTS_NAME if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"--init_lora {path}: there is no {file.name}; a folder with {WEIGHTS_NAME} or such a file is needed")
+    return file
+
+
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a saved LoRA, without the "transformer." prefix; raises ValueError naming --init_lora."""
+    from diffusers import StableDiffusion3Pipeline
+    from safetensors import SafetensorError
+
+    flag, file = f"--init_lora {path}", check_init(path)
+    try:
+        tensors, metadata = StableDiffusion3Pipeline.lora_state_dict(
+            str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
+        )
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{flag}: cannot be read as safetensors ({error}); is the file complete?") from error
+    prefix = "transformer."
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    if not any(key.endswith("lora_A.weight") for key in tensors):
+        raise ValueError(f"{flag}: holds no LoRA of an SD3 transformer in diffusers' format (no transformer.*.lora_A.weight)")
+    return tensors, {key.removeprefix(prefix): value for key, value in (metadata or {}).items()}
+
+
+def load(transformer: nn.Module, path: str | Path) -> list[str]:
+    """Start the adapters (made by `add`) from a saved LoRA: a folder or file, ours or diffusers'.
+
+    Layers that this run does not train for want of a gradient are ignored.
+
+    Returns:
+        Names of adapted layers that the file does not hold; they keep their start, where they change nothing.
+
+    Raises:
+        ValueError: naming --init_lora, and the flag to change, for another rank, alpha, DoRA, shape or layers that this run leaves out.
+    """
+    flag = f"--init_lora {path}"
+    tensors, metadata = _read(path)
+    own, ours = _named(transformer), _metadata(transformer)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.split(".lora_")[0] not in _dead(unwrap(transformer))}
+    rank = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
+    if rank != {ours["r"]}:
+        raise ValueError(f"{flag}: has rank {', '.join(map(str, sorted(rank)))}, this run --rank {ours['r']}; pass --rank {max(rank)}")
+    alpha = metadata.get("lora_alpha", ours["r"])  # diffusers' rule for files without metadata: alpha = rank
+    if alpha != ours["lora_alpha"]:
+        raise ValueError(f"{flag}: has alpha {alpha:g}, this run --lora_alpha {ours['lora_alpha']:g}; pass --lora_alpha {alpha:g}")
+    if metadata.get("use_rslora") or metadata.get("alpha_pattern"):
+        raise ValueError(f"{flag}: scales its layers by another rule (rsLoRA or an alpha per layer), which this run could not keep")
+    if any("lora_magnitude_vector" in key for key in tensors) != ours["use_dora"]:
+        raise ValueError(f"{flag}: is plain LoRA; leave out --use_dora" if ours["use_dora"] else f"{flag}: is DoRA; pass --use_dora")
+    extra = sorted({key.split(".lora_")[0] for key in tensors.keys() - own.keys()})
+    if extra:
+        raise ValueError(f"{flag}: adapts {len(extra)} layers that this run leaves out, such as {extra[0]}; widen --lora_layers")
+    start = state(transformer)
+    load_state(transformer, start | tensors)
+    return [name for name in adapted(transformer) if f"{name}.lora_A.weight" not in tensors]
+
+
+# --------------------------------------------------------------------------- export
+
+# Names in the original SD3 checkpoint, which ComfyUI, A1111 and kohya use, where q, k and v are one layer.
+# diffusers' name inside a block -> (original name, which third of it)
+_QKV = {"to_q": 0, "to_k": 1, "to_v": 2, "add_q_proj": 0, "add_k_proj": 1, "add_v_proj": 2}
+_BLOCK_NAMES = {
+    **{f"attn.{name}": ("context_block" if "add" in name else "x_block") + ".attn.qkv" for name in _QKV},
+    **{f"attn2.{name}": "x_block.attn2.qkv" for name in ("to_q", "to_k", "to_v")},
+    "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj", "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2",
+    "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+}  # fmt: skip
+_OUTER_NAMES = {
+    "context_embedder": "context_embedder", "proj_out": "final_layer.linear", "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0", "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0", "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+}  # fmt: skip
+
+
+def _original_name(name: str) -> tuple[str, int | None]:
+    """diffusers' name of a linear layer -> its name in the original checkpoint and, if it is a part of qkv, which third."""
+    match = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", name)
+    if match is None:
+        return _OUTER_NAMES[name], None
+    return f"joint_blocks.{match[1]}.{_BLOCK_NAMES[match[2]]}", _QKV.get(match[2].split(".", 1)[1])
+
+
+def _swaps_halves(transformer: nn.Module, name: str) -> bool:
+    """Whether diffusers keeps scale before shift where the original has shift before scale (AdaLayerNormContinuous)."""
+    last = f"transformer_blocks.{len(transformer.transformer_blocks) - 1}.norm1_context.linear"
+    return name in (last, "norm_out.linear")
+
+
+def export_kohya(transformer: nn.Module, file: str | Path) -> None:
+    """Write the LoRA with kohya's keys (lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight, ...), for A1111, Forge and ComfyUI.
+
+    q, k and v are one layer there: their LoRAs become one of the summed rank n * r, A stacked and B block-diagonal, which is exact.
+    A reader scales by alpha / rank, so the alpha of that layer is n * alpha.
+
+    Raises:
+        ValueError: for DoRA.
+    """
+    from safetensors.torch import save_file
+
+    transformer = unwrap(transformer)
+    metadata = _metadata(transformer)
+    check_export("kohya", metadata["use_dora"])
+    groups: dict[str, list[tuple[int | None, Tensor, Tensor]]] = {}
+    for name, layer in _layers(transformer):
+        a, b = (tensor.detach().cpu() for tensor in _tensors(layer).values())
+        original, third = _original_name(name)
+        groups.setdefault(original, []).append((third, a, b.roll(b.shape[0] // 2, 0) if _swaps_halves(transformer, name) else b))
+    tensors = {}
+    for original, parts in groups.items():
+        out, rank = parts[0][2].shape
+        up = torch.cat([b for _, _, b in parts], dim=1)  # (out, n * rank)
+        if parts[0][0] is not None:
+            up = torch.zeros(3 * out, len(parts) * rank)
+            for column, (third, _, b) in enumerate(parts):
+                up[third * out : (third + 1) * out, column * rank : (column + 1) * rank] = b
+        key = "lora_unet_" + original.replace(".", "_")
+        tensors[f"{key}.lora_down.weight"] = torch.cat([a for _, a, _ in parts]).contiguous()
+        tensors[f"{key}.lora_up.weight"] = up.contiguous()
+        tensors[f"{key}.alpha"] = torch.tensor(float(metadata["lora_alpha"]) * len(parts))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    about = {"ss_network_dim": str(metadata["r"]), "ss_network_alpha": str(metadata["lora_alpha"])}
+    save_file(tensors, str(file), metadata={"format": "pt", "ss_network_module": "networks.lora_sd3", **about})
+
+
+def _merged_weight(layer: Any) -> Tensor:
+    """The weight that acts as base and adapter together, computed in fp32, in the base's dtype."""
+    weight = layer.base_layer.weight.detach().float()
+    tensors = _tensors(layer)
+    merged = weight + layer.scaling[ADAPTER] * (tensors["lora_B.weight"].detach() @ tensors["lora_A.weight"].detach())
+    if "lora_magnitude_vector" in tensors:
+        merged = merged * (tensors["lora_magnitude_vector"].detach() / merged.norm(dim=1))[:, None]
+    return merged.to(layer.base_layer.weight.dtype)
+
+
+def export_merged(transformer: nn.Module, folder: str | Path) -> None:
+    """Write base and adapter as one ordinary transformer: config.json and one safetensors file; the live model is not touched.
+
+    `SD3Transformer2DModel.from_pretrained(folder)` reads it. In the base's dtype, so bf16 rounds the sum once.
+    """
+    from safetensors.torch import save_file
+
+    transformer = unwrap(transformer)
+    layers = dict(_layers(transformer))
+    tensors = {}
+    for key, tensor in transformer.state_dict().items():
+        name, _, leaf = key.rpartition(".")
+        owner = name.removesuffix(".base_layer")
+        if owner in layers and leaf == "weight":
+            tensor = _merged_weight(layers[owner])
+        elif any(part in key for part in (".lora_A.", ".lora_B.", ".lora_magnitude_vector.")):
+            continue
+        tensors[f"{owner}.{leaf}"] = tensor.detach().cpu().contiguous()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    transformer.save_config(folder)
+    save_file(tensors, str(Path(folder) / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})

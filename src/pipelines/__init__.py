@@ -1,0 +1,1 @@
+"""One module per model family: load, encode, decode, predict, render."""

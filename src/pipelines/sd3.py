@@ -1,0 +1,457 @@
+"""Stable Diffusion 3 and 3.5: load, encode prompts and images, predict velocities, render, and plan a run from the configs alone.
+
+Shapes: b batch, h w latent side (pixels / 8), H W pixels, L text tokens (CLIP's plus T5's), D joint_attention_dim, P pooled_projection_dim.
+`pixels` lie in [-1, 1], `images` in [0, 1]. diffusers and transformers are imported inside the functions that need them.
+"""
+
+import gc
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src import flow
+from src.lora import unwrap
+
+VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
+PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 transformer)
+MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
+PARTS = ("transformer", "vae", "text")
+
+# Geometry of stabilityai/stable-diffusion-3.5-medium. Source: transformer/config.json of that repository.
+SD35_MEDIUM = {
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
+    "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
+    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the transformer sees of the prompts: embeds (b, L, D), CLIP's tokens then T5's, and pooled (b, P), CLIP only."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> "Conditioning":
+        """Some of the prompts, as a batch: a slice, a mask or a list of numbers (not one number, which would drop the batch axis)."""
+        return Conditioning(self.embeds[index], self.pooled[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
+        """Like `Tensor.to`: device, dtype, non_blocking."""
+        return Conditioning(self.embeds.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+
+    def expand(self, batch: int) -> "Conditioning":
+        """One prompt repeated to (batch, ...) without copying; a condition that already has that many is returned as it is."""
+        return Conditioning(self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1))
+
+    def chunk(self, size: int) -> list["Conditioning"]:
+        """Pieces of at most `size` prompts, in order."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        return Conditioning(torch.cat([p.embeds for p in parts]), torch.cat([p.pooled for p in parts]))
+
+
+@dataclass
+class SD3:
+    """The parts of a pipeline that were asked for, frozen and in eval mode; the others are None or empty."""
+
+    path: str
+    transformer: nn.Module | None
+    vae: nn.Module | None
+    text_encoders: list[nn.Module | None] = field(default_factory=list)  # CLIP-L, CLIP-G, T5 (None in a folder without T5), or []
+    tokenizers: list[Any] = field(default_factory=list)
+    scheduler: Any = None  # FlowMatchEulerDiscreteScheduler; its config is read, its state never used
+    transformer_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shift(self) -> float:
+        """The timestep shift of the model's own schedule (3.0 in SD3.5)."""
+        return float(self.scheduler.config.shift)
+
+    @property
+    def native_resolution(self) -> int:
+        """Side in pixels that the position embeddings are laid out for (1024 in SD3.5)."""
+        return self.transformer_config["sample_size"] * VAE_SCALE
+
+
+# --------------------------------------------------------------------------- checking and loading
+
+
+def _is_hub_id(path: str) -> bool:
+    """owner/name, unless `owner` is a folder here or one of ours: then it is a local path that is missing."""
+    owner = path.split("/")[0]
+    local = Path(path).exists() or owner in ("models", "outputs", "datas") or Path(owner).is_dir()
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not local
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuse a base model that cannot be loaded, reading only small files; a Hub id passes.
+
+    Raises:
+        ValueError: naming --pretrained_model_name_or_path, if a local path is missing, is no diffusers folder, or holds another family.
+    """
+    flag = f"--pretrained_model_name_or_path {path}"
+    folder = Path(path).expanduser()
+    if _is_hub_id(str(path)):
+        return
+    if not folder.exists():
+        raise ValueError(
+            f"{flag}: no such folder; `bash scripts/download.sh` fetches the real weights, models/tiny-sd3 is shipped, "
+            "and a Hub id looks like stabilityai/stable-diffusion-3.5-medium"
+        )
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{flag}: no model_index.json in it; a model in diffusers' folder layout is needed, not a single weight file")
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        name = index.get("_class_name", "")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{flag}: model_index.json is damaged ({error}); download the model again") from error
+    if not name.startswith("StableDiffusion3"):
+        raise ValueError(f"{flag}: holds a {name or 'nameless model'}, this program takes a StableDiffusion3Pipeline (SD3 or SD3.5)")
+    named = {part for part, kind in index.items() if isinstance(kind, list) and _has(index, part)}
+    missing = [part for part in sorted(named | {"transformer", "vae", "scheduler"}) if not (folder / part).is_dir()]
+    if missing:
+        raise ValueError(
+            f"{flag}: incomplete, it lacks {', '.join(missing)}; download the model again (or, to do without T5, "
+            "write [null, null] for text_encoder_3 and tokenizer_3 in its model_index.json)"
+        )
+
+
+def check_resolution(path: str | Path, *sides: int) -> None:
+    """Refuse pixel sides beyond the position embeddings of a local model folder; a Hub id passes.
+
+    Raises:
+        ValueError: naming --resolution and the largest side that the model can take.
+    """
+    if _is_hub_id(str(path)):
+        return
+    limit = read_config(path, "transformer/config.json")["pos_embed_max_size"] * PATCH * VAE_SCALE
+    if max(sides) > limit:
+        raise ValueError(f"--resolution {max(sides)}: the position embeddings of {path} end at {limit} pixels; try {limit}")
+
+
+def read_config(path: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
+    """A small JSON file of the model, from the local folder or from the Hub (where only that file is downloaded)."""
+    if _is_hub_id(str(path)):
+        from huggingface_hub import hf_hub_download
+
+        return json.loads(Path(hf_hub_download(str(path), name, revision=revision)).read_text())
+    return json.loads((Path(path).expanduser() / name).read_text())
+
+
+def _has(index: dict[str, Any], component: str) -> bool:
+    """Whether model_index.json names the component; [null, null] stands for one that was left out, as T5 often is."""
+    return index.get(component, [None, None])[1] is not None
+
+
+def load(
+    path: str | Path, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu", parts: Sequence[str] = PARTS,
+) -> SD3:  # fmt: skip
+    """Load the asked parts ("transformer", "vae", "text") of a folder or Hub id; the others are neither read nor downloaded.
+
+    Everything comes frozen (requires_grad False) and in eval mode. A folder without T5 (text_encoder_3 null) loads, as in diffusers.
+
+    Raises:
+        ValueError: what `check_folder` refuses.
+    """
+    from diffusers import StableDiffusion3Pipeline
+
+    check_folder(path)
+    assert set(parts) <= set(PARTS), f"parts must be among {PARTS}, got {tuple(parts)}"
+    source = str(path) if _is_hub_id(str(path)) else str(Path(path).expanduser())
+    encoders, tokenizers = ("text_encoder", "text_encoder_2", "text_encoder_3"), ("tokenizer", "tokenizer_2", "tokenizer_3")
+    absent = dict.fromkeys(("image_encoder", "feature_extractor"))  # IP-adapters, which nothing here uses
+    absent |= {part: None for part in ("transformer", "vae") if part not in parts}
+    index = read_config(source, "model_index.json", revision)
+    absent |= {name: None for name in encoders + tokenizers if "text" not in parts or not _has(index, name)}
+    pipe = StableDiffusion3Pipeline.from_pretrained(source, revision=revision, variant=variant, dtype=dtype, **absent)
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
+        if part is not None:
+            part.requires_grad_(False).eval().to(device)
+    return SD3(
+        path=source, transformer=pipe.transformer, vae=pipe.vae, scheduler=pipe.scheduler,
+        text_encoders=[getattr(pipe, name) for name in encoders] if "text" in parts else [],
+        tokenizers=[getattr(pipe, name) for name in tokenizers] if "text" in parts else [],
+        transformer_config=read_config(source, "transformer/config.json", revision),
+    )  # fmt: skip
+
+
+def unload_text_encoders(model: SD3) -> None:
+    """Drop the text encoders (9.5 GB of T5 in bf16) once every prompt is encoded."""
+    model.text_encoders.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------- text
+
+
+def default_sequence_length(source: Any, revision: str | None = None) -> int:
+    """T5 tokens to pad to: what the model's own tokenizer_3 says, at most 256. The same in training, validation and demo.
+
+    Args:
+        source: a local folder, a Hub id, or the tokenizer itself. A model without T5 gets 256, the stock pipeline's zeros.
+    """
+    if isinstance(source, str | Path):
+        if not _has(read_config(source, "model_index.json", revision), "tokenizer_3"):
+            return MAX_SEQUENCE_LENGTH
+        length = read_config(source, "tokenizer_3/tokenizer_config.json", revision).get("model_max_length", MAX_SEQUENCE_LENGTH)
+    else:
+        length = MAX_SEQUENCE_LENGTH if source is None else source.model_max_length
+    return int(min(MAX_SEQUENCE_LENGTH, length))
+
+
+def _token_ids(tokenizer: Any, prompts: list[str], length: int, device: torch.device) -> Tensor:
+    """(b, length) token numbers, padded; what does not fit is cut off without a word (the stock pipeline warns at every batch)."""
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
+
+
+def encode_prompts(model: SD3, prompts: Sequence[str], max_sequence_length: int | None = None) -> Conditioning:
+    """The three text encoders on a batch of prompts, exactly as `StableDiffusion3Pipeline.encode_prompt` does; gradients may flow.
+
+    CLIP-L's and CLIP-G's last but one hidden states side by side, padded with zeros to D, then T5's tokens after them. Without T5 its
+    tokens are zeros. In the encoders' dtype, on their device.
+
+    Args:
+        max_sequence_length: T5 tokens; None takes `default_sequence_length` of the model's tokenizer.
+    """
+    assert model.text_encoders, "the text encoders are not loaded; load(parts=(..., 'text')) or use the text cache"
+    prompts, t5 = list(prompts), model.text_encoders[2]
+    dtype, device = model.text_encoders[0].dtype, model.text_encoders[0].device
+    length = default_sequence_length(model.tokenizers[2]) if max_sequence_length is None else max_sequence_length
+    hidden, pooled = [], []
+    for encoder, tokenizer in zip(model.text_encoders[:2], model.tokenizers[:2], strict=True):
+        # Both CLIPs are cut at the first tokenizer's length, as in the stock pipeline.
+        out = encoder(_token_ids(tokenizer, prompts, model.tokenizers[0].model_max_length, device), output_hidden_states=True)
+        hidden.append(out.hidden_states[-2].to(dtype))
+        pooled.append(out[0])
+    if t5 is None:
+        t5_hidden = torch.zeros(len(prompts), length, model.transformer_config["joint_attention_dim"], device=device, dtype=dtype)
+    else:
+        t5_hidden = t5(_token_ids(model.tokenizers[2], prompts, length, device))[0].to(t5.dtype)  # (b, length, D)
+    clip = torch.cat(hidden, dim=-1)  # (b, 77, 768 + 1280)
+    clip = nn.functional.pad(clip, (0, t5_hidden.shape[-1] - clip.shape[-1]))  # (b, 77, D)
+    return Conditioning(torch.cat([clip, t5_hidden], dim=-2), torch.cat(pooled, dim=-1))
+
+
+# --------------------------------------------------------------------------- images
+
+
+def encode_images(model: SD3, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (b, 16, h, w) of the VAE's posterior, in its dtype, not yet shifted and scaled.
+
+    Args:
+        pixels: (b, 3, H, W) in [-1, 1], any float dtype.
+    """
+    posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """mean + std * noise in fp32; all (b, 16, h, w)."""
+    return mean.float() + std.float() * noise.float()
+
+
+def scale_latents(model: SD3, latents: Tensor) -> Tensor:
+    """VAE latents -> the transformer's: (latents - shift_factor) * scaling_factor. Leaving the shift out is a known bug elsewhere."""
+    return (latents - model.vae.config.shift_factor) * model.vae.config.scaling_factor
+
+
+def decode_latents(model: SD3, latents: Tensor, batch_size: int = 4) -> Tensor:
+    """The transformer's latents (b, 16, h, w) -> images (b, 3, H, W) float32 in [0, 1], `batch_size` at a time; gradients may flow."""
+    latents = latents.to(model.vae.device) / model.vae.config.scaling_factor + model.vae.config.shift_factor
+    decoded = [model.vae.decode(part.to(model.vae.dtype), return_dict=False)[0] for part in latents.split(batch_size)]
+    return (torch.cat(decoded) * 0.5 + 0.5).clamp(0, 1).float()
+
+
+# --------------------------------------------------------------------------- the transformer
+
+
+def _device_and_dtype(transformer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Of the base weights: `transformer.dtype` may name that of an fp32 LoRA adapter, and a wrapper has none."""
+    weight = unwrap(transformer).pos_embed.proj.weight
+    return weight.device, weight.dtype
+
+
+def velocity(transformer: nn.Module, latents: Tensor, sigma: Tensor, condition: Conditioning) -> Tensor:
+    """The predicted velocity noise - x0, (b, 16, h, w) float32.
+
+    The timestep goes in as fp32 whatever the transformer's dtype: rounded to bf16 it would be another timestep (711 becomes 712), and
+    its sinusoids would change by up to 44 % (norm). diffusers computes them in fp32 and only then casts them to `pooled`'s dtype.
+
+    Args:
+        transformer: bare, LoRA'd, compiled or wrapped by DDP.
+        latents: (b, 16, h, w), noised.
+        sigma: (b,) float32 in [0, 1].
+    """
+    _, dtype = _device_and_dtype(transformer)
+    prediction = transformer(
+        hidden_states=latents.to(dtype), timestep=flow.timestep(sigma), encoder_hidden_states=condition.embeds.to(dtype),
+        pooled_projections=condition.pooled.to(dtype), return_dict=False,
+    )[0]  # fmt: skip
+    return prediction.float()
+
+
+def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> float:
+    """What --shift means for pictures of height x width pixels.
+
+    "model": the schedule's own shift; "resolution": that shift, taken to belong to the native resolution, scaled to this size;
+    a number: itself.
+    """
+    if shift == "resolution":
+        return flow.resolution_shift(model.shift, height, width, model.native_resolution)
+    return model.shift if shift == "model" else float(shift)
+
+
+def compile_blocks(transformer: nn.Module, **options: Any) -> None:
+    """Compile each JointTransformerBlock in place (`options` as in torch.compile): state dict, LoRA and hooks stay as they are.
+
+    diffusers' `compile_repeated_blocks` refuses SD3, whose class does not name its repeated blocks.
+    """
+    for block in unwrap(transformer).transformer_blocks:
+        block.compile(**options)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside (no LoRA dropout), the former mode after, also after an exception."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def _check_skip_layers(skip_layers: Sequence[int], layers: int, guidance_scale: float, steps: int, start: float, stop: float) -> None:
+    """Raises ValueError where the stock pipeline would ignore skip-layer guidance in silence."""
+    if not set(skip_layers) <= set(range(layers)):
+        raise ValueError(f"skip-layer guidance: layers {list(skip_layers)} asked for, the model has 0 to {layers - 1}")
+    if guidance_scale <= 1:
+        raise ValueError(f"skip-layer guidance has no effect at guidance scale {guidance_scale}; use more than 1 or leave it out")
+    if not any(steps * start < i < steps * stop for i in range(steps)):
+        raise ValueError(f"skip-layer guidance from {start} to {stop} of {steps} steps covers no step; use more steps or a later stop")
+
+
+@torch.no_grad()
+def render(
+    model: SD3, transformer: nn.Module, condition: Conditioning, *, negative: Conditioning | None, seeds: Sequence[int],
+    height: int, width: int, num_inference_steps: int, guidance_scale: float, skip_layers: Sequence[int] | None = None,
+    skip_layer_scale: float = 2.8, skip_layer_start: float = 0.01, skip_layer_stop: float = 0.2, batch_size: int = 4,
+) -> Tensor:  # fmt: skip
+    """Images (b, 3, H, W) float32 in [0, 1] by the stock StableDiffusion3Pipeline, picture i from CPU noise of seeds[i].
+
+    A picture depends on its seed and not on the batch or device (but for rounding). The transformer is in eval mode meanwhile.
+
+    Args:
+        condition: b prompts. negative: b or 1 negative prompts of the same L; needed when guidance_scale > 1, else unused.
+        height, width: multiples of 16.
+        skip_layers: skip-layer guidance as in diffusers (`skip_guidance_layers`; Stability recommends 7, 8, 9 for SD3.5-medium): in the
+            steps strictly between `start` and `stop` (fractions) one more pass per picture, with the prompt and without these layers.
+
+    Raises:
+        ValueError: missing negative prompt, or skip-layer guidance that would have no effect.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    assert len(seeds) == len(condition), f"{len(condition)} prompts but {len(seeds)} seeds"
+    bare = unwrap(transformer)
+    if guidance_scale > 1 and negative is None:
+        raise ValueError(f"guidance scale {guidance_scale} needs a negative prompt's embeddings (those of '' by default)")
+    options: dict[str, Any] = {}
+    if skip_layers:
+        window = (num_inference_steps, skip_layer_start, skip_layer_stop)
+        _check_skip_layers(skip_layers, len(bare.transformer_blocks), guidance_scale, *window)
+        options = dict(skip_guidance_layers=list(skip_layers), skip_layer_guidance_scale=skip_layer_scale,
+                       skip_layer_guidance_start=skip_layer_start, skip_layer_guidance_stop=skip_layer_stop)  # fmt: skip
+    pipe = StableDiffusion3Pipeline(
+        transformer=bare, scheduler=FlowMatchEulerDiscreteScheduler.from_config(model.scheduler.config), vae=None,
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    device, dtype = _device_and_dtype(bare)
+    images = []
+    with _evaluating(transformer):
+        for start in range(0, len(condition), batch_size):
+            rows = slice(start, start + batch_size)
+            part = condition[rows].to(device, dtype)
+            if guidance_scale > 1:
+                against = negative.expand(len(condition))[rows].to(device, dtype)
+                options |= dict(negative_prompt_embeds=against.embeds, negative_pooled_prompt_embeds=against.pooled)
+            latents = pipe(
+                prompt_embeds=part.embeds, pooled_prompt_embeds=part.pooled, height=height, width=width,
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="latent",
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]], **options,
+            ).images  # fmt: skip
+            images.append(decode_latents(model, latents, batch_size))
+    return torch.cat(images)
+
+
+# --------------------------------------------------------------------------- planning, from the configs alone
+
+
+def transformer_from_config(source: str | Path | dict[str, Any], revision: str | None = None) -> nn.Module:
+    """The transformer on the meta device, without weights: for counting parameters, LoRA targets and FLOPs. `source`: model or config."""
+    from diffusers import SD3Transformer2DModel
+
+    config = dict(source) if isinstance(source, dict) else read_config(source, "transformer/config.json", revision)
+    with torch.device("meta"):
+        return SD3Transformer2DModel.from_config(config)
+
+
+def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str, int]:
+    """Parameters of each part that the model has, by its name in model_index.json; reads configs only, never weights."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+    index = read_config(path, "model_index.json", revision)
+
+    def text_encoder(name: str) -> nn.Module:
+        config = read_config(path, f"{name}/config.json", revision)
+        if name == "text_encoder_3":
+            return T5EncoderModel(T5Config.from_dict(config))
+        return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
+
+    parts = {"transformer": transformer_from_config(path, revision)}
+    with torch.device("meta"):
+        parts["vae"] = AutoencoderKL.from_config(read_config(path, "vae/config.json", revision))
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if _has(index, name):
+                parts[name] = text_encoder(name)
+    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def forward_flops(transformer: nn.Module, height: int, width: int, text_tokens: int) -> int:
+    """Floating-point operations (a multiply-add is two) of one forward pass for one picture, counted on the meta device.
+
+    Args:
+        transformer: from `transformer_from_config`.
+        height, width: pixels.
+        text_tokens: L, CLIP's tokens plus T5's (77 + 77 = 154, 77 + 256 = 333).
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = transformer.config
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.device("meta"):
+        transformer(
+            hidden_states=torch.empty(1, config.in_channels, height // VAE_SCALE, width // VAE_SCALE),
+            timestep=torch.empty(1), encoder_hidden_states=torch.empty(1, text_tokens, config.joint_attention_dim),
+            pooled_projections=torch.empty(1, config.pooled_projection_dim), return_dict=False,
+        )  # fmt: skip
+    return counter.get_total_flops()
