@@ -1,0 +1,258 @@
+"""Checkpoints: written whole or not at all, rotated, resumed exactly.
+
+output_dir/checkpoint-STEP holds `state.pt` (a dictionary of the parts' states, readable with `torch.load(weights_only=True)`),
+the run's `args.json` and whatever `write_weights` adds for other programs. It is written as `checkpoint-STEP.tmp`, flushed to the
+disk and renamed: a run killed at any moment leaves the previous checkpoint whole. torch is imported when something is saved, so that
+`check_resume` answers a wrong flag at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from src.runtime import Run
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def _step(folder: Path) -> int:
+    return int(_NAME.fullmatch(folder.name).group(1))
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, oldest first by step."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / "state.pt").is_file()]
+    return sorted(found, key=_step)
+
+
+def find_latest(output_dir: Path) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    return (_checkpoints(output_dir) or [None])[-1]
+
+
+def locate(spec: str | Path | None, output_dir: Path) -> Path | None:
+    """The folder that `latest`, a path or None stands for; None: start at step 0."""
+    if spec is None:
+        return None
+    return find_latest(output_dir) if str(spec) == "latest" else Path(spec)
+
+
+def saved_args(folder: Path) -> dict[str, Any]:
+    """The flags of the run that wrote the checkpoint."""
+    return json.loads((folder / "args.json").read_text(encoding="utf-8"))
+
+
+def check_resume(spec: str | None, output_dir: Path) -> None:
+    """Refuses to resume from what is no checkpoint, and to mix two runs in one folder.
+
+    Raises:
+        ValueError: --resume_from_checkpoint names no checkpoint, or output_dir holds checkpoints that this run would not continue.
+    """
+    flag = f"--resume_from_checkpoint {spec}"
+    folder, latest = locate(spec, output_dir), find_latest(output_dir)
+    if folder is not None:
+        if not folder.is_dir():
+            raise ValueError(f"{flag}: no such folder; give a checkpoint-STEP folder or `latest`")
+        if not _NAME.fullmatch(folder.resolve().name) or not all((folder / name).is_file() for name in ("state.pt", "args.json")):
+            inside = find_latest(folder)
+            raise ValueError(f"{flag} is no checkpoint; give " + (str(inside) if inside else "a checkpoint-STEP folder or `latest`"))
+    if latest is not None and (folder is None or folder.resolve() != latest.resolve()):
+        raise ValueError(
+            f"--output_dir {output_dir} already holds {latest.name}: continue it with --resume_from_checkpoint latest, "
+            "choose another --output_dir, or delete it"
+        )
+
+
+def _sync(path: Path) -> None:
+    """Forces a file or a folder's list of names onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint so that a kill in between leaves no half of it under a checkpoint's name."""
+    doomed = folder if folder.suffix == ".tmp" else folder.with_name(folder.name + ".old.tmp")
+    if doomed != folder:
+        os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_failures() -> tuple[type[BaseException], ...]:
+    """What writing to a full or read-only disk raises."""
+    from safetensors import SafetensorError
+
+    return OSError, SafetensorError
+
+
+def _difference(saved: dict, here: dict) -> str | None:
+    """What keeps one flat dictionary of tensors from being loaded into another, or None."""
+    import torch
+
+    if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in (*saved.values(), *here.values())):
+        return None  # nested or scalar: the part's own load_state_dict has to judge
+    missing, extra = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
+    if missing or extra:
+        return f"{len(missing)} tensors are missing and {len(extra)} unknown, first {(missing + extra)[0]}"
+    for name, value in here.items():
+        if value.shape != saved[name].shape:
+            return f"{name} is {tuple(saved[name].shape)} in the checkpoint and {tuple(value.shape)} here"
+    return None
+
+
+class Checkpointer:
+    """Saves and restores `parts`, each an object with `state_dict` and `load_state_dict` of tensors, numbers and texts.
+
+    Put the weights first: they are checked before an optimizer that would accept anything. The GradScaler of fp16 is added by
+    itself. In a training step, save last: after the metrics and the validation of that step are on the disk.
+
+    Args:
+        every: optimizer steps between checkpoints.
+        keep: number of checkpoints to keep, None for all.
+        write_weights: called on the main process with the folder, to add weights in the format of other programs.
+    """
+
+    def __init__(
+        self, run: Run, *, every: int, keep: int | None, parts: dict[str, Any], write_weights: Callable[[Path], None] | None = None
+    ):
+        self.run, self.every, self.keep, self.write_weights = run, every, keep, write_weights
+        self.parts = dict(parts)
+        scaler = getattr(run.accelerator, "scaler", None)
+        if scaler is not None:
+            self.parts["scaler"] = scaler
+        self.saved: int | None = None  # the last step that was written
+        if run.is_main:
+            for stale in run.output_dir.glob("checkpoint-*.tmp"):  # of a run that was killed while saving
+                shutil.rmtree(stale)
+
+    def save_if_due(self, step: int) -> bool:
+        """Saves at multiples of `every`; returns whether it did."""
+        if step % self.every:
+            return False
+        self.save(step)
+        return True
+
+    def save(self, step: int) -> None:
+        """Writes checkpoint-STEP and removes the ones beyond `keep`; a step that is saved already is left alone.
+
+        All processes call it, the main one writes.
+
+        Raises:
+            SystemExit: on every process if writing failed (full disk): says which checkpoint is intact and what to do.
+        """
+        if step == self.saved:
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()}  # everywhere: a part may need its peers
+        failure = None
+        if self.run.is_main:
+            failure = self._try_write(step, state)
+        failure = self.run.broadcast(failure)  # also the wait of the others
+        if failure:
+            raise SystemExit(failure)
+        self.saved = step
+
+    def _try_write(self, step: int, state: dict) -> str | None:
+        """Writes, renames, rotates; returns what to tell the user if the disk refused."""
+        output_dir = self.run.output_dir
+        folder = output_dir / f"checkpoint-{step}"
+        temporary = folder.with_name(folder.name + ".tmp")
+        try:
+            self._write(temporary, {"step": step, "kinds": self._kinds(), **state})
+            if folder.exists():
+                _remove(folder)
+            os.replace(temporary, folder)
+            _sync(output_dir)
+        except (*_write_failures(), RuntimeError) as error:
+            # torch's writer reports a full disk as RuntimeError; any other one is a mistake in the code and must be seen
+            if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|inline_container|iostream", str(error)):
+                raise
+            shutil.rmtree(temporary, ignore_errors=True)
+            latest = find_latest(output_dir)
+            before = f"the previous one, {latest.name}, is intact" if latest else "there is no earlier one"
+            return (
+                f"error: could not write {folder} ({str(error).splitlines()[0]}); {before}. Free space there "
+                "(or use a smaller --checkpoints_total_limit), then continue with --resume_from_checkpoint latest"
+            )
+        self._rotate(folder)
+        return None
+
+    def _write(self, folder: Path, state: dict) -> None:
+        import torch
+
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        with open(folder / "state.pt", "wb") as file:  # a Python file: a full disk is then an OSError with its reason
+            torch.save(state, file)
+        shutil.copyfile(self.run.output_dir / "args.json", folder / "args.json")
+        if self.write_weights is not None:
+            self.write_weights(folder)
+        for path in (*(p for p in folder.rglob("*") if p.is_file()), folder):
+            _sync(path)
+
+    def _rotate(self, newest: Path) -> None:
+        if self.keep is None:
+            return
+        for folder in _checkpoints(self.run.output_dir)[: -self.keep]:
+            if folder != newest:
+                _remove(folder)
+
+    def resume(self, spec: str | Path | None) -> int:
+        """Loads every part from `latest` or a folder; returns the step to continue after, 0 for a fresh start.
+
+        Raises:
+            ValueError: the checkpoint does not fit the flags of this run; says which part and which flags differ.
+        """
+        import torch
+
+        folder = locate(spec, self.run.output_dir)
+        if folder is None:
+            if spec is not None:
+                self.run.print(f"no checkpoint in {self.run.output_dir}: starting at step 0")
+            return 0
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        step, kinds = state.pop("step"), state.pop("kinds")
+        missing, extra = sorted(self.parts.keys() - state.keys()), sorted(state.keys() - self.parts.keys())
+        if missing or extra:
+            what = f"no state of {', '.join(missing)}" if missing else f"a state of {', '.join(extra)}, which this run does not use"
+            raise ValueError(f"{folder} holds {what}{self._other_flags(folder)}")
+        for name, part in self.parts.items():
+            difference = _difference(state[name], part.state_dict())
+            if kinds.get(name) != self._kinds().get(name):
+                difference = f"saved by {kinds.get(name)}, this run uses {self._kinds().get(name)}"
+            if difference is None:
+                try:
+                    part.load_state_dict(state[name])
+                except (ValueError, RuntimeError, KeyError) as error:  # what torch raises for a state of another shape
+                    difference = str(error).splitlines()[0]
+            if difference is not None:
+                raise ValueError(f"{folder} does not fit this run: {name}: {difference}{self._other_flags(folder)}")
+        self.saved = step if folder.parent.resolve() == self.run.output_dir.resolve() else None
+        self.run.print(f"resuming from {folder}, step {step}")
+        return step
+
+    def _kinds(self) -> dict[str, str]:
+        """Class of each optimizer: torch loads the state of any other one and fails steps later."""
+        optimizers = {name: part for name, part in self.parts.items() if hasattr(part, "param_groups")}
+        return {name: type(getattr(part, "optimizer", part)).__name__ for name, part in optimizers.items()}  # inside accelerate's wrapper
+
+    def _other_flags(self, folder: Path) -> str:
+        now = json.loads((self.run.output_dir / "args.json").read_text(encoding="utf-8"))
+        changes = changed_flags(saved_args(folder), now)
+        return f"; flags that differ: {', '.join(changes)}" if changes else "; pass the flags it was written with (its args.json)"
+
+
+def changed_flags(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`--rank 4 -> 8` for each flag that differs, but for those that say where from and whether to resume."""
+    ignored = {"resume_from_checkpoint", "output_dir", "dry_run"}
+    names = [name for name in (*before, *(n for n in now if n not in before)) if name not in ignored]
+    return [f"--{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]

@@ -1,0 +1,196 @@
+"""Metrics: means over samples, micro-batches, steps and processes, in metrics.jsonl and the tracker under one name each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from src.runtime import Run
+
+NAMES = {
+    "step": "optimizer steps done",
+    "loss": "training loss: squared velocity error, mean over latent values and the samples of the window",
+    "grad_norm": "global norm of the gradient before clipping, mean over the window",
+    "lr": "learning rate of the last step in the window",
+    "epoch": "passes over the training set so far",
+    "val_loss": "the training loss on held-out pictures with fixed noise, mean over the noise levels below",
+    "val_loss_sigma_0.25": "that loss at noise level 0.25: detail",
+    "val_loss_sigma_0.5": "that loss at noise level 0.5",
+    "val_loss_sigma_0.75": "that loss at noise level 0.75: the median of training with shift 3",
+    "val_loss_sigma_0.95": "that loss at noise level 0.95: composition",
+    "images_per_second": "training samples per second over all processes, without validation and saving",
+    "seconds": "seconds since this process started to train, validation and saving included",
+    "memory_gb": "peak memory of the main process: on the GPU, or in RAM without one (1 GB = 10^9 bytes)",
+}
+VARYING = frozenset({"images_per_second", "seconds", "memory_gb"})  # the only names that a resumed run writes differently
+
+
+class Log:
+    """Collects scalars on the device, once per optimizer step, and writes a line of means every `every` steps and at the last one.
+
+    Belongs into a checkpoint. The first line it writes cuts metrics.jsonl back: to the step that was resumed, or to nothing in a
+    fresh run. Shows a progress bar on the main process.
+
+    Args:
+        every: optimizer steps per line.
+    """
+
+    def __init__(self, run: Run, every: int):
+        self.run, self.every = run, every
+        self.path = run.output_dir / "metrics.jsonl"
+        self.total: int = run.args.max_train_steps
+        self.images_per_step: int = run.args.train_batch_size * run.args.gradient_accumulation_steps * run.world
+        self._fresh: dict[str, list[Tensor]] = {}  # this process's values since the last synchronisation
+        self._settled: dict[str, list[float]] = {}  # the open window's earlier values, means over the processes
+        self._written = 0  # last step of the last window
+        self._step = 0  # last step of all
+        self._resumed, self._opened = 0, False
+        self._bar: tqdm | None = None
+        self._began, self._clock = time.monotonic(), None  # the clock starts after the first step: it loads, compiles, warms up
+        self._timed = 0  # steps since the clock started
+
+    def add(self, **scalars: Tensor) -> None:
+        """Adds one optimizer step's values: scalar tensors, means over the micro-batches of this process.
+
+        Every process passes the same names. Nothing waits for the GPU here.
+        """
+        for name, value in scalars.items():
+            assert name in NAMES, f"give {name!r} a line of meaning in metrics.NAMES"
+            self._fresh.setdefault(name, []).append(value.detach().double().reshape(()))
+        if self._clock is None:
+            self._clock = time.monotonic()
+        else:
+            self._timed += 1
+
+    def write(self, step: int, **floats: float) -> dict[str, float] | None:
+        """After every step; at the end of a window writes its means and the given numbers and returns that line, else None.
+
+        Raises:
+            FloatingPointError: a loss was not finite; names the step, on every process.
+        """
+        self._step = step
+        self._advance()
+        if step % self.every and step != self.total:
+            return None
+        self._settle()
+        means = {name: math.fsum(values) / len(values) for name, values in self._settled.items()}
+        now = time.monotonic()
+        steps, since = (self._timed, self._clock) if self._timed else (1, self._began)  # a window of the first step alone
+        speed = steps * self.images_per_step / max(now - since, 1e-9)
+        timing = {"images_per_second": speed, "seconds": now - self._began, "memory_gb": self.run.peak_memory() / 1e9}
+        self._settled, self._written, self._timed, self._clock = {}, step, 0, now
+        line = self._append(step, {**means, **floats, **timing})
+        self._show(line)
+        return line
+
+    def record(self, step: int, **floats: float) -> None:
+        """Writes one line of numbers that are no training means: validation."""
+        self._append(step, floats)
+
+    def _advance(self) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=self.total, initial=self._step - 1, disable=not self.run.is_main, unit="step", mininterval=0.5)
+        self._bar.update(self._step - self._bar.n)
+
+    def _show(self, line: dict[str, float]) -> None:
+        shown = {"loss": ".4f", "lr": ".2e", "images_per_second": ".2f", "memory_gb": ".2f"}
+        units = {"images_per_second": "img/s", "memory_gb": "GB"}
+        self._bar.set_postfix({units.get(name, name): format(line[name], spec) for name, spec in shown.items() if name in line})
+        if self._step == self.total:
+            self._bar.close()
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Time spent inside (validation, saving) does not count for images_per_second."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._clock is not None:
+                self._clock += time.monotonic() - began
+
+    def _settle(self) -> None:
+        """Moves the fresh values to the host as means over the processes: one synchronisation."""
+        if not self._fresh:
+            return
+        together = torch.cat([torch.stack(values) for values in self._fresh.values()])  # (names x steps,)
+        numbers = iter(self.run.mean(together).tolist())
+        for name, values in self._fresh.items():
+            self._settled.setdefault(name, []).extend(next(numbers) for _ in values)
+        self._fresh = {}
+        for name, values in self._settled.items():
+            for index, value in enumerate(values):
+                if name.endswith("loss") and not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"{name} is {value} at step {self._written + 1 + index}: nothing was saved since; go on from the last checkpoint "
+                        "with a smaller --learning_rate, more --lr_warmup_steps, or --mixed_precision bf16 or no"
+                    )
+
+    def _append(self, step: int, floats: dict[str, float]) -> dict[str, float]:
+        unnamed = floats.keys() - NAMES.keys()
+        assert not unnamed, f"give {sorted(unnamed)} a line of meaning in metrics.NAMES"
+        if not self._opened:
+            self._rewind()
+        finite = {name: value for name, value in floats.items() if math.isfinite(value)}
+        if self.run.is_main:
+            line = {"step": step, **{name: finite.get(name) for name in floats}}  # JSON has no NaN: null
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        self.run.accelerator.log(finite, step=step)
+        return {"step": step, **floats}
+
+    def _rewind(self) -> None:
+        """Cuts metrics.jsonl back to the step that this run continues after; a last line torn by a kill is dropped."""
+        self._opened = True
+        resumed = self._resumed
+        if self.run.is_main and self.path.exists():
+            kept = [line for line in read(self.path) if 0 < resumed and line["step"] <= resumed]
+            temporary = self.path.with_suffix(".jsonl.tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open window, so that a run resumed inside it writes the same line; call it on every process.
+
+        Raises:
+            FloatingPointError: a loss was not finite, so that no checkpoint is written after it.
+        """
+        self._settle()
+        window = {name: list(values) for name, values in self._settled.items()}
+        return {"step": self._step, "written": self._written, "window": window}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the window of `state_dict()`."""
+        self._step = self._resumed = int(state["step"])
+        self._written = int(state["written"])
+        self._settled = {name: list(values) for name, values in state["window"].items()}
+        self._fresh, self._timed = {}, 0
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl as dictionaries, without a last line that a kill tore.
+
+    Raises:
+        ValueError: a line before the last is damaged.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is damaged ({error.msg}); delete that line") from None
+    return found

@@ -1,0 +1,91 @@
+"""Optimizers and learning-rate schedules by name. torch and the optional packages are imported when something is built."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import device as Device
+    from torch.nn import Parameter
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+PACKAGES = {"adamw": None, "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "adafactor": None}  # what each needs besides torch
+
+
+def check(name: str) -> None:
+    """Refuses an optimizer whose package is missing, without importing anything.
+
+    Raises:
+        ValueError: unknown name, or the package to install.
+    """
+    if name not in PACKAGES:
+        raise ValueError(f"--optimizer {name} is unknown; choose from {', '.join(PACKAGES)}")
+    package = PACKAGES[name]
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"--optimizer {name} needs the package {package}: pip install {package}, or use --optimizer adamw")
+
+
+def build(
+    parameters: Iterable[Parameter],
+    *,
+    name: str,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 1e-2,
+    epsilon: float = 1e-8,
+    device: Device,
+) -> Optimizer:
+    """The optimizer `name` over `parameters`; every one decouples the weight decay.
+
+    adamw is fused on CUDA (one kernel per step). adamw8bit keeps both moments in 8 bits for tensors of at least 4096 numbers.
+    prodigy estimates its step size, `learning_rate` only scales it: leave it at 1. adafactor keeps a row and a column of
+    second moments and no first one: `betas` and `epsilon` do not apply.
+
+    Raises:
+        ValueError: see `check`; or nothing to train.
+    """
+    check(name)
+    import torch
+
+    parameters = list(parameters)
+    if not parameters:
+        raise ValueError("nothing to train: no parameter was selected; check --lora_layers and --lora_blocks")
+    adam = {"lr": learning_rate, "betas": tuple(betas), "eps": epsilon, "weight_decay": weight_decay}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, fused=device.type == "cuda", **adam)
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, **adam)
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a line on every rank
+            # both switches as its authors advise for diffusion models: a warm-up must not inflate the estimate
+            return Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **adam)
+    return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def schedule(
+    optimizer: Optimizer, name: str, *, warmup_steps: int = 0, total_steps: int, cycles: int = 1, power: float = 1.0
+) -> LRScheduler:
+    """diffusers' schedule `name`, to be stepped once per optimizer step whatever the number of processes.
+
+    Do not pass it through `accelerator.prepare`: that steps it once per process, so that it ends too early.
+    Source: diffusers.optimization.get_scheduler.
+    """
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps, num_cycles=cycles, power=power
+    )
+
+
+def learning_rate(peak: float, scale: bool, global_batch: int) -> float:
+    """The learning rate that results: `peak`, times the global batch with --scale_lr (batch x accumulation x processes)."""
+    return peak * global_batch if scale else peak

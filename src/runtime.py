@@ -1,0 +1,316 @@
+"""start(args) -> Run: devices, processes, seed, output folder, args.json, trackers, signals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import secrets
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from src import checkpoint
+
+_PATIENCE = timedelta(hours=2)  # how long processes wait for one that renders, fills a cache or uploads; torch's default is 10 minutes
+
+
+class StopSignal:
+    """The first SIGTERM or Ctrl-C raises a flag that the loop reads; the second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def install(self) -> None:
+        """Takes over both signals; does nothing outside the main thread, where Python has no signal handlers."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            current = signal.getsignal(number)
+            owner = getattr(current, "__self__", None)  # a run of this process that ended in an error left its handler behind
+            self._previous[number] = owner._previous[number] if isinstance(owner, StopSignal) else current
+            signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Gives both signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.received = True
+        text = f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint (Ctrl-C again: stop at once)\n"
+        os.write(2, text.encode())  # print is not safe inside a handler
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Run:
+    """One training run on this process: what every script needs besides its algorithm."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Any):
+        self.args, self.accelerator = args, accelerator
+        self.output_dir: Path = args.output_dir
+        self.device: torch.device = accelerator.device
+        self.weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]  # of frozen parts
+        self.world: int = accelerator.num_processes
+        self.rank: int = accelerator.process_index
+        self.is_main: bool = accelerator.is_main_process
+        self.signals = StopSignal()
+        self._pending: tuple[Any, Tensor] | None = None
+        # host-side messages go over the CPU: reading one does not wait for the GPU
+        self._group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE) if self.world > 1 else None
+
+    def print(self, text: str) -> None:
+        """One line from the main process, above the progress bars."""
+        if self.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(n, ...) on every process, n the same everywhere -> (world * n, ...) in the order of the ranks."""
+        assert tensor.ndim, "gather joins along the first axis: give it at least one"
+        return self.accelerator.gather(tensor)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over the processes, element by element; same shape."""
+        return self.accelerator.reduce(tensor, reduction="mean") if self.world > 1 else tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value (anything that pickles) on every process."""
+        if self.world == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def stop_requested(self) -> bool:
+        """Whether any process was told to stop; call it once per step, on every process: all get the same answer.
+
+        With several processes the answer is that of the call before, so that none waits for another inside a step.
+        """
+        if self.world == 1:
+            return self.signals.received
+        flag = torch.tensor([int(self.signals.received)])
+        work = torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        pending, self._pending = self._pending, (work, flag)
+        if pending is None:
+            return False
+        pending[0].wait()
+        return bool(pending[1].item())
+
+    @contextmanager
+    def no_sync(self, model: Any, last: bool) -> Iterator[None]:
+        """Around the backward pass of a micro-batch: gradients are summed over the processes only at the `last` one."""
+        if last or self.world == 1:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def barrier(self) -> None:
+        """Waits until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
+        """Scales the gradients down to a global norm of `max_norm` (0: leaves them); returns the norm before, a scalar on the device."""
+        return self.accelerator.clip_grad_norm_(parameters, max_norm or float("inf"))  # undoes fp16's loss scale first
+
+    def log_image(self, name: str, image: Image.Image, step: int) -> None:
+        """Shows a PIL image in the trackers."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({name: [image]}, step=step)
+
+    def peak_memory(self) -> int:
+        """Bytes: the most the GPU held for tensors, or the most this process held in RAM."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def finish(self, text: str | None = None) -> None:
+        """Closes the trackers, leaves the process group, gives the signals back; prints a last line."""
+        if self._pending is not None:
+            self._pending[0].wait()
+        self.barrier()
+        self.accelerator.end_training()
+        self.signals.restore()
+        if text:
+            self.print(text)
+
+
+# --------------------------------------------------------------------------- refusals and warnings
+
+
+def check_world(environ: Mapping[str, str], world: int) -> None:
+    """Refuses a launcher that promised more processes than there are.
+
+    `accelerate launch --num_processes 2` without a GPU starts one process. Its only traces: it sets MASTER_ADDR, which it does for
+    several processes alone, and no WORLD_SIZE, which it does for real ones.
+
+    Raises:
+        ValueError: names the command that works.
+    """
+    promised = environ.get("WORLD_SIZE")
+    silent = promised is None and "MASTER_ADDR" in environ and "ACCELERATE_MIXED_PRECISION" in environ
+    if (promised is None or int(promised) == world) and not silent:
+        return
+    asked = f"{promised} processes" if promised else "several processes (MASTER_ADDR is set)"
+    raise ValueError(
+        f"the launcher was asked for {asked}, but {world} runs alone; on a CPU use "
+        "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`, on one process unset MASTER_ADDR and WORLD_SIZE"
+    )
+
+
+def driver_warning(driver: bool, usable: bool, built_for: str | None) -> str | None:
+    """What to say if there is an NVIDIA driver that torch does not use; built_for: torch.version.cuda."""
+    if usable or not driver:
+        return None
+    if built_for is None:
+        return (
+            f"warning: this machine has an NVIDIA driver, but torch {torch.__version__} is a CPU build: training runs on the CPU. "
+            "Install a CUDA build with the command that https://pytorch.org/get-started/locally shows"
+        )
+    return (
+        f"warning: this machine has an NVIDIA driver, but torch (built for CUDA {built_for}) finds no GPU: training runs on the CPU. "
+        "Check CUDA_VISIBLE_DEVICES and that the driver supports that CUDA version (nvidia-smi prints it)"
+    )
+
+
+def _check_precision(args: argparse.Namespace, device: torch.device) -> None:
+    if args.mixed_precision == "fp16" and device.type == "cpu":  # accelerate would compute in fp32 and not say so
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use --mixed_precision bf16 or no")
+
+
+# --------------------------------------------------------------------------- start
+
+
+def resume_args(args: argparse.Namespace) -> str | None:
+    """Takes the seed of the checkpoint to be resumed if none is given; returns a line naming the flags that differ, or None."""
+    folder = checkpoint.locate(args.resume_from_checkpoint, args.output_dir)
+    if folder is None:
+        return None
+    saved = checkpoint.saved_args(folder)
+    if args.seed is None:
+        args.seed = saved["seed"]
+    changes = checkpoint.changed_flags(saved, plain_args(args))
+    if not changes:
+        return None
+    return f"{folder.name} was written with other flags: {', '.join(changes)} (the optimizer's own settings stay those of the checkpoint)"
+
+
+def plain_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as JSON values; serves as --config of another run."""
+    plain = {name: value for name, value in vars(args).items() if name != "config"}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+
+
+def _write_args(args: argparse.Namespace) -> None:
+    path = args.output_dir / "args.json"
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(plain_args(args), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _settle_numerics(args: argparse.Namespace) -> None:
+    """Sets the process-wide switches, both ways: an earlier run of this process may have set them otherwise."""
+    torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch's default is True for convolutions
+    torch.use_deterministic_algorithms(args.deterministic)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_mem_efficient_sdp(not args.deterministic)  # its backward pass adds in no fixed order
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+
+
+def _accelerator(args: argparse.Namespace) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+
+    # accelerate refuses another precision in a process that had a run before; there is no public way to forget it
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    GradientState._reset_state()
+    names = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, [args.report_to])
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+    return Accelerator(
+        mixed_precision=args.mixed_precision,
+        cpu=several_on_cpu,  # otherwise each of torchrun's processes would believe to be alone
+        log_with=names,
+        project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
+        # explicit, because both have environment variables that would change the run: the loop accumulates and compiles by itself
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
+
+
+def _start_trackers(run: Run) -> None:
+    """Continues the curves of a resumed run instead of drawing a second one over them."""
+    args = run.args
+    if args.report_to == "none":
+        return
+    logs = run.output_dir / "logs"
+    folder = checkpoint.locate(args.resume_from_checkpoint, run.output_dir)
+    options: dict[str, dict[str, Any]] = {"tensorboard": {}, "wandb": {}}
+    if folder is not None:
+        options["tensorboard"]["purge_step"] = int(folder.resolve().name.rsplit("-", 1)[1]) + 1
+    if args.report_to in ("wandb", "all") and run.is_main:
+        logs.mkdir(exist_ok=True)
+        file = logs / "wandb_id"
+        if folder is None or not file.exists():
+            file.write_text(secrets.token_hex(4), encoding="utf-8")
+        options["wandb"] = {"dir": str(logs), "name": run.output_dir.name, "id": file.read_text(encoding="utf-8"), "resume": "allow"}
+    flags = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in plain_args(args).items()}
+    run.accelerator.init_trackers(args.tracker_project_name, config=flags, init_kwargs=options)
+
+
+def start(args: argparse.Namespace) -> Run:
+    """Begins a run: checks the processes, fixes the seed, makes `output_dir` with args.json, opens the trackers.
+
+    Changes `args.seed` if it is unset: to the checkpoint's when resuming, else to a number drawn here.
+
+    Raises:
+        ValueError: fp16 on a CPU; a launcher that started fewer processes than it was asked for.
+    """
+    _settle_numerics(args)
+    accelerator = _accelerator(args)
+    check_world(os.environ, accelerator.num_processes)
+    _check_precision(args, accelerator.device)
+    run = Run(args, accelerator)
+    driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+    warning = driver_warning(driver, torch.cuda.is_available(), torch.version.cuda)
+    if warning:
+        run.print(warning)
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", args.mixed_precision):  # the launcher's default is "no": it cannot be told from a choice
+        run.print(f"warning: --mixed_precision {args.mixed_precision} counts; the launcher's {launcher} is ignored")
+    run.args.output_dir.mkdir(parents=True, exist_ok=True)
+    changes = resume_args(args)
+    drawn = args.seed is None
+    args.seed = run.broadcast(secrets.randbelow(2**31) if drawn else args.seed)
+    if changes:
+        run.print(changes)
+    run.print(f"seed {args.seed}" + (f" (drawn; --seed {args.seed} repeats this run)" if drawn else ""))
+    if run.is_main:
+        _write_args(args)
+    _start_trackers(run)
+    run.barrier()
+    run.signals.install()
+    return run

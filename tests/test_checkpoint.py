@@ -1,0 +1,357 @@
+"""Checkpoints: whole or absent whatever happens, rotated by step, resumed to the bit, refused with a reason."""
+
+import argparse
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src import checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+class FakeRun:
+    is_main = True
+
+    def __init__(self, folder: Path, **flags):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output_dir, self.accelerator, self.lines = folder, SimpleNamespace(scaler=None), []
+        self.args = argparse.Namespace(**flags)
+        (folder / "args.json").write_text(json.dumps({"seed": 1, **flags}))
+
+    def broadcast(self, value):
+        return value
+
+    def print(self, text):
+        self.lines.append(text)
+
+
+class Weights:
+    """A part whose state is a flat dictionary of tensors."""
+
+    def __init__(self, rank=2, value=0.0):
+        self.tensors = {"a": torch.full((rank, 3), value), "b": torch.full((3, rank), value)}
+
+    def state_dict(self):
+        return {name: t.clone() for name, t in self.tensors.items()}
+
+    def load_state_dict(self, state):
+        for name, t in self.tensors.items():
+            t.copy_(state[name])
+
+
+def saver(folder, *, every=1, keep=None, parts=None, write_weights=None, **flags):
+    parts = parts or {"lora": Weights()}
+    return checkpoint.Checkpointer(FakeRun(folder, **flags), every=every, keep=keep, parts=parts, write_weights=write_weights)
+
+
+def names(folder):
+    return sorted(p.name for p in folder.glob("checkpoint-*"))
+
+
+def test_saved_parts_come_back_to_the_bit(tmp_path):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(4, 5))
+    optimizer = torch.optim.AdamW([p], lr=0.1)
+    p.grad = torch.randn(4, 5)
+    optimizer.step()
+    part = Weights()
+    part.tensors["a"].normal_()
+    first = saver(tmp_path, parts={"lora": part, "optimizer": optimizer})
+    first.save(7)
+
+    fresh, other = Weights(), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(4, 5))], lr=0.5)
+    again = saver(tmp_path, parts={"lora": fresh, "optimizer": other})
+    assert again.resume("latest") == 7
+    assert torch.equal(fresh.tensors["a"], part.tensors["a"])
+    mine, theirs = optimizer.state_dict(), other.state_dict()
+    assert theirs["param_groups"][0]["lr"] == 0.1
+    for key, value in mine["state"][0].items():
+        assert torch.equal(theirs["state"][0][key], value)
+    assert any("step 7" in line for line in again.run.lines)
+
+
+def test_a_checkpoint_can_be_read_without_running_code(tmp_path):
+    saver(tmp_path).save(3)
+    state = torch.load(tmp_path / "checkpoint-3" / "state.pt", weights_only=True)
+    assert state["step"] == 3 and set(state["lora"]) == {"a", "b"}
+    assert json.loads((tmp_path / "checkpoint-3" / "args.json").read_text())["seed"] == 1
+
+
+def test_other_weights_are_written_into_the_same_folder(tmp_path):
+    saver(tmp_path, write_weights=lambda folder: (folder / "w.safetensors").write_bytes(b"x")).save(1)
+    assert (tmp_path / "checkpoint-1" / "w.safetensors").read_bytes() == b"x"
+
+
+def test_due_means_a_multiple_of_every(tmp_path):
+    due = saver(tmp_path, every=3)
+    assert [step for step in range(1, 8) if due.save_if_due(step)] == [3, 6]
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_rotation_keeps_the_newest_by_step_not_by_name(tmp_path):
+    keep = saver(tmp_path, keep=2)
+    for step in (8, 9, 10, 11):
+        keep.save(step)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]  # by name, 10 would come before 9
+
+
+def test_rotation_removes_only_after_the_new_one_is_complete(tmp_path):
+    seen = []
+    keep = saver(tmp_path, keep=1, write_weights=lambda folder: seen.append(names(tmp_path)))
+    keep.save(1)
+    keep.save(2)
+    assert seen == [["checkpoint-1.tmp"], ["checkpoint-1", "checkpoint-2.tmp"]]
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_saving_the_same_step_twice_writes_once(tmp_path):
+    calls = []
+    once = saver(tmp_path, write_weights=calls.append)
+    once.save(4)
+    once.save(4)  # a SIGTERM right after a due checkpoint
+    assert len(calls) == 1
+
+
+def test_an_existing_folder_of_the_same_step_is_replaced(tmp_path):
+    saver(tmp_path, parts={"lora": Weights(value=1.0)}).save(4)
+    saver(tmp_path, parts={"lora": Weights(value=2.0)}).save(4)
+    state = torch.load(tmp_path / "checkpoint-4" / "state.pt", weights_only=True)
+    assert state["lora"]["a"][0, 0] == 2.0 and names(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_half_written_folder_is_never_resumed_and_removed_at_the_next_start(tmp_path):
+    saver(tmp_path).save(5)
+    stale = tmp_path / "checkpoint-6.tmp"
+    stale.mkdir()
+    (stale / "state.pt").write_bytes(b"half")
+    (tmp_path / "checkpoint-9").mkdir()  # no state.pt: somebody else's
+    assert checkpoint.find_latest(tmp_path).name == "checkpoint-5"
+    saver(tmp_path)
+    assert not stale.exists()
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.test_checkpoint import saver
+def block(folder):
+    (folder / "weights.bin").write_bytes(b"half of it")
+    print("writing", flush=True)
+    time.sleep(60)
+folder = Path({folder!r})
+saver(folder).save(1)
+saver(folder, write_weights=block).save(2)
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_saving_leaves_the_previous_checkpoint(tmp_path):
+    code = KILLED.format(root=str(ROOT), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "writing"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert (tmp_path / "checkpoint-2.tmp" / "weights.bin").exists()
+    assert saver(tmp_path).resume("latest") == 1
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def full(folder):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(tmp_path):
+    saver(tmp_path).save(5)
+    with pytest.raises(SystemExit) as stop:
+        saver(tmp_path, write_weights=full).save(10)
+    text = str(stop.value)
+    assert "No space left" in text and "checkpoint-5, is intact" in text and "--resume_from_checkpoint latest" in text and "\n" not in text
+    assert names(tmp_path) == ["checkpoint-5"]
+    assert saver(tmp_path).resume("latest") == 5
+
+
+def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(tmp_path):
+    with pytest.raises(SystemExit, match="no earlier one"):
+        saver(tmp_path, write_weights=full).save(1)
+    assert names(tmp_path) == []
+
+
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+import torch
+from tests.test_checkpoint import Weights, saver
+folder = Path({folder!r})
+saver(folder).save(1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+saver(folder, parts={{"lora": Weights(rank=10000)}}).save(2)
+"""
+
+
+@pytest.mark.slow
+def test_torchs_own_writer_hitting_the_limit_is_reported_the_same_way(tmp_path):
+    """RLIMIT_FSIZE makes write() fail inside torch.save, where a full disk would."""
+    code = LIMITED.format(root=str(ROOT), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "checkpoint-1, is intact" in done.stderr and "Traceback" not in done.stderr
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_a_safetensors_failure_is_a_failed_write(tmp_path):
+    from safetensors import SafetensorError
+
+    def fail(folder):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with pytest.raises(SystemExit, match="I/O error"):
+        saver(tmp_path, write_weights=fail).save(1)
+
+
+def test_a_mistake_in_the_code_is_not_disguised_as_a_full_disk(tmp_path):
+    def mistake(folder):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        saver(tmp_path, write_weights=mistake).save(1)
+
+
+def test_a_failure_on_the_main_process_stops_the_others_too(tmp_path):
+    other = saver(tmp_path)
+    other.run.is_main = False
+    other.run.broadcast = lambda value: "error: could not write"
+    with pytest.raises(SystemExit, match="could not write"):
+        other.save(1)
+    assert names(tmp_path) == []
+
+
+def test_resume_from_latest_path_or_nothing(tmp_path):
+    a = tmp_path / "a"
+    saver(a, parts={"lora": Weights(value=1.0)}).save(2)
+    saver(a, parts={"lora": Weights(value=2.0)}).save(4)
+    part = Weights()
+    assert saver(a, parts={"lora": part}).resume(None) == 0 and part.tensors["a"].sum() == 0
+    assert saver(tmp_path / "b", parts={"lora": part}).resume(a / "checkpoint-2") == 2 and part.tensors["a"][0, 0] == 1
+    empty = saver(tmp_path / "c")
+    assert empty.resume("latest") == 0
+    assert "no checkpoint" in empty.run.lines[0]
+
+
+def test_a_checkpoint_of_another_rank_is_refused_with_the_flag(tmp_path):
+    saver(tmp_path, parts={"lora": Weights(rank=4)}, rank=4).save(1)
+    with pytest.raises(ValueError, match=r"checkpoint-1 .*lora: a is \(4, 3\) in the checkpoint and \(8, 3\) here; .*--rank 4 -> 8"):
+        saver(tmp_path, parts={"lora": Weights(rank=8)}, rank=8).resume("latest")
+
+
+def test_missing_or_unused_parts_are_refused(tmp_path):
+    saver(tmp_path, use_ema=False).save(1)
+    with pytest.raises(ValueError, match="no state of ema; .*--use_ema False -> True"):
+        saver(tmp_path, parts={"lora": Weights(), "ema": Weights()}, use_ema=True).resume("latest")
+    saver(tmp_path, parts={"lora": Weights(), "ema": Weights()}, use_ema=True).save(2)
+    with pytest.raises(ValueError, match="ema, which this run does not use.*--use_ema True -> False"):
+        saver(tmp_path, use_ema=False).resume("latest")
+
+
+def test_other_layers_are_refused(tmp_path):
+    part = Weights()
+    part.tensors["c"] = torch.zeros(1)
+    saver(tmp_path, parts={"lora": part}).save(1)
+    with pytest.raises(ValueError, match="0 tensors are missing and 1 unknown, first c"):
+        saver(tmp_path).resume("latest")
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    """torch would load AdamW's state into Adafactor and fail at the next step."""
+    ps = [torch.nn.Parameter(torch.zeros(2))]
+    saver(tmp_path, parts={"optimizer": torch.optim.AdamW(ps)}, optimizer="adamw").save(1)
+    with pytest.raises(ValueError, match="saved by AdamW, this run uses Adafactor.*--optimizer adamw -> adafactor"):
+        saver(tmp_path, parts={"optimizer": torch.optim.Adafactor(ps)}, optimizer="adafactor").resume("latest")
+
+
+def test_the_gradient_scaler_is_saved_too(tmp_path):
+    class Scaler:
+        scale = 2.0
+
+        def state_dict(self):
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state):
+            self.scale = state["scale"]
+
+    run = FakeRun(tmp_path)
+    run.accelerator.scaler = Scaler()
+    run.accelerator.scaler.scale = 8.0
+    checkpoint.Checkpointer(run, every=1, keep=None, parts={"lora": Weights()}).save(1)
+    again = FakeRun(tmp_path)
+    again.accelerator.scaler = Scaler()
+    checkpoint.Checkpointer(again, every=1, keep=None, parts={"lora": Weights()}).resume("latest")
+    assert again.accelerator.scaler.scale == 8.0
+
+
+def test_check_resume_accepts_what_can_be_resumed(tmp_path):
+    checkpoint.check_resume(None, tmp_path / "new")
+    checkpoint.check_resume("latest", tmp_path / "new")
+    saver(tmp_path).save(1)
+    saver(tmp_path).save(2)
+    checkpoint.check_resume("latest", tmp_path)
+    checkpoint.check_resume(str(tmp_path / "checkpoint-2"), tmp_path)
+    checkpoint.check_resume(str(tmp_path / "checkpoint-1"), tmp_path / "new")
+
+
+def test_check_resume_refuses_what_is_no_checkpoint(tmp_path):
+    saver(tmp_path / "run").save(3)
+    for spec, cure in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "run", "checkpoint-3"), (ROOT / "src", "checkpoint-STEP")):
+        with pytest.raises(ValueError, match="--resume_from_checkpoint.*" + cure):
+            checkpoint.check_resume(str(spec), tmp_path / "new")
+
+
+def test_two_runs_are_not_mixed_in_one_folder(tmp_path):
+    """Rotation goes by step: checkpoints of an earlier run with higher steps would make it delete the new ones."""
+    saver(tmp_path).save(1)
+    saver(tmp_path).save(2)
+    for spec in (None, str(tmp_path / "checkpoint-1")):
+        with pytest.raises(ValueError, match="--output_dir.*checkpoint-2.*--resume_from_checkpoint latest"):
+            checkpoint.check_resume(spec, tmp_path)
+
+
+def test_the_check_imports_no_torch():
+    use = "from pathlib import Path; from src import checkpoint; checkpoint.check_resume('latest', Path('x'))"
+    code = f"import sys; {use}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_saving_flushes_files_and_folder_to_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.readlink(f"/proc/self/fd/{handle}")), real(handle)))
+    saver(tmp_path).save(1)
+    temporary = str(tmp_path / "checkpoint-1.tmp")
+    assert [p for p in flushed if p.endswith("state.pt")] and temporary in flushed
+    assert flushed[-1] == str(tmp_path)  # the rename itself
+
+
+def test_changed_flags_by_hand():
+    before = {"rank": 4, "seed": 1, "resume_from_checkpoint": None, "gone": 1}
+    now = {"rank": 8, "seed": 1, "resume_from_checkpoint": "latest", "new": 2}
+    assert checkpoint.changed_flags(before, now) == ["--rank 4 -> 8", "--gone 1 -> None", "--new None -> 2"]
+
+
+def test_a_killed_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    """The folder changes its name before its files go."""
+    saver(tmp_path).save(1)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda folder, **_: time.sleep(0))
+    checkpoint._remove(tmp_path / "checkpoint-1")
+    assert checkpoint.find_latest(tmp_path) is None and names(tmp_path) == ["checkpoint-1.old.tmp"]

@@ -1,0 +1,443 @@
+"""Flags: each is read, explained and refused where it has no effect; --config; checks that leave no trace."""
+
+import argparse
+import ast
+import importlib
+import inspect
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from src import cli
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path.stem for path in [*ROOT.glob("train_*.py"), ROOT / "demo.py"] if path.exists())
+
+
+# --------------------------------------------------------------------------- every script: every flag is read, none undeclared
+
+
+def source_of(thing) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(thing)))
+
+
+def reads(tree: ast.AST) -> set[str]:
+    """X of every `args.X`, `run.args.X`, `self.args.X` in a piece of code."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            owner = node.value
+            if (isinstance(owner, ast.Name) and owner.id == "args") or (isinstance(owner, ast.Attribute) and owner.attr == "args"):
+                found.add(node.attr)
+    return found
+
+
+def resolve(expression: ast.AST, names: dict):
+    """The object behind `runtime.start`, `add_lora`, ...; None for what exists only while running."""
+    if isinstance(expression, ast.Name):
+        return names.get(expression.id)
+    if isinstance(expression, ast.Attribute):
+        return getattr(resolve(expression.value, names), expression.attr, None)
+    return None
+
+
+def hands_on(call: ast.Call) -> bool:
+    """Whether a call is given `args`, or a `run` that holds them."""
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return any(getattr(a, "id", getattr(a, "attr", "")) in ("args", "run") for a in given)
+
+
+def reached(tree: ast.AST, names: dict, seen: set) -> set[str]:
+    """Flags read by the code and by every function or class of src that it hands `args` to. What only checks or plans does not count."""
+    found = reads(tree)
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and hands_on(node)):
+        target = resolve(call.func, names)
+        module = getattr(target, "__module__", "") or ""
+        if target is None or id(target) in seen or not module.startswith("src.") or module in ("src.cli", "src.plan"):
+            continue
+        if target.__name__.startswith("check"):
+            continue
+        seen.add(id(target))
+        inside = vars(sys.modules[module])
+        found |= reached(source_of(target), inside, seen)
+        made = inside.get(str(getattr(target, "__annotations__", {}).get("return", "")))  # a class that keeps the run
+        if inspect.isclass(made) and id(made) not in seen:
+            seen.add(id(made))
+            found |= reached(source_of(made), vars(sys.modules[made.__module__]), seen)
+    return found
+
+
+def flags_of_script(name: str) -> tuple[set[str], set[str]]:
+    """Declared and read flags."""
+    module = importlib.import_module(name)
+    declared = {action.dest for action in module.build_parser()._actions} - {"help", "config"}  # cli.parse itself reads --config
+    tree = ast.parse(inspect.getsource(module))
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "check"]
+    return declared, reached(tree, vars(module), set())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_of_a_script_is_read_and_none_is_read_undeclared(name):
+    declared, read = flags_of_script(name)
+    assert not declared - read, f"{name} declares but never reads {sorted(declared - read)}"
+    assert not read - declared, f"{name} reads but never declares {sorted(read - declared)}"
+
+
+def test_the_test_above_notices_both_mistakes():
+    tree = ast.parse("def main(args):\n    run = runtime.start(args)\n    print(args.rank, args.unknown)")
+    from src import runtime
+
+    found = reached(tree, {"runtime": runtime}, set())
+    assert {"rank", "unknown", "output_dir", "seed", "mixed_precision", "report_to"} <= found
+    assert "lora_alpha" not in found
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_help_and_no_group_is_empty(name):
+    parser = importlib.import_module(name).build_parser()
+    for action in parser._actions:
+        assert action.help, f"{action.option_strings} has no help"
+    assert "usage: " in parser.format_usage() and parser.format_usage().count("\n") == 1
+
+
+@pytest.mark.skipif(not SCRIPTS, reason="no script yet")
+def test_help_answers_in_five_seconds():
+    """Processor time of the child: the same on a busy machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, f"{SCRIPTS[-1]}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+# --------------------------------------------------------------------------- a parser with every group
+
+
+def every_group():
+    parser = cli.make_parser("A script.\n\n  1. with steps")
+    g = parser.add_argument_group("algorithm")
+    g.add_argument("--group_size", type=cli.positive_int, default=24, help="images per prompt")
+    cli.add_model_args(parser)
+    cli.add_text_args(parser)
+    cli.add_data_args(parser, dataset_name="some/dataset")
+    cli.add_timestep_args(parser)
+    cli.add_optimization_args(parser, learning_rate=1e-4)
+    cli.add_budget_args(parser, max_train_steps=100)
+    cli.add_lora_args(parser)
+    cli.add_validation_args(parser)
+    cli.add_validation_loss_args(parser)
+    cli.add_run_args(parser, output_dir="outputs/none")
+    return parser
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def run(*argv, checks=()):
+        places = ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
+        return cli.parse(every_group(), [*places, "--report_to", "none", *argv], checks)
+
+    return run
+
+
+@pytest.fixture
+def refusal(parse, capsys):
+    def run(*argv, checks=()):
+        with pytest.raises(SystemExit) as stop:
+            parse(*argv, checks=checks)
+        text = capsys.readouterr().err
+        assert stop.value.code == 2 and text.count("\n") == 1, text
+        return text
+
+    return run
+
+
+def test_defaults_pass_and_unset_values_follow_other_flags(parse):
+    args = parse()
+    assert (args.learning_rate, args.lora_alpha, args.rank, args.seed) == (1e-4, 16.0, 16, None)
+    assert (args.shift, args.resolution, args.mixed_precision, args.cache_latents) == ("model", 512, "bf16", True)
+    assert parse("--optimizer", "prodigy").learning_rate == 1.0
+    assert parse("--optimizer", "prodigy", "--learning_rate", "0.5").learning_rate == 0.5
+    assert parse("--rank", "4").lora_alpha == 4.0
+    assert parse("--rank", "4", "--lora_alpha", "8").lora_alpha == 8.0
+
+
+def test_own_group_first_and_defaults_in_the_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(every_group(), ["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles[0] == "algorithm:" and "  1. with steps" in text
+    assert "(default: 0.0)" in text and "(default: None)" not in text and "--no-cache_latents" in text
+
+
+def test_nothing_given_means_the_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--rank", "3", "--report_to", "none"])
+    assert cli.parse(every_group()).rank == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
+        (["--lr", "1"], "unknown flag --lr"),  # no abbreviations: it is not --lr_power
+        (["--nonsense_flag=3"], "--help lists"),
+        (["stray"], "unexpected argument stray"),
+        (["--resolution", "500"], "--resolution: must be a multiple of 16 (8x VAE, 2x2 patches), got 500; try 496"),
+        (["--resolution", "7"], "try 16"),
+        (["--rank", "0"], "--rank: must be at least 1, got 0"),
+        (["--rank", "many"], "--rank: must be a whole number, got 'many'"),
+        (["--seed", "-1"], "--seed: must be at least 0"),
+        (["--learning_rate", "0"], "--learning_rate: must be greater than 0"),
+        (["--learning_rate", "nan"], "--learning_rate: must be a finite number"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm: must be at least 0"),
+        (["--caption_dropout", "1.5"], "--caption_dropout: must lie in [0, 1]"),
+        (["--adam_beta1", "1"], "--adam_beta1: must be less than 1"),
+        (["--shift", "big"], '--shift: must be "model", "resolution" or a number'),
+        (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: must be at least 1"),
+        (["--mixed_precision", "fp8"], "--mixed_precision: invalid choice: 'fp8'"),
+        (["--validation_prompts_file", "/no/such.txt"], "--validation_prompts_file: no such file"),
+        (["--rank"], "--rank: expected one argument"),
+        (["--dataset_name", ""], "--dataset_name is required"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_the_flag_and_the_cure(refusal, argv, words):
+    assert words in refusal(*argv)
+
+
+def test_right_values_of_the_special_types(parse):
+    assert parse("--shift", "3").shift == 3.0
+    assert parse("--shift", "resolution").shift == "resolution"
+    assert parse("--resolution", "1008").resolution == 1008
+    assert parse("--validation_prompt", "a", "--validation_prompt", "b").validation_prompt == ["a", "b"]
+    assert parse("--logit_mean", "-0.5").logit_mean == -0.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--lr_warmup_steps", "5"], "--lr_warmup_steps 5 has no effect with --lr_scheduler constant; use constant_with_warmup"),
+        (["--lr_scheduler", "constant_with_warmup"], "needs --lr_warmup_steps"),
+        (["--lr_scheduler", "cosine", "--lr_warmup_steps", "100"], "must be less than --max_train_steps 100"),
+        (["--lr_num_cycles", "3", "--lr_scheduler", "cosine"], "--lr_num_cycles 3 has no effect without"),
+        (["--lr_power", "2"], "--lr_power 2.0 has no effect without --lr_scheduler polynomial"),
+        (["--optimizer", "adafactor", "--adam_beta2", "0.9"], "--adam_beta2 0.9 has no effect with --optimizer adafactor"),
+        (["--optimizer", "adafactor", "--adam_epsilon", "1e-6"], "--adam_epsilon"),
+        (["--optimizer", "prodigy", "--scale_lr"], "--scale_lr contradicts --optimizer prodigy"),
+        (["--ema_decay", "0.9"], "--ema_decay 0.9 has no effect without --use_ema"),
+        (["--timestep_density", "uniform", "--logit_mean", "1"], "--logit_mean 1.0 has no effect without --timestep_density logit_normal"),
+        (["--timestep_density", "mode", "--logit_std", "2"], "--logit_std"),
+        (["--mode_scale", "1"], "--mode_scale 1.0 has no effect without --timestep_density mode"),
+        (["--random_crop"], "add --no-cache_latents"),
+        (["--no-cache_latents", "--no-cache_text", "--cache_batch_size", "2"], "--cache_batch_size 2 has no effect"),
+        (["--hub_model_id", "me/it"], "--hub_model_id me/it has no effect without --push_to_hub"),
+        (["--tracker_project_name", "mine"], "--tracker_project_name mine has no effect with --report_to none"),
+        (["--revision", "main", "--pretrained_model_name_or_path", "."], "--revision main has no effect on a local"),
+        (["--dataset_revision", "main", "--dataset_name", "."], "--dataset_revision main has no effect on a local"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(refusal, argv, words):
+    assert words in refusal(*argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--lr_warmup_steps", "5", "--lr_scheduler", "constant_with_warmup"],
+        ["--lr_num_cycles", "3", "--lr_scheduler", "cosine_with_restarts"],
+        ["--lr_power", "2", "--lr_scheduler", "polynomial"],
+        ["--optimizer", "adafactor", "--adam_weight_decay", "0.1"],
+        ["--use_ema", "--ema_decay", "0.9"],
+        ["--logit_mean", "1", "--logit_std", "2"],
+        ["--timestep_density", "mode", "--mode_scale", "1"],
+        ["--random_crop", "--no-cache_latents"],
+        ["--no-cache_latents", "--cache_batch_size", "2"],
+        ["--hub_model_id", "me/it", "--push_to_hub"],
+        ["--revision", "main", "--pretrained_model_name_or_path", "someone/model"],
+    ],
+)
+def test_the_same_options_with_effect_pass(parse, argv):
+    parse(*argv)
+
+
+# --------------------------------------------------------------------------- --config
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_a_config_sets_flags_and_the_command_line_wins(parse, config):
+    text = """
+        rank: 4
+        learning_rate: 1e-3        # YAML reads this as a text
+        mixed_precision: no        # ... and this as false
+        cache_latents: false
+        use_ema: true
+        no_hflip: false
+        lora_layers: "-odd"
+        seed: null
+        validation_prompt: [a red circle, "--dashes"]
+    """
+    args = parse(*config(textwrap.dedent(text)), "--learning_rate", "2e-3")
+    assert (args.rank, args.learning_rate, args.mixed_precision, args.lora_alpha) == (4, 2e-3, "no", 4.0)
+    assert (args.cache_latents, args.use_ema, args.no_hflip, args.seed) == (False, True, False, None)
+    assert args.lora_layers == "-odd" and args.validation_prompt == ["a red circle", "--dashes"]
+    assert parse(*config("cache_latents: false"), "--cache_latents").cache_latents is True
+
+
+def test_a_repeatable_flag_of_the_command_line_replaces_the_configs(parse, config):
+    assert parse(*config("validation_prompt: [a, b]"), "--validation_prompt", "c").validation_prompt == ["c"]
+    assert parse(*config("validation_prompt: [a, b]"), "--validation_prompt=c").validation_prompt == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("learning_rat: 1", "unknown key 'learning_rat'; did you mean learning_rate?"),
+        ("zzz: 1", "unknown key 'zzz'; --help lists the flags"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("help: true", "unknown key 'help'"),
+        ("resolution: 500", "--resolution: must be a multiple of 16"),
+        ("rank: 4.5", "--rank: must be a whole number, got '4.5'"),
+        ("mixed_precision: fp8", "--mixed_precision: invalid choice"),
+        ("use_ema: 1", "use_ema must be true or false, got 1"),
+        ("rank: true", "rank must be a number or a text, got True"),
+        ("rank: [1, 2]", "rank takes one value, got a list of 2"),
+        ("rank: {a: 1}", "rank must be a number or a text"),
+        ("lr_warmup_steps: 3", "--lr_warmup_steps 3 has no effect"),
+        ("- rank", "must be lines of `flag: value`, got a list"),
+        ("rank: [", "not valid YAML"),
+    ],
+)
+def test_a_wrong_config_is_one_line(refusal, config, text, words):
+    assert words in refusal(*config(text))
+
+
+def test_a_missing_or_empty_config(parse, refusal, config, tmp_path):
+    assert "No such file" in refusal("--config", str(tmp_path / "no.yaml"))
+    assert "expected one argument" in refusal("--config")
+    assert parse(*config("# nothing")).rank == 16
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def test_checks_run_in_order_and_raise_value_errors_only(refusal, parse):
+    seen = []
+
+    def first(args):
+        seen.append(args.rank)
+
+    def second(args):
+        raise ValueError("--rank is odd;\n  try 4")
+
+    assert "--rank is odd; try 4" in refusal(checks=(first, second))
+    assert seen == [16]
+    with pytest.raises(KeyError):  # a mistake in the code keeps its traceback
+        parse(checks=(lambda args: {}["x"],))
+
+
+def test_an_output_folder_that_is_or_lies_in_a_file_is_refused(refusal, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    for path in (file, file / "deeper" / "run"):
+        text = refusal("--output_dir", str(path))
+        assert "--output_dir" in text and "is not a folder" in text
+    assert "--cache_dir" in refusal("--cache_dir", str(file / "x"))
+
+
+def test_a_dangling_link_is_refused(refusal, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    assert "is not a folder" in refusal("--output_dir", str(link / "run"))
+
+
+def test_checking_creates_nothing(parse, tmp_path):
+    parse("--output_dir", str(tmp_path / "a" / "b"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_permission_is_refused(tmp_path):
+    """As root everything is writable: the check runs in a child without privileges."""
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
+        if folder.stat().st_uid == os.getuid() and folder != Path("/tmp"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            if os.geteuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            cli.check_writable(locked / "run")
+        except ValueError as error:
+            code = 0 if "--output_dir" in str(error) and "no permission" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.fixture
+def no_login(monkeypatch, tmp_path):
+    """A machine with both trackers installed and no wandb login."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(cli, "installed", lambda package: True)
+    return tmp_path / "netrc"
+
+
+def test_wandb_without_a_login_offers_the_offline_mode(no_login):
+    for choice in ("wandb", "all"):
+        with pytest.raises(ValueError, match=f"--report_to {choice}.*`wandb login`.*WANDB_MODE=offline"):
+            cli.check_trackers(choice)
+    cli.check_trackers("tensorboard")
+    cli.check_trackers("none")
+
+
+def test_every_kind_of_wandb_login_is_accepted(no_login, monkeypatch):
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled"), ("WANDB_API_KEY", "made-up")):
+        with monkeypatch.context() as m:
+            m.setenv(name, value)
+            cli.check_trackers("wandb")
+    no_login.write_text("machine example.com login user password made-up\n")
+    with pytest.raises(ValueError):
+        cli.check_trackers("wandb")
+    no_login.write_text("machine api.wandb.ai login user password made-up\n")
+    cli.check_trackers("wandb")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
+    with pytest.raises(ValueError):
+        cli.check_trackers("wandb")
+
+
+def test_a_missing_tracker_is_one_line(monkeypatch):
+    monkeypatch.setattr(cli, "installed", lambda package: False)
+    with pytest.raises(ValueError, match="--report_to tensorboard: .*pip install tensorboard"):
+        cli.check_trackers("tensorboard")
+
+
+def test_a_folder_named_like_a_package_is_not_the_package(tmp_path, monkeypatch):
+    """An offline wandb run leaves ./wandb, which Python would import as an empty namespace."""
+    (tmp_path / "surely_no_package").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not cli.installed("surely_no_package") and not cli.installed("absent_altogether") and cli.installed("json")
+
+
+def test_scripts_without_a_group_are_not_asked_for_its_flags(tmp_path):
+    parser = cli.make_parser("demo")
+    parser.add_argument("--output_dir", type=Path, default=tmp_path)
+    assert cli.parse(parser, []) == argparse.Namespace(output_dir=tmp_path)

@@ -1,0 +1,407 @@
+"""start(args) -> Run: repeated in one process, on two real processes, with trackers, seeds, signals and refusals."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import cli, runtime
+
+ROOT = Path(__file__).parent.parent
+
+
+def arguments(folder, **changes):
+    parser = cli.make_parser("a run")
+    cli.add_model_args(parser)
+    cli.add_run_args(parser, output_dir=str(folder))
+    args = cli.parse(parser, [])
+    defaults = {"report_to": "none", "mixed_precision": "no", "seed": 5}
+    for name, value in {**defaults, **changes}.items():
+        assert hasattr(args, name), name
+        setattr(args, name, value)
+    return args
+
+
+@pytest.fixture(autouse=True)
+def untouched_process():
+    """Every test leaves the process-wide switches and the signal handlers as it found them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    conv = torch.backends.cudnn.allow_tf32
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.allow_tf32 = conv
+
+
+def test_runs_of_different_precision_follow_each_other_in_one_process(tmp_path):
+    """accelerate alone refuses the second: "AcceleratorState has already been initialized"."""
+    for number, (name, dtype) in enumerate({"no": torch.float32, "bf16": torch.bfloat16, "no ": torch.float32}.items()):
+        run = runtime.start(arguments(tmp_path / str(number), mixed_precision=name.strip()))
+        assert run.weight_dtype == dtype and run.accelerator.mixed_precision == name.strip()
+        assert (run.rank, run.world, run.is_main) == (0, 1, True)
+        run.finish()
+
+
+def test_a_run_that_failed_does_not_spoil_the_next(tmp_path):
+    runtime.start(arguments(tmp_path / "a", mixed_precision="bf16"))  # never finished
+    before = signal.getsignal(signal.SIGTERM)
+    run = runtime.start(arguments(tmp_path / "b"))
+    run.finish()
+    assert signal.getsignal(signal.SIGTERM) not in (before, run.signals._handle)
+
+
+def test_the_environment_of_the_launcher_changes_no_result(tmp_path, monkeypatch, capsys):
+    """Left to itself, accelerate divides the loss by 8 here and compiles the model."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = runtime.start(arguments(tmp_path))
+    x = torch.ones((), requires_grad=True)
+    run.accelerator.backward(x * 3)
+    assert x.grad == 3
+    assert run.accelerator.state.dynamo_plugin.backend.value == "NO"
+    assert run.accelerator.mixed_precision == "no"
+    assert "the launcher's bf16 is ignored" in capsys.readouterr().out
+    run.finish()
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="--mixed_precision fp16 .*bf16"):
+        runtime.start(arguments(tmp_path / "run", mixed_precision="fp16"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unset_seed_is_drawn_printed_and_recorded(tmp_path, capsys):
+    args = arguments(tmp_path, seed=None)
+    runtime.start(args).finish()
+    recorded = json.loads((tmp_path / "args.json").read_text())["seed"]
+    assert recorded == args.seed and 0 <= recorded < 2**31
+    assert f"--seed {recorded} repeats this run" in capsys.readouterr().out
+    other = arguments(tmp_path, seed=None)
+    runtime.start(other).finish()
+    assert other.seed != args.seed
+
+
+def test_args_json_repeats_the_run_as_a_config(tmp_path):
+    args = arguments(tmp_path / "run", seed=None, checkpointing_steps=7, checkpoints_total_limit=2)
+    runtime.start(args).finish()
+    parser = cli.make_parser("a run")
+    cli.add_model_args(parser)
+    cli.add_run_args(parser, output_dir="elsewhere")
+    again = cli.parse(parser, ["--config", str(tmp_path / "run" / "args.json")])
+    assert {k: v for k, v in vars(again).items() if k != "config"} == {k: v for k, v in vars(args).items() if k != "config"}
+    assert list((tmp_path / "run").glob("*.tmp")) == []
+
+
+def checkpoint_of(folder, **flags):
+    folder.mkdir(parents=True)
+    (folder / "state.pt").write_bytes(b"")
+    (folder / "args.json").write_text(json.dumps(flags))
+
+
+def test_a_resumed_run_takes_the_checkpoints_seed_and_names_what_differs(tmp_path):
+    args = arguments(tmp_path, seed=None, resume_from_checkpoint="latest", checkpointing_steps=9)
+    saved = {**runtime.plain_args(args), "seed": 77, "checkpointing_steps": 4, "resume_from_checkpoint": None}
+    checkpoint_of(tmp_path / "checkpoint-3", **saved)
+    line = runtime.resume_args(args)
+    assert args.seed == 77
+    assert "checkpoint-3" in line and "--checkpointing_steps 4 -> 9" in line and "--seed" not in line and "resume" not in line
+    args.seed = 5
+    assert "--seed 77 -> 5" in runtime.resume_args(args) and args.seed == 5  # the command line wins, and says so
+
+
+def test_latest_without_a_checkpoint_and_no_resume_change_nothing(tmp_path):
+    for spec in (None, "latest"):
+        args = arguments(tmp_path, seed=None, resume_from_checkpoint=spec)
+        assert runtime.resume_args(args) is None and args.seed is None
+
+
+def test_switches_are_set_both_ways(tmp_path):
+    for value in (True, False):
+        runtime.start(arguments(tmp_path, allow_tf32=value, deterministic=value)).finish()
+        assert torch.get_float32_matmul_precision() == ("high" if value else "highest")
+        assert torch.backends.cudnn.allow_tf32 == value
+        assert torch.are_deterministic_algorithms_enabled() == value
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def test_one_process_gathers_averages_and_broadcasts_to_itself(tmp_path):
+    run = runtime.start(arguments(tmp_path))
+    x = torch.arange(6.0).reshape(3, 2)
+    assert torch.equal(run.gather(x), x) and torch.equal(run.mean(x), x) and run.broadcast({"a": 1}) == {"a": 1}
+    with pytest.raises(AssertionError, match="first axis"):
+        run.gather(torch.tensor(1.0))
+    with run.no_sync(torch.nn.Linear(1, 1), last=False):
+        pass
+    assert run.peak_memory() > 10_000_000  # Python with torch
+    run.finish()
+
+
+def test_gradients_are_clipped_to_the_norm_and_zero_leaves_them(tmp_path):
+    """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8)."""
+    run = runtime.start(arguments(tmp_path))
+    for limit, expected in ((1.0, [0.6, 0.8]), (0.0, [3.0, 4.0])):
+        p = torch.nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([3.0, 4.0])
+        assert run.clip_gradients([p], limit) == 5.0
+        torch.testing.assert_close(p.grad, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    run.finish()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(tmp_path, number, capfd):
+    before = signal.getsignal(signal.SIGINT)
+    run = runtime.start(arguments(tmp_path))
+    assert not run.stop_requested()
+    os.kill(os.getpid(), number)
+    assert run.stop_requested()
+    assert number.name in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(10_000):  # until Python runs the handler
+            pass
+    run.finish()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_only_the_main_process_prints(tmp_path, capsys):
+    run = runtime.start(arguments(tmp_path))
+    run.is_main = False
+    run.print("from another rank")
+    run.is_main = True
+    run.finish("done: here")
+    out = capsys.readouterr().out
+    assert "another rank" not in out and out.endswith("done: here\n")
+
+
+def test_tensorboard_points_are_not_doubled_by_a_resume(tmp_path):
+    """Steps 1-4 are logged, the run dies, resumes at checkpoint-2 and logs 3-4 again: each step shows once, with the second value."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = runtime.start(arguments(tmp_path, report_to="tensorboard"))
+    for step in range(1, 5):
+        run.accelerator.log({"loss": 1.0}, step=step)
+    run.finish()
+    checkpoint_of(tmp_path / "checkpoint-2", **runtime.plain_args(run.args))
+    run = runtime.start(arguments(tmp_path, report_to="tensorboard", resume_from_checkpoint="latest"))
+    for step in range(3, 5):
+        run.accelerator.log({"loss": 2.0}, step=step)
+    from PIL import Image
+
+    run.log_image("samples", Image.new("RGB", (8, 4), "red"), step=4)
+    run.finish()
+    events = EventAccumulator(str(tmp_path / "logs" / "dive-sd3")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert [(e.step, e.width, e.height) for e in events.Images("samples")] == [(4, 8, 4)]
+
+
+@pytest.mark.slow
+def test_wandb_offline_for_real(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from PIL import Image
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for spec in (None, "latest"):
+        run = runtime.start(arguments(tmp_path, report_to="wandb", resume_from_checkpoint=spec))
+        run.accelerator.log({"loss": 1.0}, step=1)
+        run.log_image("samples", Image.new("RGB", (8, 4), "red"), step=1)
+        run.finish()
+        checkpoint_of(tmp_path / "checkpoint-1", **runtime.plain_args(run.args)) if spec is None else None
+    written = list((tmp_path / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
+    identity = (tmp_path / "logs" / "wandb_id").read_text()
+    assert written and all(identity in p.name for p in written)  # the resumed run continues the same curve
+
+
+def test_trackers_get_plain_values(tmp_path):
+    args = argparse.Namespace(folder=Path("a/b"), words=["x", "y"], nothing=None, config=Path("c.yaml"), number=3)
+    assert runtime.plain_args(args) == {"folder": "a/b", "words": ["x", "y"], "nothing": None, "number": 3}
+
+
+# What the launchers leave in the environment, read off accelerate's launcher and torchrun
+SILENT = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SINGLE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "world", "fine"),
+    [
+        ({}, 1, True),
+        (SINGLE, 1, True),
+        (SILENT, 1, False),
+        ({**SILENT, "WORLD_SIZE": "2"}, 2, True),
+        ({**SILENT, "WORLD_SIZE": "2"}, 1, False),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "x"}, 1, False),
+        ({"WORLD_SIZE": "1", "MASTER_ADDR": "x"}, 1, True),
+        ({"MASTER_ADDR": "x"}, 1, True),  # a cluster's shell, no launcher
+    ],
+)
+def test_processes_that_never_started_are_noticed(environ, world, fine):
+    if fine:
+        runtime.check_world(environ, world)
+    else:
+        with pytest.raises(ValueError, match="ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes"):
+            runtime.check_world(environ, world)
+
+
+def test_a_driver_that_torch_cannot_use_is_a_warning_with_the_cure():
+    assert runtime.driver_warning(False, False, None) is None
+    assert runtime.driver_warning(True, True, "13.0") is None
+    assert re.search("CPU build.*pytorch.org", runtime.driver_warning(True, False, None))
+    assert re.search("CUDA 13.0.*CUDA_VISIBLE_DEVICES", runtime.driver_warning(True, False, "13.0"))
+
+
+# --------------------------------------------------------------------------- real processes
+
+TWO = """
+import json, os, signal, sys, time
+import torch
+from pathlib import Path
+from src import checkpoint, cli, metrics, optim, runtime
+torch.manual_seed(0)
+folder = Path(sys.argv[1])
+parser = cli.make_parser("two")
+cli.add_model_args(parser)
+cli.add_budget_args(parser, max_train_steps=8)
+cli.add_run_args(parser, output_dir=str(folder))
+args = cli.parse(parser, ["--report_to", "none", "--mixed_precision", "no", "--logging_steps", "2"])
+run = runtime.start(args)
+result = {"world": run.world, "seed": args.seed, "main": run.is_main}
+result["gathered"] = run.gather(torch.tensor([[run.rank * 10.0, run.rank * 10.0 + 1]])).tolist()
+result["mean"] = run.mean(torch.tensor([float(run.rank), 4.0])).tolist()
+result["broadcast"] = run.broadcast(f"from rank {run.rank}")
+
+model = torch.nn.Linear(1, 1, bias=False)
+torch.nn.init.ones_(model.weight)
+policy = run.accelerator.prepare(model)
+for last, name in ((False, "local"), (True, "shared")):  # gradient of the output is the input: rank + 1
+    with run.no_sync(policy, last=last):
+        run.accelerator.backward(policy(torch.full((1, 1), run.rank + 1.0)).sum())
+    result[name] = model.weight.grad.item()
+
+optimizer = optim.build(model.parameters(), name="adamw", learning_rate=1.0, device=run.device)
+schedule = optim.schedule(optimizer, "linear", total_steps=8)
+log = metrics.Log(run, every=args.logging_steps)
+part = {"log": log}
+saver = checkpoint.Checkpointer(run, every=3, keep=None, parts=part)
+result["stops"] = []
+for step in range(1, 7):
+    if step == 3 and run.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # one process alone is told
+    log.add(loss=torch.tensor(float(step + 10 * run.rank)))
+    log.write(step)
+    optimizer.step()
+    schedule.step()
+    saver.save_if_due(step)
+    result["stops"].append(run.stop_requested())
+    if result["stops"][-1]:
+        break
+result["lr"] = schedule.get_last_lr()[0]
+rank = run.rank
+def fail(folder):
+    raise OSError(28, "No space left on device")
+saver.write_weights = fail
+try:
+    saver.save(100)
+except SystemExit as stop:
+    result["failure"] = str(stop)
+run.finish()
+Path(folder, f"rank{rank}.json").write_text(json.dumps(result))
+"""
+
+
+def environment(**additions):
+    """This process's environment without what a launcher may have left in it."""
+    launchers = ("ACCELERATE_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
+    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **additions}
+
+
+def launch(code, folder, environ):
+    command = [sys.executable, "-c", code, str(folder)]
+    return subprocess.Popen(command, env=environment(**environ), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two gloo processes saw; started the way torchrun and `accelerate launch --multi_gpu` start them."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running = [launch(TWO, folder, {**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)]
+    output = [process.communicate(timeout=240)[0] for process in running]
+    assert [process.returncode for process in running] == [0, 0], "\n".join(output)
+    return [json.loads((folder / f"rank{r}.json").read_text()) for r in (0, 1)], folder, output
+
+
+@pytest.mark.slow
+def test_two_processes_agree(two_processes):
+    (a, b), _, output = two_processes
+    assert (a["world"], b["world"], a["main"], b["main"]) == (2, 2, True, False)
+    assert a["seed"] == b["seed"]
+    assert a["gathered"] == b["gathered"] == [[0.0, 1.0], [10.0, 11.0]]
+    assert a["mean"] == b["mean"] == [0.5, 4.0]
+    assert a["broadcast"] == b["broadcast"] == "from rank 0"
+    assert "seed" in output[0] and "repeats this run" not in output[1]
+
+
+@pytest.mark.slow
+def test_two_processes_share_gradients_only_at_the_last_micro_batch(two_processes):
+    """Inputs 1 and 2. Without sync each keeps its own; with it the accumulated ones, 1 + 1 and 2 + 2, are averaged: 3."""
+    (a, b), _, _ = two_processes
+    assert (a["local"], b["local"]) == (1.0, 2.0)
+    assert a["shared"] == b["shared"] == 3.0
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_at_the_same_step(two_processes):
+    """Signalled in step 3; the answer is read one step later."""
+    (a, b), _, _ = two_processes
+    assert a["stops"] == b["stops"] == [False, False, False, True]
+
+
+@pytest.mark.slow
+def test_two_processes_log_the_mean_and_save_once(two_processes):
+    """Losses are step and step + 10: means 5 higher than rank 0's: window 1, 2 -> 6.5, window 3, 4 -> 8.5."""
+    from src import metrics
+
+    (a, b), folder, _ = two_processes
+    assert [(line["step"], line["loss"]) for line in metrics.read(folder / "metrics.jsonl")] == [(2, 6.5), (4, 8.5)]
+    state = torch.load(folder / "checkpoint-3" / "state.pt", weights_only=True)
+    assert state["log"]["window"] == {"loss": [8.0]}  # the open window, already averaged over both
+    assert a["lr"] == b["lr"] == pytest.approx(0.5)  # 4 of 8 steps: not faster with two processes
+
+
+@pytest.mark.slow
+def test_a_failed_save_stops_both_with_the_same_words(two_processes):
+    (a, b), folder, _ = two_processes
+    assert a["failure"] == b["failure"] and "No space left" in a["failure"] and "checkpoint-3, is intact" in a["failure"]
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-3"]
+
+
+@pytest.mark.slow
+def test_accelerate_launch_that_starts_one_process_instead_of_two_is_refused(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    environ = environment(CUDA_VISIBLE_DEVICES="", HF_HOME=str(tmp_path))  # HF_HOME: no configuration of this machine's user
+    done = subprocess.run([*launcher, str(script), str(tmp_path / "run")], env=environ, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu" in done.stderr
+    assert not (tmp_path / "run").exists()
