@@ -1,0 +1,298 @@
+"""Generate pictures with Stable Diffusion 3.5 or 1.5, with or without a LoRA, and put base and tuned side by side.
+
+Without arguments it draws with the tiny model that is shipped, on a CPU, in seconds. Every picture is a PNG that carries its prompt,
+seed and settings; a grid shows them all. A picture depends on its prompt, seed and settings, not on what else is drawn with it.
+
+  python demo.py --prompt "a red star on a white background"
+  python demo.py --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --lora_weights_path outputs/lora_sd3 --compare \\
+      --prompt "a corgi on a surfboard" --resolution 1024 --num_inference_steps 28 --guidance_scale 4.5 --dtype bf16
+"""
+
+import argparse
+import json
+import logging
+import re
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from src import cli
+
+MAX_T5_TOKENS = 512  # what the stock pipeline takes; the model was trained with 256
+GRID_PROMPTS, GRID_SEEDS, GRID_CELL = 24, 8, 512  # grid.png shows no more prompts, pictures of each, and pixels a side
+DEFAULT_PROMPTS = ["a large red circle on a blue background", "a small yellow star at the top on a purple background",
+                   "a large green cross on a white background", "a white triangle at the left on a black background"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw: its number, and what alone decides how it looks besides the settings."""
+
+    index: int
+    prompt: str
+    seed: int
+
+
+# --------------------------------------------------------------------------- arguments
+
+
+def layer_numbers(text: str) -> list[int]:
+    """ "7,8,9" -> [7, 8, 9]."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be block numbers such as 7,8,9, got {text!r}")
+    return [int(number) for number in text.split(",")]
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.make_parser(__doc__)
+    g = parser.add_argument_group("what to draw")
+    g.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; repeat for several")
+    g.add_argument("--prompts_file", type=cli.existing_file, metavar="FILE", help="text file with one prompt per line")
+    g.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to stay away from; needs --guidance_scale above 1")
+    g.add_argument("--num_images", type=cli.positive_int, default=1, help="pictures per prompt, from the seeds SEED, SEED+1, ...")
+    g.add_argument("--seed", type=cli.non_negative_int, default=0, help="seed of the first picture of every prompt")
+    g.add_argument("--resolution", type=cli.multiple_of_16, help="side of the pictures in pixels (unset: what the model was made for)")
+    g.add_argument("--height", type=cli.multiple_of_16, help="height in pixels (unset: --resolution)")
+    g.add_argument("--width", type=cli.multiple_of_16, help="width in pixels (unset: --resolution)")
+    g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
+    g.add_argument("--guidance_scale", type=cli.non_negative_float, default=3.0, help="classifier-free guidance weight; 1 turns it off")
+    g.add_argument("--skip_layer_guidance", type=cli.non_negative_float, default=0.0, metavar="SCALE",
+                   help="skip-layer guidance, from 1 %% to 20 %% of the steps; 2.8 is usual for SD3.5-medium, 0 is off")  # fmt: skip
+    g.add_argument("--skip_layers", type=layer_numbers, default=[7, 8, 9], metavar="N,N", help="transformer blocks that it leaves out")
+
+    g = parser.add_argument_group("model")
+    g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd3", help="folder or Hub id of an SD3.x or SD1.x pipeline")
+    g.add_argument("--lora_weights_path", type=Path, help="LoRA: a run's output folder, a checkpoint, or a .safetensors file")
+    g.add_argument("--lora_scale", type=cli.number, default=1.0, help="strength of the LoRA; 0 is the base model")
+    g.add_argument("--compare", action="store_true", help="draw each picture without and with the LoRA, side by side")
+    g.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="precision (unset: bf16 on a GPU, fp32 on a CPU)")
+    g.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the part that is at work: SD3.5-medium in about 10 GB")
+    g.add_argument("--max_sequence_length", type=cli.positive_int, help="T5 tokens (unset: what the model's tokenizer says, at most 256)")
+    g.add_argument("--batch_size", type=cli.positive_int, default=8, help="pictures drawn at once")
+
+    g = parser.add_argument_group("output")
+    g.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where the PNGs and grid.png go")
+    parser.when_unset["dtype"] = default_dtype
+    return parser
+
+
+def default_dtype(args: argparse.Namespace) -> str:
+    import torch
+
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments of the demo; whatever can be refused without loading a model is refused here, with exit code 2."""
+    return cli.parse(build_parser(), argv, checks=(check_flags, check_model))
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that have no effect, and prompts that are none.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
+    if args.compare and not args.lora_weights_path:
+        raise ValueError("--compare needs --lora_weights_path: there is nothing to compare the base model with")
+    if args.lora_scale != 1.0 and not args.lora_weights_path:
+        raise ValueError(f"--lora_scale {args.lora_scale:g} has no effect without --lora_weights_path")
+    if args.guidance_scale <= 1:
+        for flag, given in (("--negative_prompt", args.negative_prompt), ("--skip_layer_guidance", args.skip_layer_guidance)):
+            if given:
+                raise ValueError(f"{flag} has no effect at --guidance_scale {args.guidance_scale:g}; use a value above 1")
+    if args.skip_layers != build_parser().get_default("skip_layers") and not args.skip_layer_guidance:
+        raise ValueError("--skip_layers has no effect without --skip_layer_guidance; 2.8 is usual")
+    if args.skip_layer_guidance and args.num_inference_steps < 6:  # it acts where 1 % < i / steps < 20 %, i from 0
+        raise ValueError(f"--skip_layer_guidance covers none of {args.num_inference_steps} steps; use --num_inference_steps 6 or more")
+    if args.resolution and args.height and args.width:
+        raise ValueError("--resolution has no effect beside --height and --width; leave it out")
+    if args.max_sequence_length and args.max_sequence_length > MAX_T5_TOKENS:
+        raise ValueError(f"--max_sequence_length {args.max_sequence_length} is more than the pipeline takes; try {MAX_T5_TOKENS} or less")
+    prompts_of(args)
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Refuse a model that is none, a LoRA that is not for it, flags that its family does not know, and what needs a GPU.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
+    import torch
+
+    from src.pipelines import sd3, stock
+
+    path = args.pretrained_model_name_or_path
+    family = stock.model_family(path)
+    if args.lora_weights_path:
+        stock.check_lora(args.lora_weights_path, path)
+    if family == "sd15":
+        for flag in ("skip_layer_guidance", "max_sequence_length"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag} is for Stable Diffusion 3; {path} is a 1.x model: leave it out")
+    elif args.skip_layer_guidance:
+        blocks = sd3.read_config(path, "transformer/config.json")["num_layers"]
+        if max(args.skip_layers) >= blocks:
+            raise ValueError(f"--skip_layers {','.join(map(str, args.skip_layers))}: the blocks of {path} are 0 to {blocks - 1}")
+    sides = [side for side in (args.resolution, args.height, args.width) if side]
+    if family == "sd3" and sides:
+        sd3.check_resolution(path, *sides)
+    if not torch.cuda.is_available():
+        if args.cpu_offload:
+            raise ValueError("--cpu_offload has no effect without a GPU, and there is none here; leave it out")
+        if args.dtype == "fp16":
+            raise ValueError("--dtype fp16 needs a GPU; on a CPU use bf16 or fp32")
+
+
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, then those of the file; four for the tiny model if there are none.
+
+    Raises:
+        ValueError: an empty file, or one that is not UTF-8.
+    """
+    prompts = list(args.prompt or [])
+    if args.prompts_file:
+        try:
+            lines = args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompts_file {args.prompts_file} is not UTF-8 text") from None
+        listed = [line.strip() for line in lines if line.strip()]
+        if not listed:
+            raise ValueError(f"--prompts_file {args.prompts_file} holds no prompt; one per line")
+        prompts += listed
+    try:
+        "".join([*prompts, args.negative_prompt]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("--prompt is not UTF-8 text; use a UTF-8 terminal or --prompts_file") from None
+    return prompts or DEFAULT_PROMPTS
+
+
+# --------------------------------------------------------------------------- drawing
+
+
+def load(args: argparse.Namespace):
+    """The stock pipeline with the LoRA, on the GPU if there is one; ends with one line if that cannot be."""
+    import torch
+
+    from src.pipelines import stock
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
+    try:
+        pipeline = stock.load(
+            args.pretrained_model_name_or_path, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu",
+            lora_path=args.lora_weights_path, lora_scale=args.lora_scale, cpu_offload=args.cpu_offload,
+        )  # fmt: skip
+    except ValueError as error:
+        build_parser().error(" ".join(str(error).split()))
+    pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # None: only on a terminal
+    return pipeline
+
+
+def draw(pipeline, jobs: list[Job], args: argparse.Namespace) -> list:
+    """PIL pictures of the jobs in one batch; each starts from the noise of its own seed, drawn on the CPU."""
+    import torch
+
+    from src.pipelines import sd3
+
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+    options |= {name: side for name in ("height", "width") if (side := getattr(args, name) or args.resolution)}
+    if hasattr(pipeline, "transformer"):
+        options["max_sequence_length"] = args.max_sequence_length or sd3.default_sequence_length(pipeline.tokenizer_3)
+        if args.skip_layer_guidance:
+            options |= {"skip_guidance_layers": args.skip_layers, "skip_layer_guidance_scale": args.skip_layer_guidance}
+    try:
+        return pipeline(
+            prompt=[job.prompt for job in jobs], negative_prompt=[args.negative_prompt] * len(jobs),
+            generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs], **options,
+        ).images  # fmt: skip
+    except torch.OutOfMemoryError:
+        build_parser().error("the GPU's memory is too small; try --cpu_offload, --batch_size 1, --dtype bf16 or a smaller --resolution")
+
+
+def note_long_prompts(pipeline, prompts: list[str]) -> None:
+    """Say which prompts CLIP reads in part only; the pipeline prints pages about it, at every batch."""
+    limit = pipeline.tokenizer.model_max_length
+    cut = [number for number, prompt in enumerate(prompts) if len(pipeline.tokenizer(prompt).input_ids) > limit]
+    if cut:
+        rest = "T5 alone reads the rest" if getattr(pipeline, "text_encoder_3", None) else "the rest is not read"
+        print(f"note: {len(cut)} prompt(s), the first is number {cut[0]}, have more than CLIP's {limit} tokens; {rest}")
+
+
+# --------------------------------------------------------------------------- files
+
+
+def file_name(job: Job, suffix: str = "") -> str:
+    """`003-a-red-star-seed7.png`: safe on every file system whatever the prompt holds."""
+    words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:60].rstrip("-")
+    return f"{job.index:03d}-{words or 'picture'}-seed{job.seed}{suffix}.png"
+
+
+def settings_of(args: argparse.Namespace, column: str, size: tuple[int, int]) -> dict:
+    """What besides prompt and seed decided the picture: by flag names, those that were unset with what they became."""
+    kept = ("pretrained_model_name_or_path", "lora_scale", "dtype", "negative_prompt", "num_inference_steps", "guidance_scale",
+            "skip_layer_guidance", "skip_layers", "max_sequence_length")  # fmt: skip
+    settings = {name: getattr(args, name) for name in kept} | {"width": size[0], "height": size[1]}
+    settings["lora_weights_path"] = str(args.lora_weights_path) if column == "tuned" else None
+    return settings
+
+
+def save(picture, path: Path, job: Job, settings: dict) -> None:
+    """PNG with `prompt`, `seed` and `settings` (JSON) as text, so that it can be made again, and `parameters` as other programs read it."""
+    from PIL.PngImagePlugin import PngInfo
+
+    numbers = {"Steps": settings["num_inference_steps"], "CFG scale": f"{settings['guidance_scale']:g}", "Seed": job.seed,
+               "Size": f"{picture.width}x{picture.height}", "Model": Path(settings["pretrained_model_name_or_path"]).name}  # fmt: skip
+    last = ", ".join(f"{name}: {value}" for name, value in numbers.items())
+    parameters = f"{job.prompt}\nNegative prompt: {settings['negative_prompt']}\n{last}"
+    info = PngInfo()
+    for key, text in (("prompt", job.prompt), ("seed", str(job.seed)), ("settings", json.dumps(settings)), ("parameters", parameters)):
+        info.add_itxt(key, text)
+    picture.save(path, pnginfo=info)
+
+
+def save_grid(cells: dict[tuple[str, int], object], prompts: list[str], columns: list[str], count: int, path: Path) -> None:
+    """One row per prompt, `count` pictures of each column; `cells[column, number of the job]`."""
+    from src import images
+
+    shown, seeds = prompts[:GRID_PROMPTS], min(count, GRID_SEEDS)
+    ordered = [cells[column, row * count + n] for row in range(len(shown)) for column in columns for n in range(seeds)]
+    names = [column for column in columns for _ in range(seeds)] if len(columns) > 1 else None
+    images.grid(ordered, columns=seeds * len(columns), row_labels=shown, column_labels=names).save(path)
+
+
+def main(args: argparse.Namespace) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):  # pages of notes on prompts and LoRA layers; what matters is said here
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    started = time.perf_counter()
+    pipeline, prompts = load(args), prompts_of(args)
+    note_long_prompts(pipeline, prompts)
+    seeds = range(args.seed, args.seed + args.num_images)
+    jobs = [Job(index, prompt, seed) for index, (prompt, seed) in enumerate(product(prompts, seeds))]
+    columns = ["base", "tuned"] if args.compare else ["tuned" if args.lora_weights_path else "base"]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    cells = {}  # for the grid: the pictures themselves are on disk as soon as they are drawn
+    for start in range(0, len(jobs), args.batch_size):
+        part = jobs[start : start + args.batch_size]
+        for column in columns:
+            if args.compare:  # the same weights, seeds and batches: only the LoRA is switched
+                pipeline.disable_lora() if column == "base" else pipeline.enable_lora()
+            for job, picture in zip(part, draw(pipeline, part, args), strict=True):
+                path = args.output_dir / file_name(job, f"-{column}" if args.compare else "")
+                save(picture, path, job, settings_of(args, column, picture.size))
+                if job.index < GRID_PROMPTS * args.num_images:
+                    picture.thumbnail((GRID_CELL, GRID_CELL))
+                    cells[column, job.index] = picture
+
+    save_grid(cells, prompts, columns, args.num_images, args.output_dir / "grid.png")
+    print(f"{len(jobs) * len(columns)} picture(s) in {time.perf_counter() - started:.0f} s: {args.output_dir / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    main(parse_args())

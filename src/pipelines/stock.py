@@ -1,0 +1,141 @@
+"""diffusers' own pipelines, SD3.x and SD1.x, for drawing: which family a model or a LoRA file is, and both loaded together.
+
+What cannot work is refused from configurations and file headers, before any weights are read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from src import lora
+from src.pipelines import sd3
+
+NAMES = {"sd3": "Stable Diffusion 3.x", "sd15": "Stable Diffusion 1.x", None: "another kind of model, or no LoRA at all"}
+
+
+def model_family(path: str) -> str:
+    """`sd3` or `sd15`, by the model_index.json of the folder or Hub id.
+
+    Raises:
+        ValueError: no such model, not a pipeline, damaged, or another family.
+    """
+    wrong = None
+    try:
+        sd3.check_folder(path)  # everything that can be wrong with a folder; a Hub id passes
+    except ValueError as error:
+        wrong = error
+    try:
+        name = sd3.read_config(path, "model_index.json").get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise wrong or ValueError(f"--pretrained_model_name_or_path {path}: cannot be read from the Hub ({reason})") from None
+    if name == "StableDiffusionPipeline":
+        return "sd15"
+    if wrong and not str(name).startswith("StableDiffusion3"):
+        raise ValueError(f"--pretrained_model_name_or_path {path}: holds a {name}; only Stable Diffusion 3.x and 1.x can be drawn with")
+    if wrong:
+        raise wrong
+    return "sd3"
+
+
+# --------------------------------------------------------------------------- LoRA files
+
+
+def lora_file(path: Path) -> Path:
+    """The file that --lora_weights_path means: itself, or pytorch_lora_weights.safetensors in that folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    file = path.expanduser() / lora.WEIGHTS_NAME if path.expanduser().is_dir() else path.expanduser()
+    if not file.is_file():
+        raise ValueError(f"--lora_weights_path {path}: there is no {file}; give a run's output folder, a checkpoint or a .safetensors file")
+    return file
+
+
+def lora_keys(path: Path) -> list[str]:
+    """Names of the tensors in a LoRA file; its header is read and compared with its length, nothing more.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(lora_file(path), framework="numpy") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"--lora_weights_path {path}: cannot be read as safetensors ({error}); is the file complete?") from None
+
+
+def lora_family(keys: list[str]) -> str | None:
+    """`sd3`, `sd15`, `kohya` (SD3 in a layout that diffusers does not read) or None, by the names in a LoRA file."""
+    if any("joint_blocks_" in key for key in keys):
+        return "kohya"
+    if any("single_transformer_blocks" in key for key in keys):  # Flux
+        return None
+    if any(key.startswith("transformer.transformer_blocks.") and ".lora_" in key for key in keys):
+        return "sd3"
+    return "sd15" if any(key.startswith(("unet.", "lora_unet_", "lora_te_")) and "lora" in key for key in keys) else None
+
+
+def check_lora(path: Path, model: str) -> None:
+    """Refuse a LoRA file that is broken, or made for another family than `model` (a folder or Hub id).
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
+    made_for, family = lora_family(lora_keys(path)), model_family(model)
+    if made_for == "kohya":
+        raise ValueError(f"--lora_weights_path {path}: has kohya's names, for ComfyUI and A1111; give the {lora.WEIGHTS_NAME} beside it")
+    if made_for != family:
+        raise ValueError(f"--lora_weights_path {path}: is for {NAMES[made_for]}, but {model} is {NAMES[family]}")
+
+
+# --------------------------------------------------------------------------- loading
+
+
+def load(
+    path: str, *, dtype: torch.dtype, device: str, lora_path: Path | None = None, lora_scale: float = 1.0, cpu_offload: bool = False
+) -> Any:
+    """The stock pipeline of the model's family on `device`, with the LoRA at its strength.
+
+    Args:
+        cpu_offload: only the part that is at work lies on the GPU.
+
+    Raises:
+        ValueError: the model is incomplete, or the LoRA does not fit it.
+    """
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+
+    family = StableDiffusion3Pipeline if model_family(path) == "sd3" else StableDiffusionPipeline
+    try:
+        pipeline = family.from_pretrained(path, dtype=dtype)
+    except OSError as error:
+        raise ValueError(f"--pretrained_model_name_or_path {path}: cannot be loaded ({error}); download the model again") from error
+    if lora_path:
+        _add_lora(pipeline, lora_path, lora_scale)
+    if cpu_offload:
+        pipeline.enable_model_cpu_offload()
+    else:
+        pipeline.to(device)
+    return pipeline
+
+
+def _add_lora(pipeline: Any, path: Path, scale: float) -> None:
+    """Load the LoRA, wholly or not at all, and set its strength."""
+    from peft.tuners.lora import LoraLayer
+
+    file, flag = lora_file(path), f"--lora_weights_path {path}"
+    try:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="tuned")
+        pipeline.set_adapters("tuned", scale)
+    except (RuntimeError, ValueError, KeyError) as error:  # peft: the sizes differ; diffusers: the model has nothing of it
+        raise ValueError(f"{flag}: does not fit the model: {str(error).strip().splitlines()[-1].strip()}") from error
+    wanted = sum(key.endswith("lora_A.weight") for key in lora_keys(path))
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    layers = sum(isinstance(module, LoraLayer) for part in parts for module in part.modules())
+    if layers < wanted:  # diffusers drops the others, with a warning at most
+        raise ValueError(f"{flag}: adapts {wanted} layers, the model has only {layers} of them; was it made for a larger one?")

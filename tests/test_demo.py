@@ -1,0 +1,342 @@
+"""The demo as a user meets it: files, metadata, repeatability, LoRA strength, comparison, both families, and every refusal."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo
+from src import lora
+from src.pipelines import sd3, stock
+
+ROOT = Path(__file__).parent.parent
+
+
+def close(one, other, levels=2):
+    """Equal up to rounding: batches of other sizes add in another order."""
+    return np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= levels
+
+
+def save_lora(model_folder, folder, *, alpha=8.0, size=0.5, **changes):
+    """A LoRA of rank 4 whose B is not zero, so that it changes pictures."""
+    transformer = sd3.load(model_folder, parts=("transformer",)).transformer
+    torch.manual_seed(1)
+    lora.add(transformer, rank=4, alpha=alpha, **changes)
+    for parameter in lora.parameters(transformer):
+        parameter.data.normal_(0, size)
+    lora.save(transformer, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora_folder(tiny_sd3_folder, tmp_path_factory):
+    return save_lora(tiny_sd3_folder, tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture
+def draw(tiny_sd3_folder, tmp_path):
+    """Run the demo in process; returns its output folder."""
+
+    def run(*argv, model=tiny_sd3_folder, name="out", steps=2):
+        argv = ["--pretrained_model_name_or_path", model, "--num_inference_steps", steps, "--output_dir", tmp_path / name, *argv]
+        demo.main(demo.parse_args([str(word) for word in argv]))
+        return tmp_path / name
+
+    return run
+
+
+def pictures(folder):
+    """PNGs but for the grid, by name."""
+    return {path.name: Image.open(path) for path in sorted(folder.glob("*.png")) if path.name != "grid.png"}
+
+
+def arrays(folder):
+    return [np.asarray(picture) for picture in pictures(folder).values()]
+
+
+def refusal(capsys, *argv):
+    """The one line, with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        demo.main(demo.parse_args([str(word) for word in argv]))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.count("\n") == 1, error
+    return error
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_names_are_safe_whatever_the_prompt_holds():
+    prompts = ["../../etc/passwd", "a/b\\c:d*?\"<>|", "🙂", "", "日本語", "line\nbreak\ttab", "x" * 300, "con.", "-rf ~", "$(reboot)"]
+    names = [demo.file_name(demo.Job(i, prompt, 7)) for i, prompt in enumerate(prompts)]
+    assert names[0] == "000-etc-passwd-seed7.png" and names[2] == "002-picture-seed7.png" and names[5] == "005-line-break-tab-seed7.png"
+    assert len(set(names)) == len(prompts)
+    for name in names:
+        assert len(name) < 100 and name == Path(name).name and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.")
+
+
+def test_awkward_prompts_are_drawn_and_stored_word_for_word(draw, tmp_path, capsys):
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("\ufeff" + "word " * 200 + "\n\n  a heart  \n", encoding="utf-8")
+    out = draw("--prompt", 'a/b "c" 🙂\nnew line, ünïcode', "--prompt", "", "--prompts_file", listed, steps=1)
+    stored = [picture.text["prompt"] for picture in pictures(out).values()]
+    assert stored == ['a/b "c" 🙂\nnew line, ünïcode', "", ("word " * 200).strip(), "a heart"]
+    printed = capsys.readouterr()
+    assert "CLIP's 16 tokens" in printed.out and "truncated" not in printed.err  # one line instead of pages
+    assert (out / "grid.png").exists()
+
+
+def test_a_picture_can_be_made_again_from_its_own_metadata(draw, lora_folder):
+    out = draw("--prompt", "a red heart", "--seed", 3, "--height", 64, "--width", 32, "--guidance_scale", 2, "--negative_prompt", "blue",
+               "--lora_weights_path", lora_folder, "--lora_scale", 0.7, "--max_sequence_length", 12)  # fmt: skip
+    (picture,) = pictures(out).values()
+    assert picture.size == (32, 64)
+    settings = {name: value for name, value in json.loads(picture.text["settings"]).items() if value is not None and name != "skip_layers"}
+    assert settings.pop("num_inference_steps") == 2 and settings["dtype"] == "fp32"
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    again = draw("--prompt", picture.text["prompt"], "--seed", picture.text["seed"], *words, name="again")
+    assert np.array_equal(arrays(out)[0], arrays(again)[0])
+
+
+def test_metadata_reads_in_other_programs(draw):
+    (picture,) = pictures(draw("--prompt", "a heart", "--negative_prompt", "blue", "--seed", 4, steps=1)).values()
+    lines = picture.text["parameters"].splitlines()
+    assert lines[:2] == ["a heart", "Negative prompt: blue"]
+    assert lines[2].startswith("Steps: 1, CFG scale: 3, Seed: 4, Size: 64x64, Model: ")
+
+
+# ---------------------------------------------------------------------------------------------- seeds and batches
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_the_batch_or_its_place(draw):
+    """Seeds 5, 6, 7 of two prompts in batches of 4 and 2; seed 6 of the second prompt alone."""
+    together = draw("--prompt", "a red circle", "--prompt", "a blue star", "--num_images", 3, "--seed", 5, "--batch_size", 4)
+    alone = draw("--prompt", "a blue star", "--seed", 6, name="alone")
+    assert list(pictures(together))[4] == "004-a-blue-star-seed6.png"
+    assert close(arrays(together)[4], arrays(alone)[0])
+    assert not close(arrays(together)[3], arrays(together)[4], levels=20), "other seeds are other pictures"
+
+
+def test_the_same_command_gives_the_same_bytes(draw):
+    first, second = draw("--prompt", "a star"), draw("--prompt", "a star", name="second")
+    assert [path.read_bytes() for path in sorted(first.iterdir())] == [path.read_bytes() for path in sorted(second.iterdir())]
+
+
+def test_the_grid_of_a_long_list_is_cut_and_every_picture_is_kept(draw, monkeypatch):
+    monkeypatch.setattr(demo, "GRID_PROMPTS", 1)
+    monkeypatch.setattr(demo, "GRID_SEEDS", 2)
+    out = draw("--prompt", "a", "--prompt", "b", "--num_images", 3, steps=1)
+    assert len(pictures(out)) == 6
+    wide = Image.open(out / "grid.png").width
+    assert 2 * 128 < wide < 4 * 128  # label and two cells of 128
+
+
+# ---------------------------------------------------------------------------------------------- LoRA
+
+
+def test_compare_draws_what_base_and_tuned_draw_alone(draw, lora_folder):
+    common = ("--prompt", "a", "--num_images", 3, "--batch_size", 2)
+    both = draw(*common, "--lora_weights_path", lora_folder, "--compare", steps=1)
+    base = draw(*common, name="base", steps=1)
+    tuned = draw(*common, "--lora_weights_path", lora_folder, name="tuned", steps=1)
+    found = pictures(both)
+    assert list(found)[:2] == ["000-a-seed0-base.png", "000-a-seed0-tuned.png"]
+    sides = {side: [np.asarray(picture) for name, picture in found.items() if side in name] for side in ("base", "tuned")}
+    assert all(map(np.array_equal, sides["base"], arrays(base)))
+    assert all(map(np.array_equal, sides["tuned"], arrays(tuned)))
+    assert not close(sides["base"][0], sides["tuned"][0], levels=20)
+    used = [json.loads(picture.text["settings"])["lora_weights_path"] for picture in found.values()]
+    assert used == [None, str(lora_folder)] * 3
+
+
+def test_scale_0_is_the_base_model(draw, lora_folder):
+    base = draw("--prompt", "a heart")
+    file = lora_folder / "pytorch_lora_weights.safetensors"
+    zero = draw("--prompt", "a heart", "--lora_weights_path", file, "--lora_scale", 0, name="zero")
+    assert np.array_equal(arrays(base)[0], arrays(zero)[0])
+
+
+def test_the_scale_multiplies_the_update_with_alpha_over_rank(tiny_sd3_folder, lora_folder, scale=-0.5):
+    """W x + scale * alpha / rank * B A x, with alpha 8 from the file's metadata and rank 4."""
+    pipeline = stock.load(str(tiny_sd3_folder), dtype=torch.float32, device="cpu", lora_path=lora_folder, lora_scale=scale)
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(3, layer.base_layer.in_features)
+    update = layer.lora_B["tuned"](layer.lora_A["tuned"](x))
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + scale * 8 / 4 * update)
+
+
+@pytest.mark.slow
+def test_bf16_draws_with_a_lora(draw, lora_folder):
+    out = draw("--prompt", "a heart", "--lora_weights_path", lora_folder, "--dtype", "bf16")
+    assert arrays(out)[0].std() > 1
+
+
+def test_a_lora_of_a_larger_model_is_refused(draw, tiny_sd3_folder, lora_folder, tmp_path, capsys):
+    """diffusers would drop the layers that are not there with no more than a warning."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(lora_folder / "pytorch_lora_weights.safetensors")
+    more = {key.replace("transformer_blocks.0.", "transformer_blocks.9."): value.clone() for key, value in tensors.items()}
+    save_file(tensors | more, tmp_path / "large.safetensors")
+    narrow = {key: value[:, :4].contiguous() if "lora_A" in key else value for key, value in tensors.items()}
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    for name, words in (("large", "only"), ("narrow", "does not fit the model")):
+        line = refusal(capsys, "--pretrained_model_name_or_path", tiny_sd3_folder, "--lora_weights_path", tmp_path / f"{name}.safetensors",
+                       "--output_dir", tmp_path / "none")  # fmt: skip
+        assert "--lora_weights_path" in line and words in line
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("keys", "family"), [
+    (["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"], "sd3"),
+    (["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"], "sd15"),
+    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "lora_te_text_model_x.lora_up.weight"], "sd15"),
+    (["lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight"], "kohya"),
+    (["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "transformer.transformer_blocks.0.a.lora_A.weight"], None),
+    (["transformer.transformer_blocks.0.attn.to_q.weight"], None),
+    ([], None),
+])  # fmt: skip
+def test_the_family_of_a_lora_is_read_from_its_names(keys, family):
+    assert stock.lora_family(keys) == family
+
+
+# ---------------------------------------------------------------------------------------------- SD1.5
+
+
+@pytest.fixture(scope="module")
+def tiny_sd15_folder(tiny_sd3_folder, tmp_path_factory):
+    """A random StableDiffusionPipeline, 16 x 16 latents at most a handful of channels."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_sd3_folder / "tokenizer")
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(4,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                        latent_channels=4, norm_num_groups=2)  # fmt: skip
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                        num_attention_heads=2, max_position_embeddings=16))  # fmt: skip
+    folder = tmp_path_factory.mktemp("sd15")
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_sd15_is_drawn_with_its_own_pipeline(draw, tiny_sd15_folder):
+    out = draw("--prompt", "a heart", "--num_images", 2, "--resolution", 32, model=tiny_sd15_folder)
+    assert [picture.size for picture in pictures(out).values()] == [(32, 32)] * 2
+
+
+def test_what_sd15_does_not_know_is_refused(tiny_sd15_folder, lora_folder, capsys):
+    model = ("--pretrained_model_name_or_path", tiny_sd15_folder)
+    assert "--skip_layer_guidance is for Stable Diffusion 3" in refusal(capsys, *model, "--skip_layer_guidance", 2.8)
+    assert "--max_sequence_length is for Stable Diffusion 3" in refusal(capsys, *model, "--max_sequence_length", 77)
+    assert "is for Stable Diffusion 3.x, but" in refusal(capsys, *model, "--lora_weights_path", lora_folder)
+
+
+# ---------------------------------------------------------------------------------------------- skip-layer guidance
+
+
+@pytest.mark.slow
+def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
+    argv = ["--prompt", "a heart"]
+    plain = arrays(draw(*argv, steps=8))[0]
+    one = arrays(draw(*argv, "--skip_layer_guidance", 5, "--skip_layers", "1", name="one", steps=8))[0]
+    two = arrays(draw(*argv, "--skip_layer_guidance", 5, "--skip_layers", "0,2", name="two", steps=8))[0]
+    assert not np.array_equal(plain, one) and not np.array_equal(one, two)
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(("argv", "line"), [
+    (["--compare"], "--compare needs --lora_weights_path"),
+    (["--lora_scale", "0.5"], "--lora_scale 0.5 has no effect without --lora_weights_path"),
+    (["--negative_prompt", "x", "--guidance_scale", "1"], "--negative_prompt has no effect at --guidance_scale 1"),
+    (["--skip_layer_guidance", "2.8", "--guidance_scale", "1"], "--skip_layer_guidance has no effect at --guidance_scale 1"),
+    (["--skip_layer_guidance", "2.8"], "--skip_layers 7,8,9: the blocks of"),
+    (["--skip_layer_guidance", "2.8", "--num_inference_steps", "5"], "use --num_inference_steps 6 or more"),
+    (["--skip_layers", "1"], "--skip_layers has no effect without --skip_layer_guidance"),
+    (["--skip_layers", "7-9"], "must be block numbers such as 7,8,9"),
+    (["--lora_weights_path", "nowhere"], "--lora_weights_path nowhere: there is no nowhere"),
+    (["--lora_weights_path", "src"], "pytorch_lora_weights.safetensors; give a run's output folder"),
+    (["--lora_weights_path", "README.md"], "cannot be read as safetensors"),
+    (["--resolution", "500"], "--resolution: must be a multiple of 16 (8x VAE, 2x2 patches), got 500; try 496"),
+    (["--resolution", "64", "--height", "64", "--width", "64"], "--resolution has no effect beside"),
+    (["--resolution", "4096"], "the position embeddings of"),
+    (["--max_sequence_length", "600"], "--max_sequence_length 600 is more than the pipeline takes"),
+    (["--prompts_file", "nowhere"], "--prompts_file: no such file: nowhere"),
+    (["--prompt", "\udcff"], "--prompt is not UTF-8"),
+    (["--promt", "x"], "unknown flag --promt; did you mean --prompt?"),
+    (["--output_dir", "README.md"], "--output_dir README.md"),
+    (["--pretrained_model_name_or_path", "nowhere"], "--pretrained_model_name_or_path nowhere: no such folder"),
+    (["--pretrained_model_name_or_path", "src"], "--pretrained_model_name_or_path src: no model_index.json"),
+])  # fmt: skip
+def test_what_cannot_work_is_one_line(argv, line, tiny_sd3_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert line in refusal(capsys, "--pretrained_model_name_or_path", tiny_sd3_folder, "--output_dir", tmp_path / "out", *argv)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these work on a GPU")
+def test_what_needs_a_gpu_is_refused_without_one(tiny_sd3_folder, capsys):
+    model = ("--pretrained_model_name_or_path", tiny_sd3_folder)
+    assert "--cpu_offload has no effect without a GPU" in refusal(capsys, *model, "--cpu_offload")
+    assert "--dtype fp16 needs a GPU" in refusal(capsys, *model, "--dtype", "fp16")
+
+
+def test_damaged_files_are_named(tiny_sd3_folder, lora_folder, tmp_path, capsys):
+    model = ("--pretrained_model_name_or_path", tiny_sd3_folder)
+    whole = (lora_folder / "pytorch_lora_weights.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    assert "is the file complete?" in refusal(capsys, *model, "--lora_weights_path", tmp_path / "cut.safetensors")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert "holds no prompt" in refusal(capsys, *model, "--prompts_file", tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
+    assert "is not UTF-8" in refusal(capsys, *model, "--prompts_file", tmp_path / "latin.txt")
+    index = tmp_path / "flux" / "model_index.json"
+    index.parent.mkdir()
+    index.write_text('{"_class_name": "FluxPipeline"}')
+    assert "holds a FluxPipeline" in refusal(capsys, "--pretrained_model_name_or_path", index.parent)
+    index.write_text("{")
+    assert "damaged" in refusal(capsys, "--pretrained_model_name_or_path", index.parent)
+
+
+def test_a_lora_in_kohyas_layout_is_named_as_such(tiny_sd3_folder, tmp_path, capsys):
+    transformer = sd3.load(tiny_sd3_folder, parts=("transformer",)).transformer
+    lora.add(transformer, rank=2)
+    lora.export_kohya(transformer, tmp_path / "kohya.safetensors")
+    line = refusal(capsys, "--pretrained_model_name_or_path", tiny_sd3_folder, "--lora_weights_path", tmp_path / "kohya.safetensors")
+    assert "kohya's names" in line and "pytorch_lora_weights.safetensors" in line
+
+
+@pytest.mark.slow
+def test_help_and_a_wrong_flag_answer_fast_and_nothing_heavy_is_imported():
+    for argv, code in ((["--help"], 0), (["--bogus"], 2)):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-X", "importtime", "demo.py", *argv], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == code and time.perf_counter() - started < 5
+        assert "torch" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_wrapper_draws_without_arguments(tiny_sd3_folder, tmp_path):
+    command = ["bash", "demo.sh", "--pretrained_model_name_or_path", tiny_sd3_folder, "--output_dir", tmp_path, "--num_inference_steps", 1]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VENV": "none"}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("4 picture(s)") and done.stderr == ""
+    assert [picture.text["prompt"] for picture in pictures(tmp_path).values()] == demo.DEFAULT_PROMPTS
