@@ -56,6 +56,7 @@ class Log:
         self._written = 0  # last step of the last window
         self._step = 0  # last step of all
         self._resumed, self._opened = 0, False
+        self._known: list[set[str]] = []  # names in each line that the run resumed from wrote at its very step
         self._bar: tqdm | None = None
         self._began, self._clock = time.monotonic(), None  # the clock starts after the first step: it loads, compiles, warms up
         self._timed = 0  # steps since the clock started
@@ -95,8 +96,14 @@ class Log:
         return line
 
     def record(self, step: int, **floats: float) -> None:
-        """Writes one line of numbers that are no training means: validation."""
-        self._append(step, floats)
+        """Writes one line of numbers that are no training means: validation.
+
+        A run that was killed after its last validation, and resumed at its last step, validates again: that line is there already.
+        """
+        if not self._opened:
+            self._rewind()
+        if step != self._resumed or {"step", *floats} not in self._known:
+            self._append(step, floats)
 
     def _advance(self) -> None:
         if self._bar is None:
@@ -129,9 +136,11 @@ class Log:
         for name, values in self._fresh.items():
             self._settled.setdefault(name, []).extend(next(numbers) for _ in values)
         self._fresh = {}
+        # A finite loss may have a gradient that is not, and the update then ruins the weights. Only fp16's loss scale skips such steps.
+        scaled = getattr(self.run.accelerator, "scaler", None) is not None
         for name, values in self._settled.items():
             for index, value in enumerate(values):
-                if name.endswith("loss") and not math.isfinite(value):
+                if name.endswith("loss" if scaled else ("loss", "grad_norm")) and not math.isfinite(value):
                     raise FloatingPointError(
                         f"{name} is {value} at step {self._written + 1 + index}: nothing was saved since; go on from the last checkpoint "
                         "with a smaller --learning_rate, more --lr_warmup_steps, or --mixed_precision bf16 or no"
@@ -156,6 +165,7 @@ class Log:
         resumed = self._resumed
         if self.run.is_main and self.path.exists():
             kept = [line for line in read(self.path) if 0 < resumed and line["step"] <= resumed]
+            self._known = [set(line) for line in kept if line["step"] == resumed]
             temporary = self.path.with_suffix(".jsonl.tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(temporary, self.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import resource
 import secrets
@@ -193,6 +194,15 @@ def driver_warning(driver: bool, usable: bool, built_for: str | None) -> str | N
     )
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse a precision that this machine cannot train in.
+
+    Raises:
+        ValueError: fp16 without a GPU.
+    """
+    _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
+
+
 def _check_precision(args: argparse.Namespace, device: torch.device) -> None:
     if args.mixed_precision == "fp16" and device.type == "cpu":  # accelerate would compute in fp32 and not say so
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use --mixed_precision bf16 or no")
@@ -237,6 +247,14 @@ def _settle_numerics(args: argparse.Namespace) -> None:
     torch.backends.cuda.enable_mem_efficient_sdp(not args.deterministic)  # its backward pass adds in no fixed order
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
+
+
+def _quieten_libraries() -> None:
+    """No progress bar for every folder that diffusers opens, no notice of CPU kernels that nobody asked bitsandbytes for."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
 
 
 def _accelerator(args: argparse.Namespace) -> Any:
@@ -290,6 +308,7 @@ def start(args: argparse.Namespace) -> Run:
         ValueError: fp16 on a CPU; a launcher that started fewer processes than it was asked for.
     """
     _settle_numerics(args)
+    _quieten_libraries()
     accelerator = _accelerator(args)
     check_world(os.environ, accelerator.num_processes)
     _check_precision(args, accelerator.device)

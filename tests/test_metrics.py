@@ -173,10 +173,19 @@ def test_a_non_finite_loss_prevents_a_checkpoint(tmp_path):
         log.state_dict()
 
 
+def test_a_non_finite_gradient_stops_the_run_unless_the_loss_is_scaled(tmp_path):
+    """The loss of that step is finite; the update it would be saved with is not."""
+    log = metrics.Log(FakeRun(tmp_path), every=1)
+    log.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
+    with pytest.raises(FloatingPointError, match="grad_norm is inf at step 1"):
+        log.write(1)
+
+
 def test_another_number_that_is_not_finite_is_null_and_kept_from_the_tracker(tmp_path):
     run = FakeRun(tmp_path)
+    run.accelerator.scaler = object()  # of fp16: it skips such a step
     log = metrics.Log(run, every=1)
-    log.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))  # fp16: the scaler skips such a step
+    log.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(math.inf))
     log.write(1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["grad_norm"] is None
     assert "grad_norm" not in run.accelerator.logged[0][1]

@@ -1,0 +1,130 @@
+"""The README.md that a run leaves in its folder (a model card that the Hub understands), and the upload."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from src import metrics, runtime
+
+# What the Hub keeps of a run: not the checkpoints, which are for resuming. A `*` matches slashes too.
+NOT_UPLOADED = ["checkpoint-*", "logs/*", "*.tmp"]
+
+SD35 = "stabilityai/stable-diffusion-3.5-"
+LOADING = {
+    "LoRA": """import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
+pipeline.load_lora_weights({where!r})
+image = pipeline({prompt!r}).images[0]""",
+}
+
+
+def check(push_to_hub: bool) -> None:
+    """Refuse --push_to_hub without a login: after the training would be too late.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
+    if push_to_hub:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise ValueError("--push_to_hub: no Hub login on this machine; run `hf auth login` or set HF_TOKEN")
+
+
+def write(run: runtime.Run, args: argparse.Namespace, *, kind: str, images: int, prompt: str) -> None:
+    """Write README.md, and upload the folder with --push_to_hub.
+
+    Args:
+        kind: a key of LOADING, what was trained.
+        images: number of training pictures; prompt: one that suits the data, for the example.
+
+    Raises:
+        SystemExit: the upload failed; everything is on disk, and the message says how to go on.
+    """
+    if not run.is_main:
+        return
+    folder = Path(args.output_dir)
+    where = (args.hub_model_id or folder.name) if args.push_to_hub else str(folder)
+    readme = folder / "README.md"
+    readme.write_text(text(args, kind=kind, images=images, prompt=prompt, where=where), encoding="utf-8")
+    if not args.push_to_hub:
+        return
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        repository = api.create_repo(where, exist_ok=True).repo_id  # with the account's name, if none was given
+        readme.write_text(text(args, kind=kind, images=images, prompt=prompt, where=repository), encoding="utf-8")
+        message = f"{kind}, {args.max_train_steps} steps"
+        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED, commit_message=message)
+    except (OSError, ValueError) as error:  # the Hub's refusals and a broken connection are OSErrors, an impossible name a ValueError
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(f"error: the upload failed ({reason}). {folder} is complete; try `hf upload {where} {folder}`") from error
+    run.print(f"uploaded to {repository}")
+
+
+def text(args: argparse.Namespace, *, kind: str, images: int, prompt: str, where: str) -> str:
+    """The card: YAML for the Hub, a picture, how to load, what was measured, how to repeat it."""
+    folder, base = Path(args.output_dir), hub_name(args.pretrained_model_name_or_path)
+    lines = metrics.read(folder / "metrics.jsonl")
+    rows = []
+    for name, meaning in metrics.NAMES.items():
+        values = [line[name] for line in lines if line.get(name) is not None]  # null: it was not finite
+        if values and name != "step":
+            rows.append(f"| `{name}` | {values[0]:.4g} | {values[-1]:.4g} | {meaning} |")
+    grids = sorted((folder / "samples").glob("step-*.png"))
+    picture = f"\n![validation pictures, before and after](samples/{grids[-1].name})\n" if grids else ""
+    curves = "\n![curves and samples from first to last](summary.png)\n" if (folder / "summary.png").exists() else ""
+    command = f"It was started with\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```\n\n" if sys.argv[0].endswith(".py") else ""
+    return f"""---
+{front_matter(args, kind)}---
+# {kind} of {base}
+
+{images} pictures of `{args.dataset_name}`, {args.max_train_steps} optimizer steps, seed {args.seed}.
+{picture}
+```python
+{LOADING[kind].format(base=base, where=where, prompt=prompt)}
+```
+
+| metric | first | last | meaning |
+|---|---|---|---|
+{chr(10).join(rows)}
+{curves}
+All arguments are in `args.json`; `--config args.json` repeats the run. {command}The licence of the base model applies to these weights.
+"""
+
+
+def hub_name(path: str) -> str:
+    """The Hub id of a base model, where it can be known: scripts/download.sh keeps the name of the repository."""
+    known = re.fullmatch(r"stable-diffusion-3\.5-(medium|large|large-turbo)", Path(path).name)
+    return SD35 + known[1] if known else path
+
+
+def front_matter(args: argparse.Namespace, kind: str) -> str:
+    """YAML lines for the Hub."""
+    import yaml
+
+    base, folder = hub_name(args.pretrained_model_name_or_path), Path(args.output_dir)
+    fields: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a folder on this machine means nothing there
+        fields |= {"base_model": base, "base_model_relation": "adapter" if kind == "LoRA" else "finetune"}
+    if base.startswith(SD35):
+        fields |= {"license": "other", "license_name": "stabilityai-ai-community",
+                   "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE.md"}  # fmt: skip
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", args.dataset_name) and not Path(args.dataset_name).exists():
+        fields["datasets"] = [args.dataset_name]
+    fields["tags"] = ["text-to-image", "diffusers", kind.lower()] + (["template:sd-lora"] if kind == "LoRA" else [])
+    steps = sorted(path for path in (folder / "samples").glob("step-*") if path.is_dir())
+    widget = []
+    for number, prompt in enumerate(args.validation_prompt or []):  # they come first among the validation prompts
+        pictures = sorted(steps[-1].glob(f"{number:02d}-*.png")) if steps else []
+        widget += [{"text": prompt, "output": {"url": pictures[0].relative_to(folder).as_posix()}}] if pictures else []
+    if widget:
+        fields["widget"] = widget
+    return yaml.safe_dump(fields, allow_unicode=True, sort_keys=False, width=1000)

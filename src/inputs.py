@@ -1,0 +1,200 @@
+"""What a supervised SD3 trainer feeds on, from its arguments: pictures, buckets, the text and latent caches, batches.
+
+Encoders are loaded only when something is missing from a cache, and leave memory as soon as it is filled: T5-XXL alone is 9.5 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from src import runtime, seeds
+from src.data import buckets, cache, captions, samples
+from src.pipelines import sd3
+
+MAX_HELD_OUT = 16  # pictures of the validation loss, if its number is not given: one in twenty, no more than these
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened data set with its plan and caches.
+
+    Attributes:
+        model: what the run still needs besides the transformer: the VAE, and the text encoders if there is no text cache.
+        training, held_out: samples to train on, and those kept for the validation loss (never flipped, caption never dropped).
+        plan: which samples make up which optimizer step.
+        sequence_length: T5 tokens, the same in training and validation.
+    """
+
+    run: runtime.Run
+    model: sd3.SD3
+    training: samples.Samples
+    held_out: samples.Samples
+    plan: buckets.Plan
+    text: cache.TensorCache | None
+    sequence_length: int
+
+    def batches(self, first_step: int) -> Iterator[samples.Batch]:
+        """This process's micro-batches from optimizer step `first_step` on, `gradient_accumulation_steps` of them per step."""
+        args, run = self.run.args, self.run
+        sampler = buckets.StepSampler(
+            self.plan, batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
+            rank=run.rank, world=run.world, start_step=first_step, max_steps=args.max_train_steps,
+        )  # fmt: skip
+        return iter(samples.loader(self.training, sampler, num_workers=args.dataloader_num_workers, pin_memory=run.device.type == "cuda"))
+
+    @torch.no_grad()
+    def encode(self, batch: samples.Batch, seed: int, step: int) -> tuple[Tensor, sd3.Conditioning]:
+        """A batch as the transformer takes it: latents (b, 16, h, w) drawn from the posterior and scaled, and the conditioning.
+
+        The draw depends on (seed, step, position) alone, so cached and encoded latents are the same.
+        """
+        batch = batch.to(self.run.device)
+        mean, std = (batch.latent_mean, batch.latent_std) if batch.pixels is None else sd3.encode_images(self.model, batch.pixels)
+        noise = seeds.normal(seed, step, batch.positions, "posterior", mean.shape[1:], mean.device)
+        x0 = sd3.scale_latents(self.model, sd3.sample_posterior(mean, std, noise))  # (b, 16, h, w)
+        return x0, self.condition(batch.prompts) if batch.embeds is None else sd3.Conditioning(batch.embeds, batch.pooled)
+
+    @torch.no_grad()
+    def condition(self, prompts: list[str]) -> sd3.Conditioning:
+        """Embeddings of prompts, from the cache or from the resident encoders: embeds (b, L, D), pooled (b, P)."""
+        if self.text is None:
+            return sd3.encode_prompts(self.model, prompts, self.sequence_length)
+        entries = [self.text.read(prompt) for prompt in prompts]
+        embeds, pooled = (torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled"))
+        return sd3.Conditioning(embeds, pooled).to(self.run.device)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a model or a data set that cannot be trained on, reading small files only.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
+    sd3.check_folder(args.pretrained_model_name_or_path)
+    sd3.check_resolution(args.pretrained_model_name_or_path, args.resolution)
+    captions.check_source(args.dataset_name, image_column=args.image_column, caption_column=args.caption_column)
+    if args.validation_prompts_file and not validation_prompts(args):
+        raise ValueError(f"--validation_prompts_file {args.validation_prompts_file} holds no prompt; one per line")
+
+
+def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
+    """The pictures to train on, and those held out for the validation loss (None if there are none).
+
+    Raises:
+        ValueError: the data set cannot be read, or nothing is left to train on.
+    """
+    images = captions.open_captioned(
+        args.dataset_name, image_column=args.image_column, caption_column=args.caption_column, cache_dir=args.cache_dir,
+        max_train_samples=args.max_train_samples, strict=args.strict_data, revision=args.dataset_revision, progress=progress,
+    )  # fmt: skip
+    wanted = args.num_validation_loss_images
+    count = min(MAX_HELD_OUT, len(images) // 20) if wanted is None else wanted
+    if count == 0:
+        return images, None
+    try:
+        return images.hold_out(count)
+    except ValueError as error:
+        raise ValueError(f"--num_validation_loss_images {count}: {error}; lower it") from error
+
+
+def validation_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts of --validation_prompt and --validation_prompts_file, in order, each once."""
+    prompts = list(args.validation_prompt or [])
+    if args.validation_prompts_file:
+        prompts += [line.strip() for line in Path(args.validation_prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return list(dict.fromkeys(prompts))
+
+
+def prepare(run: runtime.Run, args: argparse.Namespace) -> Inputs:
+    """Open the data set, lay out the steps, fill the caches.
+
+    Raises:
+        ValueError: what `open_images` refuses.
+    """
+    with run.accelerator.main_process_first():  # one download and one scan; the others find the result on disk
+        train, held_out = open_images(args, progress=run.is_main)
+    shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
+    parts = [part for part in (train, held_out) if part is not None]
+    sizes = [[buckets.assign(record.width, record.height, shapes) for record in part.records] for part in parts]
+    plan = buckets.Plan(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed)
+    run.print(
+        f"{len(train)} pictures to train on in {len(plan.members)} bucket(s), {len(held_out or [])} held out; "
+        f"an epoch is {plan.steps_per_epoch} step(s) of {plan.global_batch}"
+    )
+
+    path, length = args.pretrained_model_name_or_path, args.max_sequence_length
+    length = sd3.default_sequence_length(path, args.revision) if length is None else length
+    prompts = ["", *validation_prompts(args), *(record.prompt for part in parts for record in part.records)]
+    text = _text_cache(run, args, prompts, length) if args.cache_text else None
+    resident = ("vae",) if text else ("vae", "text")
+    model = sd3.load(path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device, parts=resident)
+    latents = _latent_cache(run, args, parts, sizes, model) if args.cache_latents else None
+    common = {"seed": args.seed, "latents": latents, "text": text}
+    return Inputs(
+        run=run, model=model, plan=plan, text=text, sequence_length=length,
+        training=samples.Samples(
+            train, sizes[0], caption_dropout=args.caption_dropout, random_crop=args.random_crop, flip=not args.no_hflip, **common
+        ),
+        held_out=samples.Samples(held_out or train.subset([]), sizes[1] if held_out else [], **common),
+    )  # fmt: skip
+
+
+def _fingerprint(args: argparse.Namespace, *folders: str) -> str:
+    """What identifies these parts of the base model: their content, wherever the folder lies, or a Hub id with its commit."""
+    path = Path(args.pretrained_model_name_or_path)
+    if path.is_dir():
+        return cache.folder_fingerprint(path, [folder for folder in folders if (path / folder).is_dir()])
+    from huggingface_hub import snapshot_download
+
+    snapshot = snapshot_download(str(path), revision=args.revision, allow_patterns="model_index.json")  # .../snapshots/COMMIT
+    return f"{path}@{Path(snapshot).name}"
+
+
+def _text_cache(run: runtime.Run, args: argparse.Namespace, prompts: list[str], length: int) -> cache.TensorCache:
+    """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only for what is missing, then dropped."""
+    folders = [f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3")]
+    encoders, dtype = _fingerprint(args, *folders), str(run.weight_dtype)
+    store = cache.TensorCache(
+        args.cache_dir, "text", {"encoders": encoders, "variant": args.variant, "sequence_length": length, "dtype": dtype}
+    )
+    if store.missing(prompts):
+        encoders = sd3.load(
+            args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device,
+            parts=("text",),
+        )  # fmt: skip
+
+        @torch.no_grad()
+        def encode(batch: list[str]) -> tuple[Tensor, Tensor]:
+            condition = sd3.encode_prompts(encoders, batch, length)
+            return condition.embeds, condition.pooled
+
+        samples.fill_text(store, prompts, encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world, progress=run.is_main)
+        sd3.unload_text_encoders(encoders)
+    run.barrier()  # every process has written its share
+    return store
+
+
+def _latent_cache(
+    run: runtime.Run, args: argparse.Namespace, parts: list[captions.CaptionedImages], sizes: list[list[tuple[int, int]]], model: sd3.SD3
+) -> cache.TensorCache:
+    """Cache of posterior mean and std (16, h, w) by picture, bucket and orientation; mirrored ones only of what training flips."""
+    described = {"vae": _fingerprint(args, "vae"), "variant": args.variant, "dtype": str(run.weight_dtype)}
+    store = cache.TensorCache(args.cache_dir, "latents", described)
+
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return sd3.encode_images(model, pixels)
+
+    for part, part_sizes, flip in zip(parts, sizes, (not args.no_hflip, False), strict=False):  # the held-out part is never flipped
+        samples.fill_latents(
+            store, part, part_sizes, flip=flip, encode=encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world,
+            progress=run.is_main,
+        )  # fmt: skip
+    run.barrier()
+    return store

@@ -1,0 +1,181 @@
+"""Small runs of the trainers, in this process and in others, and what they leave behind: shared by the tests of all scripts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from src import metrics
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+class Interrupted(Exception):
+    """Stands for a kill inside this process."""
+
+
+def make_pictures(folder: Path, count: int = 8, size: tuple[int, int] = (40, 32)) -> Path:
+    """A data set of `count` different smooth pictures of (width, height) px, lopsided so that a mirrored one is another one."""
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        corners = np.random.default_rng(number).integers(0, 256, (2, 3, 3), dtype=np.uint8)
+        Image.fromarray(corners).resize(size, Image.Resampling.BILINEAR).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"{'abcdefghijklmnop'[number % 16] * 3} picture {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def command_line(**flags: Any) -> list[str]:
+    """rank=4, use_ema=True, cache_text=False, validation_prompt=["a", "b"] -> the same as arguments; None leaves a flag out."""
+    tokens: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            tokens.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            for item in value if isinstance(value, list) else [] if value is None else [value]:
+                tokens += [f"--{name}", str(item)]
+    return tokens
+
+
+@dataclass(frozen=True)
+class World:
+    """The smallest model, a few pictures, and a cache that all runs share."""
+
+    model: Path
+    data: Path
+    cache: Path
+
+    def argv(self, out: Path, **changes: Any) -> list[str]:
+        """Arguments of a quiet run of 4 steps at 32 x 32 px into `out`: one metrics line a step, no validation, no held-out pictures."""
+        flags = dict(
+            pretrained_model_name_or_path=self.model, dataset_name=self.data, cache_dir=self.cache, output_dir=out, resolution=32,
+            mixed_precision="no", max_train_steps=4, train_batch_size=4, dataloader_num_workers=0, logging_steps=1, seed=0,
+            report_to="none", num_validation_loss_images=0, num_validation_images=1, validation_inference_steps=2,
+        )  # fmt: skip
+        return command_line(**(flags | changes))
+
+
+def make_world(model: Path, root: Path) -> World:
+    return World(model, make_pictures(root / "pictures"), root / "cache")
+
+
+def train(script: ModuleType, argv: list[str]) -> None:
+    script.main(script.parse_args(argv))
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run dies in optimizer step `step`: its weights are updated, its metrics and checkpoint are not written."""
+    write = metrics.Log.write
+
+    def dying(log: metrics.Log, done: int, **floats: float) -> Any:
+        if done == step:
+            raise Interrupted
+        return write(log, done, **floats)
+
+    monkeypatch.setattr(metrics.Log, "write", dying)
+
+
+# --------------------------------------------------------------------------- what a run leaves
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / WEIGHTS)
+
+
+def saved(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a LoRA file. Not its bytes: safetensors writes the metadata's two keys in any order."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without times and memory."""
+    return [{k: v for k, v in line.items() if k not in metrics.VARYING} for line in metrics.read(folder / "metrics.jsonl")]
+
+
+def values(folder: Path, name: str) -> list[float]:
+    return [line[name] for line in lines(folder) if name in line]
+
+
+def state(checkpoint: Path) -> dict[str, Any]:
+    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+
+
+def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
+    """Paths at which two nested states differ in any bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            if key in one and key in other:
+                yield from differences(one[key], other[key], f"{where}/{key}")
+            else:
+                yield f"{where}/{key} is only in one"
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{where}/{index}")
+    elif isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.dtype != other.dtype or not torch.equal(one, other):
+            yield f"{where}: tensors differ"
+    elif one != other:
+        yield f"{where}: {one!r} and {other!r}"
+
+
+def assert_identical(one: Any, other: Any) -> None:
+    found = list(differences(one, other))
+    assert not found, f"{len(found)} differences, first {found[:5]}"
+
+
+def files(folder: Path) -> list[str]:
+    """Everything under a folder, to see that nothing was written."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# --------------------------------------------------------------------------- processes
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """One thread per process, this Python first on the path, no network, no launcher's leftovers."""
+    env = {k: v for k, v in os.environ.items() if not re.match("ACCELERATE|MASTER_|WORLD_SIZE|RANK|LOCAL_|WANDB|TINY", k)}
+    env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "VENV": sys.prefix}
+    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"} | changes
+
+
+def start(command: list[str], log: Path, **env: str) -> subprocess.Popen:
+    """Starts a process whose output goes to a file: a full pipe would block it."""
+    with open(log, "w") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(**env))
+
+
+def wait_for(process: subprocess.Popen, condition: Any, log: Path, seconds: float = 400) -> None:
+    """Waits until the condition holds while the process lives."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended with {process.returncode}: {log.read_text()[-3000:]}"
+        assert time.monotonic() < end, f"nothing after {seconds} s: {log.read_text()[-3000:]}"
+        time.sleep(0.01)
+
+
+def finish(process: subprocess.Popen, log: Path, seconds: float = 400) -> str:
+    """Output of a process that has to end well."""
+    code = process.wait(seconds)
+    text = log.read_text()
+    assert code == 0, f"ended with {code}: {text[-3000:]}"
+    return text

@@ -1,0 +1,220 @@
+"""--dry_run: every number against what a real run loads, trains, computes and writes."""
+
+import argparse
+import re
+
+import pytest
+import runs
+import torch
+
+import train_text_to_image_lora_sd3 as script
+from src import cli, inputs, lora, optim, plan, runtime
+from src.pipelines import sd3
+
+
+@pytest.fixture(scope="module")
+def world(tiny_sd3_folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    runs.make_pictures(root / "pictures", 5, (64, 32))
+    return runs.World(tiny_sd3_folder, root / "pictures", root / "cache")
+
+
+@pytest.fixture
+def arguments(world, tmp_path):
+    return lambda **changes: script.parse_args(world.argv(tmp_path / "out", **changes))
+
+
+def shown(args, capsys):
+    """The printed rows, by name."""
+    plan.show(args, adapt=lambda transformer: script.add_lora(transformer, args))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "dry run: no weights were read, nothing was trained"
+    return {match[1]: match[2] for line in lines if (match := re.match(r" *(\S(?:\S| (?! ))*)  +(.*)", line))}
+
+
+def number(text):
+    """The first count in a row: "1,234 parameters" -> 1234."""
+    return int(re.search(r"[\d,]+", text)[0].replace(",", ""))
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Rows whose subject is something else: the model is not measured. One picture's step is 1 GFLOP."""
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    monkeypatch.setattr(sd3, "parameter_counts", lambda *_: dict.fromkeys(parts, 2_000_000))
+    monkeypatch.setattr(plan, "step_flops", lambda *_, **__: 10**9)
+
+
+@pytest.fixture(scope="module")
+def meta_medium():
+    """SD3.5-medium's transformer with the default LoRA of rank 16, without weights."""
+    transformer = sd3.transformer_from_config(sd3.SD35_MEDIUM)
+    lora.add(transformer, rank=16)
+    return transformer
+
+
+# ---------------------------------------------------------------------------------------------- parameters
+
+
+def test_counts_are_those_of_the_loaded_model(arguments, world, capsys):
+    rows = shown(arguments(rank=8), capsys)
+    model = sd3.load(world.model)
+    lora.add(model.transformer, rank=8)
+    assert number(rows["trained"]) == sum(p.numel() for p in lora.parameters(model.transformer))
+    parts = {"vae": model.vae, "text_encoder": model.text_encoders[0], "text_encoder_2": model.text_encoders[1],
+             "text_encoder_3": model.text_encoders[2]}  # fmt: skip
+    for name, part in parts.items():
+        assert number(rows[name]) == sum(p.numel() for p in part.parameters()), name
+    base = sd3.load(world.model, parts=("transformer",)).transformer
+    assert number(rows["transformer"]) == sum(p.numel() for p in base.parameters())
+
+
+def test_bytes_are_those_of_the_loaded_weights(world):
+    """Buffers are held too: SD3.5-medium's position embeddings are 0.45 GB."""
+    model = sd3.load(world.model, dtype=torch.bfloat16)
+    weights = plan.weight_bytes(sd3.parameter_counts(world.model), sd3.transformer_from_config(world.model), plan.BYTES["bf16"])
+    held = {"transformer": model.transformer, "vae": model.vae, "text_encoder_3": model.text_encoders[2]}
+    for part, module in held.items():
+        tensors = [*module.parameters(), *(module.buffers() if part == "transformer" else [])]
+        assert weights[part] == sum(tensor.nbytes for tensor in tensors), part
+
+
+@pytest.mark.parametrize("name", cli.OPTIMIZERS)
+def test_bytes_per_trained_parameter_are_what_a_step_leaves(name):
+    """Weight, gradient and state of a rank-16 pair for a layer of 1536, after one step."""
+    if optim.PACKAGES[name]:
+        pytest.importorskip(optim.PACKAGES[name])
+    if name == "adamw8bit" and not torch.cuda.is_available():
+        pytest.skip("its state is 8 bits wide on a GPU")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in ((16, 1536), (1536, 16))]
+    optimizer = optim.build(weights, name=name, learning_rate=1.0, device=device)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    state = sum(value.nbytes for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value))
+    each = 8 + state / sum(weight.numel() for weight in weights)
+    assert each == pytest.approx(plan.TRAINED_BYTES[name], abs=0.75)
+
+
+def test_memory_counts_what_stays(arguments):
+    """Without a text cache the encoders stay while training; EMA adds 4 bytes to AdamW's 16 per trained parameter."""
+    args = arguments(use_ema=True, rank=2)
+    assert plan.per_trained_parameter(args) == 20
+    weights = {"transformer": 4_000_000_000, "vae": 500_000_000, "text_encoder": 1_000_000_000, "text_encoder_3": 9_000_000_000}
+    assert plan._memory(args, weights, 100_000_000) == (
+        "10.00 GB while the text cache is filled, 4.60 GB while training; activations come on top"
+    )
+    args = argparse.Namespace(**(vars(args) | {"cache_text": False}))
+    assert plan._memory(args, weights, 100_000_000) == "14.60 GB while training; activations come on top"
+    assert plan._residence(args, "text_encoder_3") == ""
+    args.cache_text = True
+    assert plan._residence(args, "text_encoder_3") == "only while the text cache is filled" and plan._residence(args, "vae") == ""
+
+
+# ---------------------------------------------------------------------------------------------- caches
+
+
+@pytest.mark.parametrize("flags", [
+    dict(aspect_buckets=True, resolution=64, validation_prompt=["a", "b"], num_validation_loss_images=2, cache_batch_size=4),
+    pytest.param(dict(no_hflip=True, max_sequence_length=12), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_caches_have_the_size_that_was_planned(arguments, world, tmp_path, capsys, flags, cheap):
+    """Within 5 %, and exactly as many entries, with mirrored latents, buckets and held-out pictures."""
+    args = arguments(cache_dir=tmp_path / "cache", **flags)
+    images, held_out = inputs.open_images(args, progress=False)
+    transformer = sd3.transformer_from_config(world.model)
+    planned = plan.cache_bytes(args, images, held_out, transformer, plan.text_tokens(args))
+    run = runtime.start(args)
+    inputs.prepare(run, args)
+    run.finish()
+    for kind, name in (("latent", "latents"), ("text", "text")):
+        files = list(args.cache_dir.glob(f"{name}-*/*/*.safetensors"))
+        assert len(files) == planned[kind][0]
+        assert sum(file.stat().st_size for file in files) == pytest.approx(planned[kind][1], rel=0.05)
+    rows = shown(args, capsys)
+    for kind in ("latent", "text"):
+        assert rows[f"{kind} cache"].startswith(f"{planned[kind][0]} entries")
+
+
+def test_caches_that_are_off_are_not_planned(arguments, capsys, cheap):
+    rows = shown(arguments(cache_text=False, cache_latents=False), capsys)
+    assert not {"latent cache", "text cache"} & rows.keys()
+
+
+# ---------------------------------------------------------------------------------------------- compute
+
+
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_flops_are_those_of_a_real_step(world, checkpointing):
+    """torch's counter on real tensors; with checkpointing switched on, the blocks run forward twice."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    transformer = sd3.load(world.model, parts=("transformer",)).transformer
+    lora.add(transformer, rank=4)
+    if checkpointing:
+        transformer.enable_gradient_checkpointing()
+    condition = sd3.Conditioning(torch.zeros(1, 24, 32), torch.zeros(1, 16))
+    with FlopCounterMode(display=False) as counter:
+        sd3.velocity(transformer.train(), torch.zeros(1, 16, 4, 4), torch.ones(1), condition).sum().backward()
+    meta = sd3.transformer_from_config(world.model)
+    lora.add(meta, rank=4)
+    planned = plan.step_flops(meta, 32, 24, checkpointing=checkpointing)
+    # The kernels of attention differ between devices and are counted as 2 or 2.5 forwards; checkpointing skips the outer layers.
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+@pytest.mark.parametrize(("side", "tokens", "published", "forwards"), [(512, 154, 4.56, 2.13), (1024, 333, 26.7, 2.37)])
+@pytest.mark.slow
+def test_flops_of_the_published_model(meta_medium, side, tokens, published, forwards):
+    """TFLOP of a LoRA step of SD3.5-medium and of how many forward passes: the backward pass is dearer where attention is."""
+    flops = plan.step_flops(meta_medium, side, tokens, checkpointing=False)
+    forward = sd3.forward_flops(meta_medium, side, side, tokens)
+    assert flops / 1e12 == pytest.approx(published, rel=0.01)
+    assert flops / forward == pytest.approx(forwards, abs=0.01)
+    assert plan.step_flops(meta_medium, side, tokens, checkpointing=True) == flops + forward
+
+
+def test_compute_counts_the_pictures_of_a_step(arguments, capsys, cheap):
+    """Twice the batch, three times accumulated: six times the FLOPs; over 10 steps ten times that."""
+
+    def count(text):
+        value, unit = re.search(r"([\d.e+]+) ([GTP])FLOP", text).groups()
+        return float(value) * {"G": 1e9, "T": 1e12, "P": 1e15}[unit]
+
+    one = shown(arguments(train_batch_size=1, max_train_steps=10), capsys)["compute"]
+    six = shown(arguments(train_batch_size=2, gradient_accumulation_steps=3, max_train_steps=10), capsys)["compute"]
+    assert count(six) == pytest.approx(6 * count(one), rel=0.01)
+    assert count(six.split(",")[1]) == pytest.approx(10 * count(six), rel=0.01)
+    assert "32 text tokens" in six  # 16 of CLIP, 16 of T5
+
+
+# ---------------------------------------------------------------------------------------------- how it reads
+
+
+def test_steps_epochs_and_learning_rate_by_hand(arguments, capsys, cheap):
+    """5 pictures, batch 2 x 2, 10 steps: 40 pictures are 8 epochs; 1e-3 times 4 with --scale_lr."""
+    flags = dict(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=10, learning_rate=1e-3)
+    rows = shown(arguments(**flags, scale_lr=True), capsys)
+    assert rows["steps"] == "10 of 4 picture(s), one process: 8.0 epochs"
+    assert rows["learning rate"].startswith("0.004 at its peak, constant, adamw")
+    assert rows["pictures"] == "5 to train on, 0 held out, 0 skipped"
+
+
+def test_rows_fit_a_terminal_and_line_up(arguments, capsys, cheap):
+    args = arguments()
+    plan.show(args, adapt=lambda transformer: script.add_lora(transformer, args))
+    lines = capsys.readouterr().out.splitlines()
+    table = lines[lines.index(next(line for line in lines if line.startswith("model  "))) : -1]
+    assert all(len(line) <= 118 for line in table if str(args.cache_dir) not in line and not line.startswith("model"))
+    assert len({line.index("parameters") for line in table if "parameters" in line}) == 1
+
+
+@pytest.mark.parametrize(("size", "text"), [(4.49e9, "4.49 GB"), (9.9e6, "9.90 MB"), (1500, "1.5 kB"), (1e9, "1.00 GB")])
+def test_sizes_read_well(size, text):
+    assert plan._size(size) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(2.7e8, "0.27 GFLOP"), (5.24e12, "5.24 TFLOP"), (5.24e15, "5.24 PFLOP")])
+def test_flops_read_well(count, text):
+    assert plan._flops(count) == text
