@@ -1,0 +1,39 @@
+# Sourced by the wrappers: `launch SCRIPT.py ARGUMENT...` runs one trainer through accelerate.
+#
+#   NUM_PROCESSES=2            processes on this machine (default: one per GPU, one without a GPU)
+#   ACCELERATE_ARGS="..."      handed to `accelerate launch` instead of the defaults, e.g. --config_file scripts/accelerate/...
+#   VENV=PATH                  environment to use (default: .venv if it is there, else the active one)
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+VENV=${VENV:-.venv}
+if [ -x "$VENV/bin/python" ]; then export PATH="$(cd "$VENV" && pwd)/bin:$PATH"; fi
+
+launch() {
+  local script=$1 gpus processes launcher status; shift
+  # Arguments are checked in plain Python first: through the launcher a wrong flag would answer after 11 s, with a traceback.
+  python -c 'import importlib, sys; sys.argv[0] = sys.argv[1]; importlib.import_module(sys.argv.pop(1)[:-3]).parse_args()' "$script" "$@" || exit $?
+  case " $* " in *" --dry_run "*) exec python "$script" "$@" ;; esac
+
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)  # without nvidia-smi: 0, and no stop by pipefail
+  processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
+  if [ -z "${ACCELERATE_ARGS:-}" ]; then
+    ACCELERATE_ARGS="--num_processes $processes --num_machines 1 --mixed_precision no --dynamo_backend no"
+    if [ "$processes" -gt 1 ]; then
+      ACCELERATE_ARGS="--multi_gpu $ACCELERATE_ARGS"
+      # Without this, accelerate runs a single process on a machine that has no GPU.
+      if [ "$gpus" -eq 0 ]; then export ACCELERATE_USE_CPU=true; fi
+    fi
+  fi
+
+  # shellcheck disable=SC2086  # ACCELERATE_ARGS is a list of words
+  accelerate launch $ACCELERATE_ARGS "$script" "$@" &
+  launcher=$!
+  # The launcher does not pass SIGTERM on; its children are the trainers, which save and exit with 0. It may have none yet.
+  trap 'pkill -TERM -P "$launcher" || kill -TERM "$launcher" || true' TERM
+  trap 'true' INT # Ctrl-C reaches the trainers by itself
+  while true; do
+    wait "$launcher" && status=0 || status=$?
+    kill -0 "$launcher" 2>/dev/null || break
+  done
+  return "$status"
+}

@@ -1,0 +1,167 @@
+"""What the pages, wrappers and docstrings tell people to type: every script exists, every flag is known to its program."""
+
+import argparse
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("docs", "models", "datas", "outputs", "benchmarks")
+PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md"))])
+SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
+PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("benchmarks/*.py"), *ROOT.glob("src/tiny/*.py")])
+SOURCES = [*PAGES, *SHELL, *PROGRAMS]
+# Who parses the arguments of a wrapper.
+WRAPPED = {"demo.sh": "demo.py", **{f"scripts/{path.stem}.sh": path.name for path in ROOT.glob("train_*.py")}}
+OWN_ARGUMENTS = {"scripts/test.sh", "scripts/download.sh", "scripts/quickstart.sh"}  # parse none, or hand them to pytest
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def commands(text):
+    """Command lines in a page, script or docstring, continuations joined: everything from `python` or `bash` on."""
+    text = re.sub(r"\\+\n\s*#?\s*", " ", text)  # a docstring writes its backslash twice
+    found = []
+    for line in text.splitlines():
+        line = re.sub(r"\s+#.*$", "", line.strip().removeprefix("#").strip())  # comments of the shell, and in comments
+        for match in re.finditer(r"(?:^|[`;]|&& |\|\| |then |exec |TINY=1 )((?:python3?|bash|launch) [^`;]*)", line):
+            found.append(re.split(r" (?:&&|\|\||\||>|2>)\s?", match[1])[0].strip())
+    return found
+
+
+def split(command):
+    try:
+        return shlex.split(command, comments=True)
+    except ValueError:  # a sentence with an apostrophe
+        return []
+
+
+def program(words):
+    """(file that is run, its arguments), or None for other commands and for sentences that only mention one."""
+    if words[:1] == ["launch"]:
+        return words[1], words[2:]
+    if words[:1] == ["bash"] and len(words) > 1 and words[1].endswith(".sh"):
+        return words[1], words[2:]
+    if words[:2] in (["python", "-m"], ["python3", "-m"]) and words[2:] and words[2].startswith("src."):
+        return words[2].replace(".", "/") + ".py", words[3:]
+    if words[:1] in (["python"], ["python3"]) and len(words) > 1 and words[1].endswith(".py"):
+        return words[1], words[2:]
+    return None
+
+
+def all_commands():
+    found = []
+    for path in SOURCES:
+        for command in commands(path.read_text(encoding="utf-8")):
+            parsed = program(split(command))
+            if parsed and not re.search(r"[A-Z*<$]|\.\.\.", parsed[0]):  # those are patterns
+                found.append((name_of(path), *parsed))
+    return found
+
+
+COMMANDS = all_commands()
+
+
+def flags_of(file):
+    """Option strings that a program knows, by file name."""
+    target = WRAPPED.get(file, file)
+    sys.path.insert(0, str((ROOT / target).parent))
+    try:
+        module = importlib.import_module(target.removesuffix(".py").replace("/", ".") if target.startswith("src/") else Path(target).stem)
+    finally:
+        sys.path.pop(0)
+    if hasattr(module, "build_parser"):
+        return {option for action in module.build_parser()._actions for option in action.option_strings}
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        module.parse_args(["--help"])
+    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text.getvalue()))
+
+
+@pytest.fixture(scope="module")
+def known():
+    """flags_of, remembered."""
+    seen = {}
+    return lambda file: seen.setdefault(file, flags_of(file)) if file not in seen else seen[file]
+
+
+def test_the_commands_that_people_meet_first_are_found():
+    """That the search below finds something is part of what it says."""
+    pairs = {(where, file) for where, file, _ in COMMANDS}
+    assert {("README.md", "scripts/quickstart.sh"), ("README.md", "scripts/test.sh"), ("README.md", "demo.sh"),
+            ("README.md", "scripts/train_text_to_image_lora_sd3.sh"), ("demo.sh", "demo.py"), ("demo.py", "demo.py"),
+            ("scripts/train_text_to_image_lora_sd3.sh", "train_text_to_image_lora_sd3.py"),
+            ("scripts/quickstart.sh", "src/tiny/evaluate.py"), ("scripts/quickstart.sh", "demo.sh"),
+            ("train_text_to_image_lora_sd3.py", "train_text_to_image_lora_sd3.py"), ("src/tiny/dataset.py", "src/tiny/dataset.py"),
+            ("benchmarks/lora_step.py", "benchmarks/lora_step.py")} <= pairs  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "file", "words"), COMMANDS, ids=[f"{where}-{file}-{n}" for n, (where, file, _) in enumerate(COMMANDS)])
+def test_every_command_exists_and_knows_its_flags(where, file, words, known):
+    assert (ROOT / file).is_file(), f"{where} runs {file}, which does not exist"
+    if file in OWN_ARGUMENTS:
+        return
+    unknown = {word.split("=")[0] for word in words if word.startswith("--")} - known(file)
+    assert not unknown, f"{where}: {file} does not know {sorted(unknown)}"
+
+
+def test_no_flag_in_prose_is_invented(known):
+    """`--flag` in backticks on a page belongs to one of our programs, or to a named tool."""
+    files = [name_of(path) for path in PROGRAMS if "def build_parser" in path.read_text()]
+    ours = set().union(*(known(file) for file in files))
+    theirs = {"--num_processes", "--multi_gpu", "--entries", "--lib", "--tests", "--strict-markers"}  # accelerate, pytest
+    for path in PAGES:
+        for flag in re.findall(r"`(--[a-z][\w-]*)[^`]*`", path.read_text(encoding="utf-8")):
+            assert flag in ours | theirs, f"{name_of(path)} mentions {flag}, which no program has"
+
+
+def test_every_path_that_the_pages_link_exists():
+    for path in PAGES:
+        for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text(encoding="utf-8")):
+            if link.startswith("docs/images/"):
+                continue  # written with the measurements
+            assert (path.parent / link).exists(), f"{name_of(path)} links {link}"
+
+
+def test_every_script_in_the_readme_table_exists_and_every_trainer_is_there():
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+\.py)` \| `([\w./]+\.sh)` \|", text, re.M)
+    assert {row[0] for row in rows} == {path.name for path in [*ROOT.glob("train_*.py"), ROOT / "demo.py"]}
+    for script, wrapper in rows:
+        assert WRAPPED[wrapper] == script and (ROOT / wrapper).is_file()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=name_of)
+def test_every_trainer_has_a_wrapper_that_knows_a_tiny_run(path):
+    wrapper = ROOT / "scripts" / f"{path.stem}.sh"
+    assert wrapper.is_file() and "TINY" in wrapper.read_text()
+
+
+@pytest.mark.parametrize("path", SHELL, ids=name_of)
+def test_shell_scripts_parse_and_stop_at_errors(path):
+    import subprocess
+
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text()
+    # What is run stops at the first error; what is sourced leaves that to its caller.
+    assert text.startswith("#!") is ("set -euo pipefail" in text)
+
+
+def test_defaults_in_wrappers_survive_the_parsers_own_checks(monkeypatch):
+    """The values too: each wrapper's command line is parsed, apart from models and data that are not shipped."""
+    monkeypatch.chdir(ROOT)
+    for where, file, words in COMMANDS:
+        if not where.startswith("scripts/train_") or not file.startswith("train_"):
+            continue
+        module = importlib.import_module(Path(file).stem)
+        parser = module.build_parser()
+        args, rest = parser.parse_known_args([word for word in words if word != "$@"])
+        assert isinstance(args, argparse.Namespace) and not rest, f"{where}: {rest}"
