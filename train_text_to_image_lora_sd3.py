@@ -52,7 +52,7 @@ def check(args: argparse.Namespace) -> None:
     optim.check(args.optimizer)
     card.check(args.push_to_hub)
     if not args.dry_run:
-        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir)
+        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, args.max_train_steps)
 
 
 # --------------------------------------------------------------------------- the algorithm
@@ -96,6 +96,9 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return plan.show(args, adapt=lambda transformer: add_lora(transformer, args))
     run = runtime.start(args)
+
+    if args.lora_layers or args.lora_blocks:  # refuses a name that does not exist before anything is loaded
+        lora.targets(sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision), args.lora_layers, args.lora_blocks)
 
     # Data: the caches are filled first; no encoder stays in memory that is not needed later.
     data = inputs.prepare(run, args)

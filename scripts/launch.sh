@@ -14,7 +14,8 @@ launch() {
   python -c 'import importlib, sys; sys.argv[0] = sys.argv[1]; importlib.import_module(sys.argv.pop(1)[:-3]).parse_args()' "$script" "$@" || exit $?
   case " $* " in *" --dry_run "*) exec python "$script" "$@" ;; esac
 
-  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)  # without nvidia-smi: 0, and no stop by pipefail
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true) # without nvidia-smi: 0, and no stop by pipefail
+  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l); fi
   processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
   if [ -z "${ACCELERATE_ARGS:-}" ]; then
     ACCELERATE_ARGS="--num_processes $processes --num_machines 1 --mixed_precision no --dynamo_backend no"

@@ -49,11 +49,12 @@ def saved_args(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "args.json").read_text(encoding="utf-8"))
 
 
-def check_resume(spec: str | None, output_dir: Path) -> None:
-    """Refuses to resume from what is no checkpoint, and to mix two runs in one folder.
+def check_resume(spec: str | None, output_dir: Path, max_train_steps: int | None = None) -> None:
+    """Refuses to resume from what is no checkpoint or lies past the end of the run, and to mix two runs in one folder.
 
     Raises:
-        ValueError: --resume_from_checkpoint names no checkpoint, or output_dir holds checkpoints that this run would not continue.
+        ValueError: --resume_from_checkpoint names no checkpoint, or one beyond `max_train_steps`, or output_dir holds checkpoints that
+            this run would not continue.
     """
     flag = f"--resume_from_checkpoint {spec}"
     folder, latest = locate(spec, output_dir), find_latest(output_dir)
@@ -63,6 +64,8 @@ def check_resume(spec: str | None, output_dir: Path) -> None:
         if not _NAME.fullmatch(folder.resolve().name) or not all((folder / name).is_file() for name in ("state.pt", "args.json")):
             inside = find_latest(folder)
             raise ValueError(f"{flag} is no checkpoint; give " + (str(inside) if inside else "a checkpoint-STEP folder or `latest`"))
+        if max_train_steps is not None and _step(folder.resolve()) > max_train_steps:
+            raise ValueError(f"--max_train_steps {max_train_steps}: {folder.name} is past it already; give at least {_step(folder.resolve())}")
     if latest is not None and (folder is None or folder.resolve() != latest.resolve()):
         raise ValueError(
             f"--output_dir {output_dir} already holds {latest.name}: continue it with --resume_from_checkpoint latest, "

@@ -203,7 +203,7 @@ def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str =
         "--resume_from_checkpoint", metavar="latest|PATH",
         help="continue a run with its weights, optimizer, EMA, metrics and data order; on a GPU exact only with --deterministic",
     )
-    g.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels: the same file twice, somewhat slower")
+    g.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels: the same tensors twice, somewhat slower")
     g.add_argument("--dry_run", action="store_true", help="check everything, print the plan (sizes, steps, memory, FLOPs), load no weights")
     g.add_argument("--push_to_hub", action="store_true", help="upload the result with a model card (needs `hf auth login`)")
     g.add_argument("--hub_model_id", help="repository to push to (unset: the name of --output_dir under your account)")

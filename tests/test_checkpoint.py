@@ -311,6 +311,15 @@ def test_check_resume_accepts_what_can_be_resumed(tmp_path):
     checkpoint.check_resume(str(tmp_path / "checkpoint-1"), tmp_path / "new")
 
 
+def test_check_resume_refuses_a_checkpoint_past_the_end(tmp_path):
+    (tmp_path / "checkpoint-8").mkdir()
+    for name in ("state.pt", "args.json"):
+        (tmp_path / "checkpoint-8" / name).write_text("{}")
+    checkpoint.check_resume("latest", tmp_path, max_train_steps=8)  # nothing left to train: the result is written again
+    with pytest.raises(ValueError, match=r"--max_train_steps 7: checkpoint-8 is past it already; give at least 8"):
+        checkpoint.check_resume("latest", tmp_path, max_train_steps=7)
+
+
 def test_check_resume_refuses_what_is_no_checkpoint(tmp_path):
     saver(tmp_path / "run").save(3)
     for spec, cure in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "run", "checkpoint-3"), (ROOT / "src", "checkpoint-STEP")):

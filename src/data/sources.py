@@ -93,7 +93,8 @@ def _looks_local(name: str) -> bool:
     """Whether somebody who typed this meant a path. A Hub id is NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         return True
-    return name.endswith((".parquet", ".tar", *PICTURES)) or ("/" in name and Path(name.split("/")[0]).is_dir())
+    owner, slash, _ = name.partition("/")
+    return name.endswith((".parquet", ".tar", *PICTURES)) or (slash == "/" and (owner in ("datas", "outputs") or Path(owner).is_dir()))
 
 
 def _pictures(folder: Path) -> list[Path]:
