@@ -64,8 +64,9 @@ def check_resume(spec: str | None, output_dir: Path, max_train_steps: int | None
         if not _NAME.fullmatch(folder.resolve().name) or not all((folder / name).is_file() for name in ("state.pt", "args.json")):
             inside = find_latest(folder)
             raise ValueError(f"{flag} is no checkpoint; give " + (str(inside) if inside else "a checkpoint-STEP folder or `latest`"))
-        if max_train_steps is not None and _step(folder.resolve()) > max_train_steps:
-            raise ValueError(f"--max_train_steps {max_train_steps}: {folder.name} is past it already; give at least {_step(folder.resolve())}")
+        step = _step(folder.resolve())
+        if max_train_steps is not None and step > max_train_steps:
+            raise ValueError(f"--max_train_steps {max_train_steps}: {folder.name} is past it already; give at least {step}")
     if latest is not None and (folder is None or folder.resolve() != latest.resolve()):
         raise ValueError(
             f"--output_dir {output_dir} already holds {latest.name}: continue it with --resume_from_checkpoint latest, "
