@@ -1,0 +1,1 @@
+"""The offline world: captioned drawings with a verifier (`shapes`), and the small models trained on them (`build`)."""

@@ -1,0 +1,129 @@
+"""The tiny world's two small programs: the data set is the shipped one, and the evaluation counts what the verifier reads."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo
+from src import cli, images
+from src.data import captions
+from src.tiny import dataset, evaluate, shapes
+
+ROOT = Path(__file__).parent.parent
+
+
+def make(folder, *argv):
+    dataset.main(cli.parse(dataset.build_parser(), ["--output", str(folder), *argv], checks=(dataset.check,)))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- data set
+
+
+def test_the_shipped_data_set_is_what_its_command_makes(tmp_path):
+    """The page gives 160 new and 96 known drawings; here the captions of all, and the first pictures of each kind."""
+    lines = [json.loads(line) for line in (ROOT / "datas/shapes-new/metadata.jsonl").read_text().splitlines()]
+    drawings = shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(96, 1)
+    assert [line["text"] for line in lines] == [drawing.caption for drawing in drawings]
+    for number in (0, 1, 160, 161):
+        shipped = Image.open(ROOT / "datas/shapes-new" / lines[number]["file_name"])
+        assert np.array_equal(shipped, images.to_pil(shapes.draw(drawings[number], 64)[None])[0])
+
+
+def test_a_written_folder_is_read_by_the_trainers_loader(tmp_path):
+    folder = make(tmp_path / "made", "--new", "2", "--known", "1", "--new_shape", "crescent", "--resolution", "32")
+    opened = captions.open_captioned(str(folder), cache_dir=tmp_path / "cache", progress=False)
+    assert len(opened) == 3 and all("crescent" in record.prompt for record in opened.records[:2])
+    assert opened.image(0).size == (32, 32) and "crescent" not in opened.records[2].prompt
+
+
+def test_held_out_triples_are_not_written():
+    for drawing in shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(96, 1):
+        assert not shapes.is_held_out(drawing.shape, drawing.color, drawing.background)
+
+
+@pytest.mark.parametrize(("argv", "line"), [
+    (["--output", "src"], "--output src exists"),
+    (["--output", "nowhere", "--new", "0", "--known", "0"], "make no drawing"),
+    (["--output", "README.md/x"], "is not a folder"),
+])  # fmt: skip
+def test_what_the_data_set_program_refuses(argv, line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit_:
+        cli.parse(dataset.build_parser(), argv, checks=(dataset.check,))
+    assert exit_.value.code == 2 and line in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+class Painter:
+    """Stands for a pipeline: draws each prompt right, except the seeds it is told to get wrong."""
+
+    tokenizer_3 = SimpleNamespace(model_max_length=16)
+
+    def __init__(self, wrong=()):
+        self.wrong, self.calls = set(wrong), []
+
+    def __call__(self, *, prompt, generator, **options):
+        self.calls.append((len(prompt), options))
+        drawn = []
+        for text, source in zip(prompt, generator, strict=True):
+            reading = shapes.read_caption(text)
+            colour = reading.color if source.initial_seed() not in self.wrong else next(c for c in shapes.COLORS if c != reading.color)
+            background = reading.background if colour != reading.background else next(c for c in shapes.COLORS if c != colour)
+            drawing = shapes.Drawing(reading.shape, colour, background, "large", "in the centre", (0.5, 0.5), 0.29)
+            drawn.append(shapes.draw(drawing, 64))
+        return SimpleNamespace(images=torch.stack(drawn))
+
+
+def test_the_score_is_the_share_of_wholly_right_pictures_and_prompt_i_has_seed_i():
+    """70 prompts in batches of 64 and 6; seeds 3, 64 and 69 are painted in a wrong colour: 67 of 70."""
+    painter, prompts = Painter(wrong=(3, 64, 69)), shapes.held_out_prompts(70)
+    score, pictures = evaluate.held_out_score(painter, prompts, num_inference_steps=5, guidance_scale=2.0)
+    assert score == pytest.approx(67 / 70) and pictures.shape == (70, 3, 64, 64)
+    assert [size for size, _ in painter.calls] == [64, 6]
+    assert painter.calls[0][1]["num_inference_steps"] == 5 and painter.calls[0][1]["max_sequence_length"] == 16
+
+
+def test_the_evaluation_measures_at_the_demos_settings():
+    """models/README.md states figures at the demo's default guidance and steps."""
+    ours, theirs = evaluate.build_parser().parse_args([]), demo.build_parser().parse_args([])
+    for name in ("num_inference_steps", "guidance_scale", "pretrained_model_name_or_path"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+@pytest.mark.slow
+def test_the_program_prints_before_and_after_and_writes_them(tiny_sd3_folder, tmp_path, capsys):
+    from src import lora
+    from src.pipelines import sd3
+
+    transformer = sd3.load(tiny_sd3_folder, parts=("transformer",)).transformer
+    lora.add(transformer, rank=2)
+    lora.save(transformer, tmp_path, "kohya")
+    argv = ["--pretrained_model_name_or_path", tiny_sd3_folder, "--lora_weights_path", tmp_path, "--num_prompts", 2,
+            "--num_inference_steps", 1, "--output", tmp_path / "new" / "figures.json"]  # fmt: skip
+    figures = evaluate.main(cli.parse(evaluate.build_parser(), [str(word) for word in argv], checks=(evaluate.check,)))
+    assert json.loads((tmp_path / "new" / "figures.json").read_text()) == figures
+    assert figures == {name: {"before": 0.0, "after": 0.0} for name in ("new shape (heart)", "known shapes")}  # noise shows no shape
+    out = capsys.readouterr().out
+    assert "new shape (heart): 0% -> 0% of 2 held-out prompts" in out and out.count("\n") == 2
+
+
+@pytest.mark.parametrize(("argv", "line"), [
+    (["--pretrained_model_name_or_path", "src"], "--pretrained_model_name_or_path src: no pipeline there"),
+    (["--pretrained_model_name_or_path", "MODEL", "--lora_weights_path", "src"], "--lora_weights_path src: no pytorch_lora_weights"),
+    (["--pretrained_model_name_or_path", "MODEL", "--output", "README.md/x.json"], "--output README.md"),
+    (["--num_prompts", "0"], "--num_prompts: must be at least 1"),
+])  # fmt: skip
+def test_what_the_evaluation_refuses(argv, line, tiny_sd3_folder, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    argv = [str(tiny_sd3_folder) if word == "MODEL" else word for word in argv]
+    with pytest.raises(SystemExit) as exit_:
+        cli.parse(evaluate.build_parser(), argv, checks=(evaluate.check,))
+    assert exit_.value.code == 2 and line in capsys.readouterr().err
