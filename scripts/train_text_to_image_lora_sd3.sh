@@ -13,7 +13,7 @@ if [ "${TINY:-}" = 1 ]; then
     --pretrained_model_name_or_path models/tiny-sd3 --dataset_name datas/shapes-new --resolution 64 --no_hflip \
     --mixed_precision no --no-gradient_checkpointing --learning_rate 2e-3 --lr_scheduler cosine --train_batch_size 16 \
     --max_train_steps 200 --checkpointing_steps 100 --validation_steps 100 --num_validation_images 2 --validation_inference_steps 20 \
-    --validation_guidance_scale 3 --validation_prompt "a red heart on a blue background" --validation_prompt "a green circle on a white background" \
+    --validation_guidance_scale 2 --validation_prompt "a red heart on a blue background" --validation_prompt "a green circle on a white background" \
     --output_dir outputs/tiny_lora_sd3 "$@"
 else
   launch train_text_to_image_lora_sd3.py \
