@@ -110,7 +110,7 @@ def test_metadata_reads_in_other_programs(draw):
     (picture,) = pictures(draw("--prompt", "a heart", "--negative_prompt", "blue", "--seed", 4, steps=1)).values()
     lines = picture.text["parameters"].splitlines()
     assert lines[:2] == ["a heart", "Negative prompt: blue"]
-    assert lines[2].startswith("Steps: 1, CFG scale: 3, Seed: 4, Size: 64x64, Model: ")
+    assert lines[2].startswith("Steps: 1, CFG scale: 2, Seed: 4, Size: 64x64, Model: ")
 
 
 # ---------------------------------------------------------------------------------------------- seeds and batches

@@ -582,8 +582,9 @@ def test_layers_that_do_not_exist_are_named_before_training(train, flags):
         train(**flags)
 
 
-def test_half_precision_on_a_cpu_is_refused(train):
+def test_half_precision_on_a_cpu_is_refused(train, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="--mixed_precision fp16 needs a GPU"):
+    with pytest.raises(SystemExit) as stopped:
         train(mixed_precision="fp16")
+    assert stopped.value.code == 2 and "--mixed_precision fp16 needs a GPU" in capsys.readouterr().err

@@ -551,8 +551,8 @@ def build_sd3(args: argparse.Namespace) -> None:
         logger.info("stage %s done after %.1f minutes", stage, (time.perf_counter() - started) / 60)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's flags."""
     parser = argparse.ArgumentParser(
         prog="python -m src.tiny.build", usage="%(prog)s --only sd3 [options]", allow_abbrev=False,
         description="Train the tiny models that the repository ships, from nothing, on a CPU.",
@@ -580,7 +580,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6, help="blocks of the transformer")
     parser.add_argument("--heads", type=int, default=4, help="attention heads of the transformer, 32 wide each")
     parser.add_argument("--vae_channels", type=int, nargs=4, default=[16, 16, 32, 64], help="channels of the autoencoder's four levels")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; unset folders are named after the model."""
+    args = build_parser().parse_args(argv)
     args.output_dir = args.output_dir or f"models/tiny-{args.only}"
     args.checkpoint_dir = args.checkpoint_dir or f"outputs/build-{args.only}"
     return args
