@@ -21,6 +21,17 @@ from diffusers import StableDiffusion3Pipeline
 pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
 image = pipeline({prompt!r}).images[0]""",
+    "Full fine-tuning": """import torch
+from diffusers import StableDiffusion3Pipeline
+
+pipeline = StableDiffusion3Pipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
+image = pipeline({prompt!r}).images[0]""",
+    "Fine-tuned transformer": """import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+transformer = SD3Transformer2DModel.from_pretrained({where!r}, subfolder="transformer", torch_dtype=torch.bfloat16)
+pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, transformer=transformer, torch_dtype=torch.bfloat16)
+image = pipeline({prompt!r}).images[0]""",
 }
 
 

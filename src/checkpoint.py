@@ -116,6 +116,7 @@ def _difference(saved: dict, here: dict) -> str | None:
 class Checkpointer:
     """Saves and restores `parts`, each an object with `state_dict` and `load_state_dict` of tensors, numbers and texts.
 
+    A part that also has `write_files(folder, state)` and `read_files(folder) -> state` is kept in files of its own, not in state.pt.
     Put the weights first: they are checked before an optimizer that would accept anything. The GradScaler of fp16 is added by
     itself. In a training step, save last: after the metrics and the validation of that step are on the disk.
 
@@ -155,7 +156,10 @@ class Checkpointer:
         """
         if step == self.saved:
             return
-        state = {name: part.state_dict() for name, part in self.parts.items()}  # everywhere: a part may need its peers
+        from src import sharding
+
+        # everywhere: a part may need its peers
+        state = {name: sharding.gathered(part.state_dict()) for name, part in self.parts.items()}
         failure = None
         if self.run.is_main:
             failure = self._try_write(step, state)
@@ -195,6 +199,8 @@ class Checkpointer:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
+        for name, part in self._with_files().items():
+            part.write_files(folder, state.pop(name))
         with open(folder / "state.pt", "wb") as file:  # a Python file: a full disk is then an OSError with its reason
             torch.save(state, file)
         shutil.copyfile(self.run.output_dir / "args.json", folder / "args.json")
@@ -218,6 +224,8 @@ class Checkpointer:
         """
         import torch
 
+        from src import sharding
+
         folder = locate(spec, self.run.output_dir)
         if folder is None:
             if spec is not None:
@@ -225,6 +233,7 @@ class Checkpointer:
             return 0
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         step, kinds = state.pop("step"), state.pop("kinds")
+        state |= {name: part.read_files(folder) for name, part in self._with_files().items()}
         missing, extra = sorted(self.parts.keys() - state.keys()), sorted(state.keys() - self.parts.keys())
         if missing or extra:
             what = f"no state of {', '.join(missing)}" if missing else f"a state of {', '.join(extra)}, which this run does not use"
@@ -235,7 +244,7 @@ class Checkpointer:
                 difference = f"saved by {kinds.get(name)}, this run uses {self._kinds().get(name)}"
             if difference is None:
                 try:
-                    part.load_state_dict(state[name])
+                    part.load_state_dict(sharding.placed_state(state[name], part) if hasattr(part, "param_groups") else state[name])
                 except (ValueError, RuntimeError, KeyError) as error:  # what torch raises for a state of another shape
                     difference = str(error).splitlines()[0]
             if difference is not None:
@@ -244,10 +253,14 @@ class Checkpointer:
         self.run.print(f"resuming from {folder}, step {step}")
         return step
 
+    def _with_files(self) -> dict[str, Any]:
+        return {name: part for name, part in self.parts.items() if hasattr(part, "write_files")}
+
     def _kinds(self) -> dict[str, str]:
         """Class of each optimizer: torch loads the state of any other one and fails steps later."""
         optimizers = {name: part for name, part in self.parts.items() if hasattr(part, "param_groups")}
-        return {name: type(getattr(part, "optimizer", part)).__name__ for name, part in optimizers.items()}  # inside accelerate's wrapper
+        bare = {name: getattr(part, "optimizer", part) for name, part in optimizers.items()}  # inside accelerate's wrapper
+        return {name: getattr(optimizer, "kind", type(optimizer).__name__) for name, optimizer in bare.items()}
 
     def _other_flags(self, folder: Path) -> str:
         now = json.loads((self.run.output_dir / "args.json").read_text(encoding="utf-8"))

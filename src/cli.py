@@ -277,6 +277,26 @@ def add_budget_args(parser: Parser, *, max_train_steps: int, train_batch_size: i
     g.add_argument("--max_train_steps", type=positive_int, default=max_train_steps, help="optimizer steps in total, resumed ones included")
 
 
+def add_full_args(parser: Parser) -> None:
+    """Which weights of the model are trained, in which precision, and what is saved."""
+    g = parser.add_argument_group("full fine-tuning")
+    g.add_argument(
+        "--weights_dtype", choices=("fp32", "bf16"), default="fp32",
+        help="of the transformer's weights: fp32, or bf16 with stochastic rounding (half the memory; the optimizer's state stays as it is)",
+    )
+    g.add_argument(
+        "--fused_backward", action="store_true",
+        help="update each weight during the backward pass and free its gradient; one process, no accumulation, --max_grad_norm 0",
+    )
+    g.add_argument("--train_blocks", help='train these transformer blocks alone, for example "0-11,23" (unset: everything)')
+    g.add_argument("--freeze_last_blocks", type=non_negative_int, default=0, help="leave the last N transformer blocks as they are")
+    g.add_argument("--train_text_encoder", action="store_true", help="train CLIP-L and CLIP-G too (not with --cache_text)")
+    g.add_argument("--text_encoder_learning_rate", type=positive_float, help="of those two (unset: that of the transformer)")
+    g.add_argument("--from_config", action="store_true", help="start from random transformer weights instead of the base model's")
+    g.add_argument("--ema_device", choices=("gpu", "cpu"), default="gpu", help="where the average is kept; cpu: memory for time")
+    g.add_argument("--save_transformer_only", action="store_true", help="save no complete pipeline folder, only transformer/")
+
+
 def add_lora_args(parser: Parser, *, rank: int = 16) -> None:
     """Size, place and file format of the adapter."""
     g = parser.add_argument_group("LoRA")
@@ -437,7 +457,8 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("lr_num_cycles",), lambda a: a.lr_scheduler == "cosine_with_restarts", "without --lr_scheduler cosine_with_restarts"),
     (("lr_power",), lambda a: a.lr_scheduler == "polynomial", "without --lr_scheduler polynomial"),
     (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda a: a.optimizer != "adafactor", "with --optimizer adafactor; leave it out"),
-    (("ema_decay",), lambda a: a.use_ema, "without --use_ema"),
+    (("ema_decay", "ema_device"), lambda a: a.use_ema, "without --use_ema"),
+    (("text_encoder_learning_rate",), lambda a: a.train_text_encoder, "without --train_text_encoder"),
     (("logit_mean", "logit_std"), lambda a: a.timestep_density == "logit_normal", "without --timestep_density logit_normal"),
     (("mode_scale",), lambda a: a.timestep_density == "mode", "without --timestep_density mode"),
     (("hub_model_id",), lambda a: a.push_to_hub, "without --push_to_hub"),
@@ -446,6 +467,32 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("revision",), lambda a: not os.path.isdir(a.pretrained_model_name_or_path), "on a local --pretrained_model_name_or_path"),
     (("dataset_revision",), lambda a: not os.path.exists(a.dataset_name or ""), "on a local --dataset_name"),
 )
+
+
+def _full_refusals(args: argparse.Namespace) -> Iterator[str]:
+    """What cannot work in full fine-tuning."""
+    if args.weights_dtype == "bf16" and args.mixed_precision != "bf16":
+        yield f"--weights_dtype bf16 needs --mixed_precision bf16, got {args.mixed_precision}"
+    if args.optimizer == "prodigy" and (args.weights_dtype == "bf16" or args.fused_backward):
+        flag = "--fused_backward" if args.fused_backward else "--weights_dtype bf16"
+        yield f"--optimizer prodigy derives its step from all weights at once, {flag} updates them one by one; use adamw"
+    if args.text_encoder_learning_rate and args.optimizer == "prodigy":
+        yield "--text_encoder_learning_rate contradicts --optimizer prodigy, which finds one step size for all; leave it out"
+    if args.fused_backward:
+        if args.gradient_accumulation_steps > 1:
+            yield "--fused_backward updates in every backward pass: use --gradient_accumulation_steps 1 and a larger --train_batch_size"
+        if args.max_grad_norm:
+            yield "--fused_backward cannot clip by a norm that is known only after the last gradient: add --max_grad_norm 0"
+        if args.mixed_precision == "fp16":
+            yield "--fused_backward cannot wait for fp16's loss scale: use --mixed_precision bf16 or no"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            yield "--fused_backward works on one process: leave it out, or start one (NUM_PROCESSES=1)"
+    if args.train_blocks and args.freeze_last_blocks:
+        yield "--freeze_last_blocks contradicts --train_blocks, which says all; give one of them"
+    if args.train_text_encoder and args.cache_text:
+        yield "--train_text_encoder changes the embeddings that --cache_text keeps: add --no-cache_text"
+    if args.train_text_encoder and args.save_transformer_only:
+        yield "--save_transformer_only would drop what --train_text_encoder trained; leave one out"
 
 
 def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
@@ -466,6 +513,8 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
         yield "--lr_scheduler constant_with_warmup needs --lr_warmup_steps of at least 1"
     if "lr_warmup_steps" in has and has.get("max_train_steps") and has["lr_warmup_steps"] >= has["max_train_steps"]:
         yield f"--lr_warmup_steps {has['lr_warmup_steps']} must be less than --max_train_steps {has['max_train_steps']}"
+    if "weights_dtype" in has:
+        yield from _full_refusals(args)
     if "dataset_name" in has and not has["dataset_name"]:
         yield "--dataset_name is required: a folder of captioned pictures, parquet, webdataset or a Hub id"
 

@@ -8,39 +8,51 @@ from contextlib import contextmanager
 import torch
 from torch.nn import Parameter
 
+from src.sharding import placed
+
 
 class Ema:
     """average <- average + (1 - d) * (parameter - average), once per optimizer step, starting at the parameters themselves.
 
     With `warmup` the n-th update (n = 0, 1, ...) uses d = min(decay, (1 + n) / (10 + n)): a short run then averages over its
     recent tenth instead of remembering its start. Source: diffusers' EMAModel, the same formula (its n = 0 copies the parameters instead).
+
+    Args:
+        device: where the average is kept; None: beside each parameter. On the CPU, an update waits for a copy of every parameter.
     """
 
-    def __init__(self, parameters: Iterable[Parameter], decay: float, *, warmup: bool = True):
+    def __init__(self, parameters: Iterable[Parameter], decay: float, *, warmup: bool = True, device: torch.device | str | None = None):
         if not 0 <= decay < 1:
             raise ValueError(f"--ema_decay must lie in [0, 1), got {decay}; try 0.999")
         self.parameters = list(parameters)
         self.decay, self.warmup, self.updates = decay, warmup, 0
-        self.average = [p.detach().to(torch.float32, copy=True) for p in self.parameters]
+        self.average = [p.detach().to(device or p.device, torch.float32, copy=True) for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the parameters as they are now."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        torch._foreach_lerp_(self.average, [p.detach().float() for p in self.parameters], 1 - decay)
+        for start in range(0, len(self.average), 32):  # some at a time: fp32 copies of all bf16 weights would be as large as the average
+            part = slice(start, start + 32)
+            now = [p.detach().to(a.device).float() for a, p in zip(self.average[part], self.parameters[part], strict=True)]
+            torch._foreach_lerp_(self.average[part], now, 1 - decay)
         self.updates += 1
+
+    def _fill(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):  # torch's foreach copy knows no sharded tensors
+            parameter.copy_(value)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model holds the average; afterwards exactly the bits it held before, also after an error."""
         with torch.no_grad():
-            trained = [p.detach().clone() for p in self.parameters]
-            torch._foreach_copy_(self.parameters, self.average)
+            trained = [p.detach().to(a.device, copy=True) for a, p in zip(self.average, self.parameters, strict=True)]
+            self._fill(self.average)
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, trained)
+                self._fill(trained)
 
     def state_dict(self) -> dict:
         """Number of updates and the average, in the order of the parameters."""
@@ -57,4 +69,5 @@ class Ema:
         if saved != here:
             raise ValueError(f"the saved EMA has {len(saved)} tensors, this run {len(here)}, or their shapes differ")
         self.updates = int(state["updates"])
-        torch._foreach_copy_(self.average, [a.to(self.average[0].device) for a in state["average"]])
+        for average, value in zip(self.average, state["average"], strict=True):
+            average.copy_(placed(value, average))

@@ -49,15 +49,21 @@ class Inputs:
         return iter(samples.loader(self.training, sampler, num_workers=args.dataloader_num_workers, pin_memory=run.device.type == "cuda"))
 
     @torch.no_grad()
-    def encode(self, batch: samples.Batch, seed: int, step: int) -> tuple[Tensor, sd3.Conditioning]:
+    def encode(self, batch: samples.Batch, seed: int, step: int, *, train_text: bool = False) -> tuple[Tensor, sd3.Conditioning]:
         """A batch as the transformer takes it: latents (b, 16, h, w) drawn from the posterior and scaled, and the conditioning.
 
         The draw depends on (seed, step, position) alone, so cached and encoded latents are the same.
+
+        Args:
+            train_text: let gradients flow into the text encoders; takes a run without the text cache.
         """
         batch = batch.to(self.run.device)
         mean, std = (batch.latent_mean, batch.latent_std) if batch.pixels is None else sd3.encode_images(self.model, batch.pixels)
         noise = seeds.normal(seed, step, batch.positions, "posterior", mean.shape[1:], mean.device)
         x0 = sd3.scale_latents(self.model, sd3.sample_posterior(mean, std, noise))  # (b, 16, h, w)
+        if train_text:
+            with torch.enable_grad(), self.run.accelerator.autocast():
+                return x0, sd3.encode_prompts(self.model, batch.prompts, self.sequence_length)
         return x0, self.condition(batch.prompts) if batch.embeds is None else sd3.Conditioning(batch.embeds, batch.pooled)
 
     @torch.no_grad()

@@ -45,14 +45,18 @@ def _dead(transformer: nn.Module) -> set[str]:
     return {f"transformer_blocks.{i}.attn.add_q_proj" for i, block in enumerate(blocks) if block.context_pre_only}
 
 
-def _block_numbers(blocks: str, count: int) -> set[int]:
-    """ "0-2,5" -> {0, 1, 2, 5}."""
+def block_numbers(blocks: str, count: int, flag: str = "--lora_blocks") -> set[int]:
+    """ "0-2,5" -> {0, 1, 2, 5}.
+
+    Raises:
+        ValueError: naming the flag, if that is no list of blocks of a model that has `count`.
+    """
     numbers: set[int] = set()
     for part in blocks.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < count:
-            raise ValueError(f"--lora_blocks: {part.strip()!r} is no block or range of blocks of this model; all of them are 0-{count - 1}")
+            raise ValueError(f"{flag}: {part.strip()!r} is no block or range of blocks of this model; all of them are 0-{count - 1}")
         numbers |= set(range(first, last + 1))
     return numbers
 
@@ -71,7 +75,7 @@ def targets(transformer: nn.Module, layers: str | None = None, blocks: str | Non
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     alive = [name for name in linears if name not in _dead(transformer)]
     if blocks is not None:
-        prefixes = tuple(f"transformer_blocks.{i}." for i in _block_numbers(blocks, len(transformer.transformer_blocks)))
+        prefixes = tuple(f"transformer_blocks.{i}." for i in block_numbers(blocks, len(transformer.transformer_blocks)))
         alive = [name for name in alive if name.startswith(prefixes)]
     wanted = DEFAULT_LAYERS if layers is None else [name.strip() for name in layers.split(",")]
     matches = {end: [name for name in alive if name == end or name.endswith(f".{end}")] for end in wanted}

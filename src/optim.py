@@ -54,7 +54,7 @@ def build(
 
     parameters = list(parameters)
     if not parameters:
-        raise ValueError("nothing to train: no parameter was selected; check --lora_layers and --lora_blocks")
+        raise ValueError("nothing to train: no parameter was selected; check the flags that choose layers and blocks")
     adam = {"lr": learning_rate, "betas": tuple(betas), "eps": epsilon, "weight_decay": weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **adam)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,11 +21,21 @@ EMA_BYTES = 4  # per trained parameter with --use_ema
 ENTRY_BYTES = 256  # of a cache file besides its tensors: names, shapes and key
 
 
-def show(args: argparse.Namespace, *, adapt: Callable[[nn.Module], None]) -> None:
+@dataclass(frozen=True)
+class Whole:
+    """Parts of the pipeline that are trained themselves, not through an adapter: their names, bytes of a weight and of its gradient."""
+
+    parts: tuple[str, ...]
+    weight: int
+    gradient: int
+
+
+def show(args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None) -> None:
     """Print the plan of a flow-matching run.
 
     Args:
         adapt: applied to the transformer on the meta device; leaves exactly the parameters trainable that the run trains.
+        whole: None for adapters.
 
     Raises:
         ValueError: the data set cannot be read.
@@ -35,7 +46,11 @@ def show(args: argparse.Namespace, *, adapt: Callable[[nn.Module], None]) -> Non
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     tokens, batch = text_tokens(args), args.train_batch_size * args.gradient_accumulation_steps
     counts = sd3.parameter_counts(args.pretrained_model_name_or_path, args.revision)
+    trained += sum(counts[part] for part in whole.parts if part != "transformer") if whole else 0
     weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision])
+    if whole:
+        weights |= {part: size for part, size in weight_bytes(counts, transformer, whole.weight).items() if part in whole.parts}
+    trained_bytes = trained * per_trained_parameter(args, whole)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     flops = step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing) * batch
 
@@ -43,8 +58,8 @@ def show(args: argparse.Namespace, *, adapt: Callable[[nn.Module], None]) -> Non
     for part, count in counts.items():
         rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {_residence(args, part)}"))
     rows += [
-        ("trained", f"{trained:>15,} parameters  {_size(trained * per_trained_parameter(args)):>9}  weights, gradients, {_state(args)}"),
-        ("memory", _memory(args, weights, trained * per_trained_parameter(args))),
+        ("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}"),
+        ("memory", _memory(args, weights, trained_bytes)),
         ("pictures", f"{len(images):,} to train on, {len(held_out or [])} held out, {len(images.skipped)} skipped"),
         ("steps", f"{args.max_train_steps:,} of {batch} picture(s), one process: {args.max_train_steps * batch / len(images):.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
@@ -70,13 +85,17 @@ def weight_bytes(counts: dict[str, int], transformer: nn.Module, number: int) ->
     return {part: (count + (buffers if part == "transformer" else 0)) * number for part, count in counts.items()}
 
 
-def per_trained_parameter(args: argparse.Namespace) -> int:
-    """Bytes of an fp32 trained parameter with its gradient, the optimizer's state and its moving average."""
-    return TRAINED_BYTES[args.optimizer] + (EMA_BYTES if args.use_ema else 0)
+def per_trained_parameter(args: argparse.Namespace, whole: Whole | None = None) -> int:
+    """Bytes of an fp32 adapter's parameter with its gradient, the optimizer's state and its moving average; of a part that is trained as
+    a whole, without the parameter, which is counted with the part."""
+    average = EMA_BYTES if args.use_ema else 0
+    return TRAINED_BYTES[args.optimizer] + average + (whole.gradient - 8 if whole else 0)  # 8: an fp32 parameter and its gradient
 
 
-def _state(args: argparse.Namespace) -> str:
-    return f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")
+def _state(args: argparse.Namespace, whole: Whole | None) -> str:
+    held = [] if whole else ["weights"]
+    held += ["gradients"] if whole is None or whole.gradient else []
+    return ", ".join([*held, f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")])
 
 
 def _residence(args: argparse.Namespace, part: str) -> str:

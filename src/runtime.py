@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from src import checkpoint
+from src import checkpoint, sharding
 
 _PATIENCE = timedelta(hours=2)  # how long processes wait for one that renders, fills a cache or uploads; torch's default is 10 minutes
 
@@ -128,7 +128,13 @@ class Run:
 
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
         """Scales the gradients down to a global norm of `max_norm` (0: leaves them); returns the norm before, a scalar on the device."""
-        return self.accelerator.clip_grad_norm_(parameters, max_norm or float("inf"))  # undoes fp16's loss scale first
+        return sharding.whole(self.accelerator.clip_grad_norm_(parameters, max_norm or float("inf")))  # undoes fp16's loss scale first
+
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Mean over the processes, in place, for weights outside the module that DistributedDataParallel wraps; once per optimizer step."""
+        if self.world > 1:
+            for parameter in parameters:
+                parameter.grad = self.mean(parameter.grad)
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         """Shows a PIL image in the trackers."""

@@ -73,13 +73,17 @@ class Validator:
         """Mean loss over the held-out pictures at each of SIGMAS, and over all; the processes share the pictures."""
         run, total = self.run_, torch.zeros(len(SIGMAS), device=self.run_.device)
         sigma = torch.tensor(SIGMAS, device=run.device)  # (S,)
-        for i in range(run.rank, len(self.data.held_out), run.world):
+        last = len(self.data.held_out) - 1
+        for turn in range(run.rank, last + run.world, run.world):  # equally many on every process: sharded weights are gathered together
+            i = min(turn, last)
             batch = samples.collate([self.data.held_out[buckets.Key(i, step=0, position=i)]])
             x0, condition = self.data.encode(batch, FIXED_SEED, step=0)  # (1, 16, h, w)
             positions = range(i * len(SIGMAS), (i + 1) * len(SIGMAS))
             noise = seeds.normal(FIXED_SEED, 0, positions, "validation", tuple(x0.shape[1:])).to(run.device)  # (S, 16, h, w)
             with run.accelerator.autocast():
-                total += self.loss(self.transformer, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
+                loss = self.loss(self.transformer, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
+            if turn <= last:
+                total += loss
         means = (run.accelerator.reduce(total, "sum") / len(self.data.held_out)).tolist()  # (S,)
         return {"val_loss": sum(means) / len(means)} | {f"val_loss_sigma_{sigma}": mean for sigma, mean in zip(SIGMAS, means, strict=True)}
 

@@ -146,3 +146,22 @@ def test_a_state_of_other_parameters_is_refused():
 def test_a_decay_of_one_is_refused():
     with pytest.raises(ValueError, match="--ema_decay"):
         Ema(parameters(), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_an_average_on_another_device_is_the_same(dtype):
+    """40 parameters, more than are copied at a time; the meta device stands for a GPU in the last line: nothing of it may be kept."""
+    parameters = [torch.nn.Parameter(torch.full((2,), float(number)).to(dtype)) for number in range(40)]
+    here, there = Ema(parameters, 0.9), Ema(parameters, 0.9, device="cpu")
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter += 1
+        here.update()
+        there.update()
+    for one, other in zip(here.average, there.average, strict=True):
+        assert torch.equal(one, other) and other.dtype == torch.float32
+    with there.applied():
+        assert torch.equal(parameters[7], there.average[7].to(dtype))
+    assert parameters[7][0] == 10
+    assert Ema([torch.nn.Parameter(torch.ones(2, device="meta"))], 0.9, device="meta").average[0].device.type == "meta"

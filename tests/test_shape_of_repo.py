@@ -19,13 +19,15 @@ MATHS = {"flow", "transitions", "ddpm"}
 RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "plan", "card"}
 MAY_IMPORT = {
     "__init__": set(),
-    "cli": set(), "seeds": set(), "images": set(), "ema": set(), "optim": set(), "lora": set(),
+    "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(),
+    "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", *MATHS},
     "scorers": {"scorers", "images", "tiny"},
     "data": {"data", "images", "seeds"},
     "tiny": {"tiny", "cli", "images", "flow"},
-    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "lora", *MATHS} - {name} for name in RUN_LAYER},
+    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "lora", "sharding", *MATHS} - {name}
+       for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}
 HEAVY = {

@@ -144,6 +144,11 @@ def check_resolution(path: str | Path, *sides: int) -> None:
         raise ValueError(f"--resolution {max(sides)}: the position embeddings of {path} end at {limit} pixels; try {limit}")
 
 
+def block_count(path: str | Path) -> int | None:
+    """Transformer blocks of a local model folder; None for a Hub id, which nothing is downloaded of."""
+    return None if _is_hub_id(str(path)) else read_config(path, "transformer/config.json")["num_layers"]
+
+
 def read_config(path: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
     """A small JSON file of the model, from the local folder or from the Hub (where only that file is downloaded)."""
     if _is_hub_id(str(path)):
@@ -189,6 +194,26 @@ def load(
         tokenizers=[getattr(pipe, name) for name in tokenizers] if "text" in parts else [],
         transformer_config=read_config(source, "transformer/config.json", revision),
     )  # fmt: skip
+
+
+def random_transformer(path: str | Path, *, revision: str | None = None, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    """A transformer of the model's own geometry with new weights, drawn in fp32 from torch's global generator; frozen, in eval mode."""
+    from diffusers import SD3Transformer2DModel
+
+    transformer = SD3Transformer2DModel.from_config(read_config(path, "transformer/config.json", revision))
+    return nn.Module.to(transformer.requires_grad_(False).eval(), device, dtype)  # diffusers' own `to` warns of a cast that is meant
+
+
+def reload_clips(model: SD3, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """CLIP-L and CLIP-G read again, in `dtype` and trainable, by their names in the pipeline: a cast restores nothing that was rounded."""
+    from transformers import CLIPTextModelWithProjection
+
+    clips, options = {}, dict(revision=revision, variant=variant, dtype=dtype)
+    for number, name in enumerate(("text_encoder", "text_encoder_2")):
+        device = model.text_encoders[number].device
+        clips[name] = CLIPTextModelWithProjection.from_pretrained(model.path, subfolder=name, **options).eval().to(device)
+        model.text_encoders[number] = clips[name]
+    return clips
 
 
 def unload_text_encoders(model: SD3) -> None:

@@ -1,0 +1,140 @@
+"""Seconds per step and peak memory of full fine-tuning: fp32, bf16 with stochastic rounding, 8-bit Adam, fused backward.
+
+  python benchmarks/full_step.py                                       # the geometry of models/tiny-sd3, on this machine
+  python benchmarks/full_step.py --pretrained_model_name_or_path medium --resolution 512 --train_batch_size 4       # SD3.5-medium
+
+Random weights in the geometry of the model and random latents of the given size, under bf16 autocast, with the training script's own
+loss and optimizers; nothing is downloaded. Every way runs in a process of its own. Peak memory is what CUDA allocated for tensors, or on a
+CPU the resident size beyond that of the imported libraries. "state" is arithmetic: weights, gradients and moments.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import train_full_finetuning_sd3 as trainer
+from src import cli, full, optim, plan, rounding
+from src.pipelines import sd3
+
+WAYS = {  # name: weights, optimizer, fused backward
+    "fp32": ("fp32", "adamw", False),
+    "fp32, fused backward": ("fp32", "adamw", True),
+    "bf16 + stochastic rounding": ("bf16", "adamw", False),
+    "bf16, 8-bit Adam": ("bf16", "adamw8bit", False),
+    "bf16, 8-bit, fused backward": ("bf16", "adamw8bit", True),
+}
+TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    g = parser.add_argument_group("benchmark")
+    g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd3", help="pipeline folder, or medium: SD3.5-medium")
+    g.add_argument("--resolution", type=cli.multiple_of_16, default=64, help="side of the pictures in pixels")
+    g.add_argument("--train_batch_size", type=cli.positive_int, default=16, help="pictures per step")
+    g.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    g.add_argument("--steps", type=cli.positive_int, default=10, help="measured optimizer steps, after three to warm up")
+    g.add_argument("--output", type=Path, help="also write the result there, as JSON")
+    return parser
+
+
+def geometry(path: str) -> dict:
+    return sd3.SD35_MEDIUM if path == "medium" else sd3.read_config(path, "transformer/config.json")
+
+
+class Loop:
+    """One way of training, set up and ready to step."""
+
+    def __init__(self, args: argparse.Namespace, way: str):
+        from diffusers import SD3Transformer2DModel
+
+        dtype, optimizer, fused = WAYS[way]
+        self.args, self.fused, self.device = args, fused, "cuda" if torch.cuda.is_available() else "cpu"
+        config = geometry(args.pretrained_model_name_or_path)
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            self.transformer = torch.nn.Module.to(SD3Transformer2DModel.from_config(config), full.DTYPES[dtype]).train()
+        if args.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        full.select(self.transformer)
+        build = partial(optim.build, name=optimizer, learning_rate=1e-5, device=torch.device(self.device))
+        groups = [{"params": full.parameters(self.transformer), "lr": 1e-5}]
+        plain = dtype == "fp32" and not fused
+        self.optimizer = build(groups) if plain else rounding.Pieces(groups, build, seed=0, fused=fused)
+        side, b = args.resolution // sd3.VAE_SCALE, args.train_batch_size
+        self.x0, self.noise = torch.randn(2, b, config["in_channels"], side, side, device=self.device)
+        self.sigma = torch.linspace(0.1, 0.9, b, device=self.device)
+        embeds = torch.randn(b, TEXT_TOKENS, config["joint_attention_dim"], device=self.device)
+        self.condition = sd3.Conditioning(embeds, torch.randn(b, config["pooled_projection_dim"], device=self.device))
+
+    def step(self) -> float:
+        """One optimizer step on the same batch; returns its loss."""
+        with torch.autocast(self.device, torch.bfloat16):
+            loss = trainer.flow_matching_loss(self.transformer, self.x0, self.noise, self.sigma, self.condition).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def resident_peak() -> int:
+    """Bytes that this process has held in RAM at most."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+def measure(args: argparse.Namespace, way: str) -> dict[str, float]:
+    """Median seconds per step, peak bytes, and the last loss; to be run in a fresh process."""
+    import bitsandbytes  # noqa: F401  (the libraries' own memory is not the loop's)
+    from diffusers import SD3Transformer2DModel  # noqa: F401
+
+    before = resident_peak()
+    loop = Loop(args, way)
+    for _ in range(3):
+        loop.step()
+    seconds = []
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        loss = loop.step()  # waits for the device: it reads the loss
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() if loop.device == "cuda" else resident_peak() - before
+    return {"seconds_per_step": statistics.median(seconds), "peak_bytes": peak, "loss": loss}
+
+
+def state_bytes(args: argparse.Namespace, way: str) -> int:
+    dtype, optimizer, fused = WAYS[way]
+    weight = full.DTYPES[dtype].itemsize
+    count = sum(p.numel() for p in sd3.transformer_from_config(geometry(args.pretrained_model_name_or_path)).parameters())
+    return count * (weight + (0 if fused else weight) + plan.TRAINED_BYTES[optimizer] - 8)
+
+
+def main(args: argparse.Namespace) -> dict:
+    result = {}
+    print(f"{'way':<28} {'s/step':>8} {'img/s':>8} {'peak GB':>9} {'state GB':>9} {'loss':>8}")
+    for way in WAYS:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            result[way] = pool.submit(measure, args, way).result() | {"state_bytes": state_bytes(args, way)}
+        r = result[way]
+        rate = args.train_batch_size / r["seconds_per_step"]
+        sizes = f"{r['peak_bytes'] / 1e9:>9.3f} {r['state_bytes'] / 1e9:>9.3f}"
+        print(f"{way:<28} {r['seconds_per_step']:>8.3f} {rate:>8.1f} {sizes} {r['loss']:>8.4f}", flush=True)
+    if args.output:
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        about = {"date": date.today().isoformat(), "torch": torch.__version__, "machine": machine, "command": " ".join(sys.argv)}
+        args.output.write_text(json.dumps({"ways": result, "about": about}, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main(cli.parse(build_parser()))

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# All weights of SD3.5-medium's transformer on captioned pictures.
+#
+#   needs     one GPU of 80 GB (fp32 weights, AdamW, EMA), models/stable-diffusion-3.5-medium and a captioned data set
+#   24 GB     add --weights_dtype bf16 --optimizer adamw8bit --fused_backward --max_grad_norm 0 --gradient_accumulation_steps 1 --ema_device cpu
+#   override  any argument:  bash scripts/train_full_finetuning_sd3.sh --dataset_name datas/mine --max_train_steps 500
+#   several   ACCELERATE_ARGS="--config_file scripts/accelerate/fsdp2.yaml --num_processes 4" bash scripts/train_full_finetuning_sd3.sh
+#   try it    TINY=1 bash scripts/train_full_finetuning_sd3.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
+#   plan it   bash scripts/train_full_finetuning_sd3.sh --dry_run
+set -euo pipefail
+source "$(dirname "$0")/launch.sh"
+
+if [ "${TINY:-}" = 1 ]; then
+  launch train_full_finetuning_sd3.py \
+    --pretrained_model_name_or_path models/tiny-sd3 --dataset_name datas/shapes-new --resolution 64 --no_hflip \
+    --mixed_precision no --no-gradient_checkpointing --learning_rate 5e-4 --lr_scheduler cosine --train_batch_size 16 --use_ema --ema_decay 0.99 \
+    --max_train_steps 200 --checkpointing_steps 100 --validation_steps 100 --num_validation_images 2 --validation_inference_steps 20 \
+    --validation_guidance_scale 3 --validation_prompt "a red heart on a blue background" --validation_prompt "a green circle on a white background" \
+    --output_dir outputs/tiny_full_sd3 "$@"
+else
+  launch train_full_finetuning_sd3.py \
+    --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --dataset_name datas/photos --resolution 1024 --aspect_buckets \
+    --mixed_precision bf16 --gradient_checkpointing --learning_rate 1e-5 --lr_scheduler constant_with_warmup --lr_warmup_steps 100 \
+    --train_batch_size 1 --gradient_accumulation_steps 4 --use_ema --max_train_steps 1000 --checkpointing_steps 250 \
+    --checkpoints_total_limit 2 --validation_steps 250 --validation_prompt "a photo of a cup of coffee on a wooden table" \
+    --output_dir outputs/full_sd3 "$@"
+fi

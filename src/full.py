@@ -1,0 +1,214 @@
+"""Full fine-tuning: which weights are trained, and the pipeline folder that comes out.
+
+diffusers, transformers and safetensors are imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from src import lora, sharding
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # what diffusers looks for in a transformer's folder
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by --weights_dtype
+_ALWAYS_WANTED = ("*/*.json", "*/*.txt", "*/*.model", "model_index.json")  # of a pipeline on the Hub
+
+
+# --------------------------------------------------------------------------- which weights
+
+
+def check_blocks(count: int | None, blocks: str | None, freeze_last: int) -> None:
+    """Refuse blocks that a transformer of `count` blocks (None: not known yet) does not have.
+
+    Raises:
+        ValueError: naming --train_blocks or --freeze_last_blocks.
+    """
+    if count is None:
+        return
+    if blocks is not None:
+        lora.block_numbers(blocks, count, "--train_blocks")
+    if freeze_last > count:
+        raise ValueError(f"--freeze_last_blocks {freeze_last}: this model has {count} blocks; give at most that many")
+
+
+def check_output(output_dir: Path, source: str) -> None:
+    """Refuse to write the result over the base model.
+
+    Raises:
+        ValueError: naming --output_dir.
+    """
+    if output_dir.expanduser().resolve() == Path(source).expanduser().resolve():
+        raise ValueError(f"--output_dir {output_dir} is the base model, which the result would replace; choose another folder")
+
+
+def select(transformer: nn.Module, *, blocks: str | None = None, freeze_last: int = 0) -> None:
+    """Make trainable what is to be trained, and freeze the rest.
+
+    Layers that never get a gradient stay frozen: the last block drops its text tokens, so nothing reads what they ask.
+
+    Args:
+        blocks: numbers and ranges of transformer blocks ("0-11,23"): these alone. None: everything, layers outside the blocks too.
+        freeze_last: number of blocks at the end that stay frozen.
+
+    Raises:
+        ValueError: what `check_blocks` refuses.
+    """
+    count = len(transformer.transformer_blocks)
+    check_blocks(count, blocks, freeze_last)
+    transformer.requires_grad_(blocks is None)
+    if blocks is not None:
+        for number in lora.block_numbers(blocks, count, "--train_blocks"):
+            transformer.transformer_blocks[number].requires_grad_(True)
+    for block in transformer.transformer_blocks[count - freeze_last :]:
+        block.requires_grad_(False)
+    for block in transformer.transformer_blocks:
+        if block.context_pre_only:
+            block.attn.add_q_proj.requires_grad_(False)
+            if block.attn.norm_added_q is not None:
+                block.attn.norm_added_q.requires_grad_(False)
+
+
+def parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What is trained of a module, in its order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+# --------------------------------------------------------------------------- weights in files
+
+
+class State:
+    """Whole modules as a part of a checkpoint, in diffusers' files (`transformer/`, ...) instead of `state.pt`.
+
+    Args:
+        modules: by the name of their folder in a pipeline, without any wrapper.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        self.modules = modules
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{name}/{key}": tensor for name, module in self.modules.items() for key, tensor in module.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        here = self.state_dict()
+        with torch.no_grad():
+            for key, tensor in state.items():
+                here[key].copy_(sharding.placed(tensor, here[key]))
+
+    def write_files(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """One folder per module, from a `state_dict()` with whole tensors."""
+        for name, module in self.modules.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
+            _write(module, folder / name, own)
+
+    def read_files(self, folder: Path) -> dict[str, Tensor]:
+        """What `write_files` wrote, as from `state_dict()`.
+
+        Raises:
+            ValueError: the folder of a module is missing.
+        """
+        return {f"{name}/{key}": value for name, module in self.modules.items() for key, value in _read(module, folder / name).items()}
+
+
+def _write(module: nn.Module, folder: Path, state: dict[str, Tensor]) -> None:
+    """A module as diffusers or transformers saves it; an earlier folder is replaced, never written into: its files may be hard links."""
+    from safetensors.torch import save_file
+
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    if hasattr(module, "save_config"):  # diffusers
+        module.save_config(temporary)
+        save_file({key: value.contiguous() for key, value in state.items()}, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+    else:
+        module.save_pretrained(temporary, state_dict=state)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+
+
+def _read(module: nn.Module, folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not folder.is_dir():
+        raise ValueError(f"{folder.parent} holds no {folder.name}/; it was written by another program, or with other flags")
+    if hasattr(module, "save_config"):
+        return load_file(folder / WEIGHTS_NAME)
+    return type(module).from_pretrained(folder, dtype=module.dtype).state_dict()  # its files have other names than its tensors
+
+
+def save(modules: dict[str, nn.Module], folder: Path, *, write: bool = True) -> None:
+    """Write modules as they are into `folder`/NAME, in their dtype; every process calls it if they are sharded, one has `write`."""
+    part = State(modules)
+    state = sharding.gathered(part.state_dict())
+    if write:
+        part.write_files(folder, state)
+
+
+# --------------------------------------------------------------------------- the rest of the pipeline
+
+
+def complete_pipeline(source: str, folder: Path, *, trained: list[str], revision: str | None = None, variant: str | None = None) -> None:
+    """Add to `folder` what the pipeline `source` has besides the `trained` parts: unchanged files, in their original precision.
+
+    Files are hard links where the file system allows them (no second copy of a 9.5 GB encoder), else copies. Those of a variant lose its
+    name, so that the result loads without --variant.
+
+    Args:
+        source: local folder or Hub id of the base model.
+    """
+    base = Path(source).expanduser()
+    if not base.is_dir():
+        base = _snapshot(source, revision, variant)
+    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[1] is not None]
+    for name in (part for part in parts if part not in trained):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+        for file in _files(base / name, variant):
+            _link(file, folder / name / _without_variant(file.name, variant))
+    shutil.copyfile(base / "model_index.json", folder / "model_index.json")
+
+
+def _snapshot(source: str, revision: str | None, variant: str | None) -> Path:
+    """The Hub's files of everything but the transformer; those that were loaded are on the disk already."""
+    from huggingface_hub import snapshot_download
+
+    weights = ["*/*.safetensors"] if variant is None else [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"]
+    others = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
+    patterns = dict(allow_patterns=[*_ALWAYS_WANTED, *weights], ignore_patterns=["transformer/*", *others])
+    return Path(snapshot_download(source, revision=revision, **patterns))
+
+
+def _files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of one part that this variant uses: without it where the part does not have it; safetensors where there are any."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    safe = [path for path in files if ".safetensors" in path.name]
+    weights = safe or [path for path in files if ".bin" in path.name]
+    ours = [path for path in weights if variant and f".{variant}" in path.name]
+    plain = [path for path in weights if not any(f".{name}" in path.name for name in ("fp16", "bf16"))]
+    small = [path for path in files if path.suffix in (".json", ".txt", ".model") and path not in weights]
+    return small + (ours or plain or weights)
+
+
+def _without_variant(name: str, variant: str | None) -> str:
+    """model.fp16.safetensors -> model.safetensors; shards keep their names, which the index lists."""
+    return name.replace(f".{variant}.", ".", 1) if variant else name
+
+
+def _link(source: Path, target: Path) -> None:
+    """Weights become hard links; small files copies, which may be edited without changing the base model."""
+    real = source.resolve()  # the Hub's cache holds symbolic links
+    if source.suffix not in (".safetensors", ".bin"):
+        shutil.copyfile(real, target)
+        return
+    try:
+        os.link(real, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(real, target)

@@ -1,0 +1,112 @@
+"""Weights that are spread over processes (FSDP2): gathered whole for a checkpoint, spread again from one, whatever the number of processes.
+
+A sharded weight is a DTensor: each process holds a piece, and its `shape` is that of the whole. Every function here passes ordinary
+tensors through, so that a run on one process takes the same path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+
+def gathered(tree: Any) -> Any:
+    """The same nested state with whole tensors, on the CPU where they were sharded; every process has to call it."""
+    if isinstance(tree, dict):
+        return {key: gathered(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(gathered(value) for value in tree)
+    return whole(tree).cpu() if isinstance(tree, DTensor) else tree
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece, on every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a whole tensor that all processes hold, spread as `like` is."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # no communication: all hold it
+
+
+def placed_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state from a checkpoint, its moments spread as the weights that they belong to."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not any(isinstance(weight, DTensor) for weight in weights):
+        return state
+    spread = {
+        number: {
+            name: placed(value, weights[number]) if isinstance(value, Tensor) and value.shape == weights[number].shape else value
+            for name, value in entry.items()
+        }
+        for number, entry in state["state"].items()
+    }
+    return {**state, "state": spread}
+
+
+def shard(model: nn.Module, blocks: list[nn.Module], *, compute_dtype: torch.dtype | None = None, **options: Any) -> nn.Module:
+    """FSDP2 in place: each block, then the rest, sharded over all processes; returns the model.
+
+    Args:
+        compute_dtype: weights are gathered in it, gradients still summed in fp32 (None: in the weights' own). See `policy`.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if compute_dtype is not None:
+        options["mp_policy"] = policy(compute_dtype)
+    for module in (*blocks, model):
+        fully_shard(module, **options)
+    return model
+
+
+def policy(compute_dtype: torch.dtype) -> Any:
+    """Mixed precision of FSDP2 without its cast of the inputs, which would round the timestep to bf16 (711 becomes 712)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def prepare(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+    """`accelerator.prepare` of both; under FSDP2 with the inputs left as they are, and computing under autocast as everywhere else."""
+    if not getattr(accelerator, "is_fsdp2", False):
+        return accelerator.prepare(model, optimizer)
+    if accelerator.mixed_precision != "no":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy(dtype)
+        forward = model.forward
+
+        def under_autocast(*args: Any, **kwargs: Any) -> Any:
+            with accelerator.autocast():
+                return forward(*args, **kwargs)
+
+        model.forward = under_autocast
+    return accelerator.prepare(model, optimizer)
+
+
+def check(environ: Mapping[str, str], *, pieces: bool, train_text_encoder: bool, optimizer: str) -> None:
+    """Refuse what cannot be sharded.
+
+    Args:
+        environ: environment variables, where `accelerate launch` says what it was configured for.
+        pieces: the optimizer works piece by piece (bf16 weights).
+
+    Raises:
+        ValueError: names the flag and the cure.
+    """
+    if environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # its optimizer keeps a state that no other number of processes can load
+        raise ValueError("DeepSpeed is not supported: use --config_file scripts/accelerate/fsdp2.yaml, which spreads the weights as well")
+    if environ.get("ACCELERATE_USE_FSDP") != "true" or int(environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if pieces:
+        raise ValueError("--weights_dtype bf16 updates whole weights; under FSDP2 use fp32, with --mixed_precision bf16")
+    if train_text_encoder:
+        raise ValueError("--train_text_encoder does not work under FSDP2: leave it out or use plain data parallelism (--multi_gpu)")
+    if optimizer != "adamw":
+        raise ValueError(f"--optimizer {optimizer} needs whole weights; under FSDP2 use --optimizer adamw")

@@ -1,0 +1,100 @@
+"""Runs of FSDP2 on the CPU, for test_sharding.py: torchrun --nproc_per_node 2 tests/sharded.py MODEL OUTPUT,FIRST_STEP,LAST_STEP,DTYPE ...
+
+Each process trains on its part of one global batch of four; without torchrun one process, unsharded, does the same on the whole batch.
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from src import checkpoint, ema, flow, full, seeds, sharding
+from src.pipelines import sd3
+
+
+def load(model: str, world: int, compute_dtype: torch.dtype | None) -> torch.nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    transformer = sd3.load(model, parts=("transformer",)).transformer
+    full.select(transformer)
+    if world > 1:
+        blocks = list(transformer.transformer_blocks)
+        sharding.shard(transformer, blocks, compute_dtype=compute_dtype, mesh=init_device_mesh("cpu", (world,)))
+    return transformer
+
+
+def loss_of(transformer: torch.nn.Module, step: int, positions: range) -> torch.Tensor:
+    """Of this process's part of the global batch: (b,)."""
+    def draw(stream, *shape):
+        return seeds.normal(0, step, positions, stream, shape)
+
+    x0, noise = draw("x0", 16, 4, 4), draw("noise", 16, 4, 4)
+    sigma = flow.sigmas(seeds.uniform(0, step, positions, "sigma"))
+    prediction = sd3.velocity(transformer, flow.interpolate(x0, noise, sigma), sigma, sd3.Conditioning(draw("e", 32, 32), draw("p", 16)))
+    return flow.velocity_loss(prediction, flow.velocity_target(x0, noise))
+
+
+def check_sharded(transformer: torch.nn.Module, optimizer: torch.optim.Optimizer, average: ema.Ema) -> None:
+    """Every weight, gradient, moment and average is a DTensor, of which this process holds a part."""
+    from torch.distributed.tensor import DTensor
+
+    weights = list(transformer.parameters())
+    moments = [value for entry in optimizer.state.values() for value in entry.values() if value.ndim]
+    for tensor in (*weights, *(w.grad for w in weights if w.grad is not None), *moments, *average.average):
+        assert isinstance(tensor, DTensor), type(tensor)
+    local, whole = (sum(count(w) for w in weights) for count in (lambda w: w.to_local().numel(), lambda w: w.numel()))
+    assert 0.4 * whole < local < 0.6 * whole, (local, whole)
+
+
+def train(model: str, output: str, first: int, last: int, dtype: str) -> None:
+    """Steps `first` to `last`, with a checkpoint after every second one; from checkpoint-FIRST in the output folder unless that is 0."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    transformer = load(model, world, {"fp32": None, "bf16": torch.bfloat16}[dtype])
+    weights = full.parameters(transformer)
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, eps=1e-2)
+    average = ema.Ema(weights, 0.9)
+
+    def broadcast(value):
+        box = [value]
+        if world > 1:
+            torch.distributed.broadcast_object_list(box)
+        return box[0]
+
+    run = SimpleNamespace(accelerator=None, is_main=rank == 0, output_dir=Path(output), print=print, broadcast=broadcast)
+    parts = {"weights": full.State({"transformer": transformer}), "optimizer": optimizer, "ema": average}
+    saver = checkpoint.Checkpointer(run, every=2, keep=None, parts=parts)
+    resumed = saver.resume(run.output_dir / f"checkpoint-{first}" if first else None)
+    assert resumed == first, f"resumed at {resumed}"
+    timesteps = []
+    transformer.time_text_embed.register_forward_pre_hook(lambda _, inputs: timesteps.append(inputs[0].dtype))
+    share = 4 // world
+    for step in range(first, last):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            loss_of(transformer, step, range(rank * share, (rank + 1) * share)).mean().backward()
+        norm = sharding.whole(torch.nn.utils.clip_grad_norm_(weights, 1.0))
+        optimizer.step()
+        if step == first and world > 1:
+            check_sharded(transformer, optimizer, average)
+        optimizer.zero_grad()
+        average.update()
+        if rank == 0:
+            print(f"step {step} norm {norm.item():.9g}", flush=True)
+        saver.save_if_due(step + 1)
+    assert set(timesteps) == {torch.float32}, timesteps  # FSDP2 would round them to bf16 with the other inputs
+    with average.applied():
+        full.save({"transformer": transformer}, run.output_dir / "ema", write=run.is_main)
+    full.save({"transformer": transformer}, run.output_dir, write=run.is_main)
+    if world > 1:
+        torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    torch.distributed.init_process_group("gloo")
+    for job in sys.argv[2:]:
+        output, first, last, dtype = job.split(",")
+        train(sys.argv[1], output, int(first), int(last), dtype)
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,176 @@
+"""Which weights are trained, and what the pipeline folder is made of; without a training run."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+from src import full
+from src.pipelines import sd3
+
+
+@pytest.fixture
+def transformer(tiny_sd3_folder):
+    return sd3.load(tiny_sd3_folder, parts=("transformer",)).transformer
+
+
+def trained(transformer) -> set[str]:
+    return {name for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+# --------------------------------------------------------------------------- which weights
+
+
+def test_everything_is_selected_but_what_never_gets_a_gradient(transformer):
+    full.select(transformer)
+    everything = {name for name, _ in transformer.named_parameters()}
+    dead = {f"transformer_blocks.2.attn.{name}" for name in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")}
+    assert trained(transformer) == everything - dead
+
+    transformer.requires_grad_(True)  # the oracle: gradients of a forward pass
+    generator = torch.Generator().manual_seed(0)
+    latents, embeds, pooled = (torch.randn(shape, generator=generator) for shape in ((2, 16, 4, 4), (2, 32, 32), (2, 16)))
+    sd3.velocity(transformer, latents, torch.tensor([0.3, 0.9]), sd3.Conditioning(embeds, pooled)).square().sum().backward()
+    still = {name for name, parameter in transformer.named_parameters() if parameter.grad is None or not parameter.grad.any()}
+    assert still == dead
+
+
+def test_blocks_alone_or_all_but_the_last(transformer):
+    full.select(transformer, blocks="0,2")
+    assert {name.split(".")[0] for name in trained(transformer)} == {"transformer_blocks"}
+    assert {name.split(".")[1] for name in trained(transformer)} == {"0", "2"}
+    full.select(transformer, freeze_last=2)
+    assert {name.split(".")[1] for name in trained(transformer) if name.startswith("transformer_blocks")} == {"0"}
+    assert "proj_out.weight" in trained(transformer)
+    full.select(transformer, freeze_last=3)
+    assert not any(name.startswith("transformer_blocks") for name in trained(transformer))
+
+
+def test_blocks_that_do_not_exist_are_refused(transformer):
+    with pytest.raises(ValueError, match="--train_blocks: '3' .* 0-2"):
+        full.select(transformer, blocks="0,3")
+    with pytest.raises(ValueError, match="--freeze_last_blocks 4: this model has 3"):
+        full.check_blocks(3, None, 4)
+    full.check_blocks(None, "99", 99)  # a Hub id: known only when it is loaded
+
+
+def test_the_base_model_is_not_overwritten(tiny_sd3_folder, tmp_path):
+    (tmp_path / "link").symlink_to(tiny_sd3_folder)
+    with pytest.raises(ValueError, match="--output_dir"):
+        full.check_output(tmp_path / "link", str(tiny_sd3_folder))
+    full.check_output(tmp_path, "owner/model")
+
+
+# --------------------------------------------------------------------------- files
+
+
+def test_modules_come_back_bit_for_bit_in_their_dtype(tiny_sd3_folder, tmp_path):
+    model = sd3.load(tiny_sd3_folder, parts=("transformer", "text"))
+    modules = {"transformer": model.transformer.bfloat16(), **sd3.reload_clips(model, dtype=torch.float32)}
+    full.save(modules, tmp_path)
+    part = full.State(modules)
+    saved = {key: value.clone() for key, value in part.state_dict().items()}
+    runs.assert_identical(part.read_files(tmp_path), saved)
+    assert saved["transformer/proj_out.weight"].dtype == torch.bfloat16
+    with torch.no_grad():
+        for module in modules.values():
+            for parameter in module.parameters():
+                parameter.zero_()
+    part.load_state_dict(part.read_files(tmp_path))
+    runs.assert_identical(part.state_dict(), saved)
+
+
+def test_a_saved_module_replaces_a_hard_link_and_leaves_its_twin_alone(tiny_sd3_folder, tmp_path):
+    base = shutil.copytree(tiny_sd3_folder, tmp_path / "base")
+    full.complete_pipeline(str(base), tmp_path / "out", trained=["transformer"])
+    weights = base / "text_encoder/model.safetensors"
+    before = weights.read_bytes()
+    assert (tmp_path / "out/text_encoder/model.safetensors").stat().st_ino == weights.stat().st_ino
+    model = sd3.load(base, parts=("text",))
+    clips = sd3.reload_clips(model, dtype=torch.float32)
+    clips["text_encoder"].text_projection.weight.data.fill_(1)
+    full.save({"text_encoder": clips["text_encoder"]}, tmp_path / "out")
+    assert weights.read_bytes() == before != (tmp_path / "out/text_encoder/model.safetensors").read_bytes()
+
+
+def test_the_rest_of_the_pipeline_is_linked_unchanged(tiny_sd3_folder, tmp_path):
+    model = sd3.load(tiny_sd3_folder, parts=("transformer",))
+    full.save({"transformer": model.transformer}, tmp_path)
+    for _ in range(2):  # into what an earlier run left, too
+        full.complete_pipeline(str(tiny_sd3_folder), tmp_path, trained=["transformer"])
+    ours, theirs = ({p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()} for root in (tmp_path, tiny_sd3_folder))
+    assert ours == theirs
+    for name in ours - {"transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"}:
+        assert (tmp_path / name).read_bytes() == (tiny_sd3_folder / name).read_bytes()
+        assert ((tmp_path / name).stat().st_ino == (tiny_sd3_folder / name).stat().st_ino) == name.endswith(".safetensors"), name
+
+
+def test_files_are_copied_where_links_are_impossible(tiny_sd3_folder, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    full.complete_pipeline(str(tiny_sd3_folder), tmp_path, trained=["transformer"])
+    assert (tmp_path / "vae/diffusion_pytorch_model.safetensors").read_bytes() == (
+        tiny_sd3_folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()  # fmt: skip
+    assert not (tmp_path / "transformer").exists()
+
+
+def test_a_variant_becomes_the_plain_files_of_the_result(tmp_path):
+    """Single files lose the variant's name; shards keep theirs, which the index lists; parts without the variant give their plain files."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    files = {
+        "vae": ["config.json", "diffusion_pytorch_model.safetensors"],
+        "text_encoder": ["config.json", "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"],
+        "text_encoder_3": [
+            "model.safetensors.index.fp16.json", "model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors",
+            "model.safetensors",
+        ],
+        "tokenizer_3": ["spiece.model", "tokenizer.json"],
+    }  # fmt: skip
+    for part, names in files.items():
+        (base / part).mkdir(parents=True)
+        for name in names:
+            (base / part / name).write_text(name)
+    index = {"_class_name": "StableDiffusion3Pipeline", "image_encoder": [None, None], **{part: ["library", "Class"] for part in files}}
+    (base / "model_index.json").write_text(json.dumps(index))
+    full.complete_pipeline(str(base), out, trained=["transformer"], variant="fp16")
+    assert runs.files(out / "vae") == files["vae"]
+    assert runs.files(out / "text_encoder") == ["config.json", "model.safetensors"]
+    assert (out / "text_encoder/model.safetensors").read_text() == "model.fp16.safetensors"
+    assert runs.files(out / "text_encoder_3") == [
+        "model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors", "model.safetensors.index.json",
+    ]  # fmt: skip
+    assert runs.files(out / "tokenizer_3") == files["tokenizer_3"]
+
+    full.complete_pipeline(str(base), tmp_path / "plain", trained=["transformer"])
+    assert (tmp_path / "plain/text_encoder/model.safetensors").read_text() == "model.safetensors"
+    assert runs.files(tmp_path / "plain/text_encoder_3") == ["model.safetensors"]
+
+
+def test_a_hub_model_is_completed_from_its_snapshot_without_its_transformer(tiny_sd3_folder, tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot(repository, **options):
+        asked.update(repository=repository, **options)
+        return str(tiny_sd3_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    full.complete_pipeline("owner/model", tmp_path, trained=["transformer"], revision="abc")
+    assert asked["repository"] == "owner/model" and asked["revision"] == "abc" and "transformer/*" in asked["ignore_patterns"]
+    assert (tmp_path / "model_index.json").is_file() and (tmp_path / "text_encoder_3/model.safetensors").is_file()
+
+
+def test_random_weights_are_those_of_the_seed_and_of_the_same_shapes(tiny_sd3_folder, transformer):
+    def draw(seed):
+        torch.manual_seed(seed)
+        return sd3.random_transformer(tiny_sd3_folder, dtype=torch.float32, device="cpu").state_dict()
+
+    first = draw(0)
+    runs.assert_identical(first, draw(0))
+    assert {name: value.shape for name, value in first.items()} == {name: value.shape for name, value in transformer.state_dict().items()}
+    assert not torch.equal(first["proj_out.weight"], draw(1)["proj_out.weight"])
+    assert sd3.block_count(Path(tiny_sd3_folder)) == 3 and sd3.block_count("owner/model") is None

@@ -1,0 +1,122 @@
+"""Weights spread over two processes by FSDP2 itself (on a CPU accelerate would quietly use plain data parallelism instead)."""
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import runs
+import sharded
+import torch
+import yaml
+
+from src import sharding
+
+
+def alone(model: Path, out: Path, *rest: object) -> None:
+    out.mkdir(exist_ok=True)
+    (out / "args.json").write_text("{}")
+    sharded.train(str(model), str(out), *rest)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """The same gradients summed in another order; Adam's epsilon of 1e-2 keeps its steps proportional to them."""
+    for folder in ("", "ema"):
+        ours, theirs = weights(one / folder), weights(other / folder)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_sd3_folder, tmp_path_factory):
+    """Four steps of one process."""
+    out = tmp_path_factory.mktemp("sharding") / "whole"
+    alone(tiny_sd3_folder, out, 0, 4, "fp32")
+    return out
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_train_as_one_and_each_continues_the_other(tiny_sd3_folder, whole, tmp_path):
+    """Weights, moments and average are DTensors (asserted in there); checkpoints hold whole tensors and move between the two."""
+    for name in ("two", "again", "spread", "bf16"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text("{}")
+    (tmp_path / "again/checkpoint-2").symlink_to(tmp_path / "two/checkpoint-2")
+    (tmp_path / "spread/checkpoint-2").symlink_to(whole / "checkpoint-2")
+    jobs = [f"{tmp_path}/{job}" for job in ("two,0,4,fp32", "again,2,4,fp32", "spread,2,4,fp32", "bf16,0,4,bf16")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded.py"]
+    runs.finish(runs.start([*command, str(tiny_sd3_folder), *jobs], tmp_path / "log"), tmp_path / "log", seconds=300)
+    assert_close(tmp_path / "two", whole)
+
+    for part in ("transformer", "ema/transformer"):
+        name = f"{part}/diffusion_pytorch_model.safetensors"
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    runs.assert_identical(runs.state(tmp_path / "again/checkpoint-4"), runs.state(tmp_path / "two/checkpoint-4"))
+    assert_close(tmp_path / "spread", whole)
+
+    shutil.copytree(tmp_path / "two/checkpoint-2", tmp_path / "one/checkpoint-2")
+    alone(tiny_sd3_folder, tmp_path / "one", 2, 4, "fp32")
+    assert_close(tmp_path / "one", whole)
+
+    ours, theirs, start = weights(tmp_path / "bf16"), weights(whole), weights(tiny_sd3_folder)
+    assert {value.dtype for value in ours.values()} == {torch.float32}
+    moved = torch.cat([(theirs[name] - start[name]).flatten() for name in ours])
+    off = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
+    assert off.norm() < 0.05 * moved.norm()  # gradients computed in bf16: 3 digits
+
+
+def test_one_process_loads_what_it_saved(tiny_sd3_folder, whole, tmp_path):
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "again/checkpoint-2")
+    alone(tiny_sd3_folder, tmp_path / "again", 2, 4, "fp32")
+    for part in ("", "ema"):
+        runs.assert_identical(weights(tmp_path / "again" / part), weights(whole / part))
+
+
+def test_plain_tensors_pass_through():
+    tensor = torch.ones(2)
+    tree = {"a": [tensor, 1, "x"], "b": (tensor,), "c": None}
+    found = sharding.gathered(tree)
+    assert found["a"][0] is tensor and found["b"] == (tensor,) and found["a"][1:] == [1, "x"]
+    assert sharding.whole(tensor) is tensor and sharding.placed(tensor, torch.zeros(2)) is tensor
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(tensor)])
+    state = optimizer.state_dict()
+    assert sharding.placed_state(state, optimizer) is state
+
+
+def test_without_fsdp2_prepare_is_accelerates():
+    prepared = SimpleNamespace(prepare=lambda *objects: objects)
+    model, optimizer = torch.nn.Linear(1, 1), object()
+    assert sharding.prepare(prepared, model, optimizer) == (model, optimizer)
+
+
+def test_fsdp2_computes_under_autocast_with_inputs_left_as_they_are():
+    """bf16 has 8 bits: 711.0 would become 712. The plugin's policy is what accelerate hands to fully_shard."""
+    plugin = SimpleNamespace(mixed_precision_policy=None)
+    accelerator = SimpleNamespace(
+        is_fsdp2=True, mixed_precision="bf16", state=SimpleNamespace(fsdp_plugin=plugin), prepare=lambda *objects: objects,
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+    )  # fmt: skip
+    model, _ = sharding.prepare(accelerator, torch.nn.Linear(2, 2), None)
+    assert model(torch.ones(1, 2)).dtype == torch.bfloat16
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.cast_forward_inputs) == (torch.bfloat16, torch.float32, False)
+
+
+def test_the_configuration_file_is_one_that_accelerate_reads_and_shards_the_blocks():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = runs.ROOT / "scripts/accelerate/fsdp2.yaml"
+    config = load_config_from_file(str(path))
+    settings = yaml.safe_load(path.read_text())["fsdp_config"]
+    assert config.distributed_type == "FSDP" and settings["fsdp_version"] == 2
+    from diffusers.models.transformers import transformer_sd3
+
+    assert hasattr(transformer_sd3, settings["fsdp_transformer_layer_cls_to_wrap"])
