@@ -56,7 +56,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--height", type=cli.multiple_of_16, help="height in pixels (unset: --resolution)")
     g.add_argument("--width", type=cli.multiple_of_16, help="width in pixels (unset: --resolution)")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
-    g.add_argument("--guidance_scale", type=cli.non_negative_float, default=2.0, help="classifier-free guidance weight; 1 is off, 4.5 suits SD3.5-medium")
+    g.add_argument("--guidance_scale", type=cli.non_negative_float, default=2.0, help="guidance weight; 1 is off, 4.5 suits SD3.5-medium")
     g.add_argument("--skip_layer_guidance", type=cli.non_negative_float, default=0.0, metavar="SCALE",
                    help="skip-layer guidance, from 1 %% to 20 %% of the steps; 2.8 is usual for SD3.5-medium, 0 is off")  # fmt: skip
     g.add_argument("--skip_layers", type=layer_numbers, default=[7, 8, 9], metavar="N,N", help="transformer blocks that it leaves out")
