@@ -99,7 +99,7 @@ class Loop:
         else:
             mean, std = self.encode_images(batch.pixels)
             embeds, pooled = self.encode_text(batch.prompts)
-        posterior = seeds.normal(0, self.step, batch.positions, "posterior", tuple(mean.shape[1:])).to(self.device)
+        posterior = seeds.normal(0, self.step, batch.positions, "posterior", mean.shape[1:], self.device)
         x0 = sd3.scale_latents(self.model, sd3.sample_posterior(mean, std, posterior))  # (b, 16, h, w)
         return x0, sd3.Conditioning(embeds, pooled), batch.positions
 
@@ -108,8 +108,8 @@ class Loop:
         started, losses = time.perf_counter(), []
         for _ in range(steps):
             x0, condition, positions = self.batch()
-            noise = seeds.normal(0, self.step, positions, "noise", tuple(x0.shape[1:])).to(self.device)
-            sigma = flow.sigmas(seeds.uniform(0, self.step, positions, "sigma"), shift=self.model.shift).to(self.device)
+            noise = seeds.normal(0, self.step, positions, "noise", x0.shape[1:], self.device)
+            sigma = flow.sigmas(seeds.uniform(0, self.step, positions, "sigma", self.device), shift=self.model.shift)
             with torch.autocast(self.device, torch.bfloat16, enabled=self.args.dtype == "bf16"):
                 loss = trainer.flow_matching_loss(self.model.transformer, x0, noise, sigma, condition).mean()
             loss.backward()

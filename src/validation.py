@@ -79,7 +79,7 @@ class Validator:
             batch = samples.collate([self.data.held_out[buckets.Key(i, step=0, position=i)]])
             x0, condition = self.data.encode(batch, FIXED_SEED, step=0)  # (1, 16, h, w)
             positions = range(i * len(SIGMAS), (i + 1) * len(SIGMAS))
-            noise = seeds.normal(FIXED_SEED, 0, positions, "validation", tuple(x0.shape[1:])).to(run.device)  # (S, 16, h, w)
+            noise = seeds.normal(FIXED_SEED, 0, positions, "validation", x0.shape[1:], run.device)  # (S, 16, h, w)
             with run.accelerator.autocast():
                 loss = self.loss(self.transformer, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
             if turn <= last:
