@@ -14,13 +14,15 @@ from src import metrics, runtime
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "*.tmp"]
 
 SD35 = "stabilityai/stable-diffusion-3.5-"
-LOADING = {
-    "LoRA": """import torch
+LORA = """import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
-image = pipeline({prompt!r}).images[0]""",
+image = pipeline({prompt!r}).images[0]"""
+LOADING = {
+    "LoRA": LORA,
+    "DreamBooth LoRA": LORA,
     "Full fine-tuning": """import torch
 from diffusers import StableDiffusion3Pipeline
 
@@ -124,13 +126,14 @@ def front_matter(args: argparse.Namespace, kind: str) -> str:
     base, folder = hub_name(args.pretrained_model_name_or_path), Path(args.output_dir)
     fields: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a folder on this machine means nothing there
-        fields |= {"base_model": base, "base_model_relation": "adapter" if kind == "LoRA" else "finetune"}
+        fields |= {"base_model": base, "base_model_relation": "adapter" if kind.endswith("LoRA") else "finetune"}
     if base.startswith(SD35):
         fields |= {"license": "other", "license_name": "stabilityai-ai-community",
                    "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE.md"}  # fmt: skip
     if re.fullmatch(r"[\w.-]+/[\w.-]+", args.dataset_name) and not Path(args.dataset_name).exists():
         fields["datasets"] = [args.dataset_name]
-    fields["tags"] = ["text-to-image", "diffusers", kind.lower()] + (["template:sd-lora"] if kind == "LoRA" else [])
+    tags = [*kind.lower().split(), "template:sd-lora"] if kind.endswith("LoRA") else [kind.lower()]
+    fields["tags"] = ["text-to-image", "diffusers", *tags]
     steps = sorted(path for path in (folder / "samples").glob("step-*") if path.is_dir())
     widget = []
     for number, prompt in enumerate(args.validation_prompt or []):  # they come first among the validation prompts

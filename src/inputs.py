@@ -6,7 +6,7 @@ Encoders are loaded only when something is missing from a cache, and leave memor
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from src import runtime, seeds
 from src.data import buckets, cache, captions, samples
 from src.pipelines import sd3
 
+TEXT_FOLDERS = tuple(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
 MAX_HELD_OUT = 16  # pictures of the validation loss, if its number is not given: one in twenty, no more than these
 
 
@@ -25,10 +26,11 @@ class Inputs:
     """The opened data set with its plan and caches.
 
     Attributes:
-        model: what the run still needs besides the transformer: the VAE, and the text encoders if there is no text cache.
+        model: what the run still needs besides the transformer: the VAE, and the text encoders that no cache stands in for.
         training, held_out: samples to train on, and those kept for the validation loss (never flipped, caption never dropped).
         plan: which samples make up which optimizer step.
         sequence_length: T5 tokens, the same in training and validation.
+        first_position: of a step's first sample; not 0 in a second data set of the run.
     """
 
     run: runtime.Run
@@ -38,13 +40,14 @@ class Inputs:
     plan: buckets.Plan
     text: cache.TensorCache | None
     sequence_length: int
+    first_position: int = 0
 
     def batches(self, first_step: int) -> Iterator[samples.Batch]:
         """This process's micro-batches from optimizer step `first_step` on, `gradient_accumulation_steps` of them per step."""
         args, run = self.run.args, self.run
         sampler = buckets.StepSampler(
             self.plan, batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
-            rank=run.rank, world=run.world, start_step=first_step, max_steps=args.max_train_steps,
+            rank=run.rank, world=run.world, start_step=first_step, max_steps=args.max_train_steps, first_position=self.first_position,
         )  # fmt: skip
         return iter(samples.loader(self.training, sampler, num_workers=args.dataloader_num_workers, pin_memory=run.device.type == "cuda"))
 
@@ -55,49 +58,68 @@ class Inputs:
         The draw depends on (seed, step, position) alone, so cached and encoded latents are the same.
 
         Args:
-            train_text: let gradients flow into the text encoders; takes a run without the text cache.
+            train_text: let gradients flow into the text encoders; takes a run in which they are resident.
         """
         batch = batch.to(self.run.device)
         mean, std = (batch.latent_mean, batch.latent_std) if batch.pixels is None else sd3.encode_images(self.model, batch.pixels)
         noise = seeds.normal(seed, step, batch.positions, "posterior", mean.shape[1:], mean.device)
         x0 = sd3.scale_latents(self.model, sd3.sample_posterior(mean, std, noise))  # (b, 16, h, w)
+        cached = None if batch.embeds is None else sd3.Conditioning(batch.embeds, batch.pooled)
         if train_text:
             with torch.enable_grad(), self.run.accelerator.autocast():
-                return x0, sd3.encode_prompts(self.model, batch.prompts, self.sequence_length)
-        return x0, self.condition(batch.prompts) if batch.embeds is None else sd3.Conditioning(batch.embeds, batch.pooled)
+                return x0, self._by_residents(batch.prompts, cached)
+        return x0, self._by_residents(batch.prompts, cached)
 
     @torch.no_grad()
     def condition(self, prompts: list[str]) -> sd3.Conditioning:
         """Embeddings of prompts, from the cache or from the resident encoders: embeds (b, L, D), pooled (b, P)."""
-        if self.text is None:
-            return sd3.encode_prompts(self.model, prompts, self.sequence_length)
-        entries = [self.text.read(prompt) for prompt in prompts]
-        embeds, pooled = (torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled"))
-        return sd3.Conditioning(embeds, pooled).to(self.run.device)
+        return self._by_residents(prompts, None if self.text is None else cached_condition(self.text, prompts).to(self.run.device))
+
+    def _by_residents(self, prompts: list[str], cached: sd3.Conditioning | None) -> sd3.Conditioning:
+        """What is cached, but for what resident encoders give: all of it, or CLIP's part where both are trained and T5 is frozen."""
+        if not self.model.text_encoders:
+            return cached
+        t5_tokens = None if cached is None else cached.embeds[:, sd3.clip_length(self.model) :]
+        return sd3.encode_prompts(self.model, prompts, self.sequence_length, t5_tokens)
 
 
-def check(args: argparse.Namespace) -> None:
+def cached_condition(text: cache.TensorCache, prompts: list[str]) -> sd3.Conditioning:
+    """Embeddings of prompts that are in the cache, on the CPU."""
+    entries = [text.read(prompt) for prompt in prompts]
+    return sd3.Conditioning(*(torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled")))
+
+
+def check(args: argparse.Namespace, *, captioned: bool = True) -> None:
     """Refuse a model or a data set that cannot be trained on, reading small files only.
+
+    Args:
+        captioned: pictures need captions of their own.
 
     Raises:
         ValueError: naming the flag and the cure.
     """
     sd3.check_folder(args.pretrained_model_name_or_path)
     sd3.check_resolution(args.pretrained_model_name_or_path, args.resolution)
-    captions.check_source(args.dataset_name, image_column=args.image_column, caption_column=args.caption_column)
+    captions.check_source(args.dataset_name, image_column=args.image_column, caption_column=args.caption_column, captioned=captioned)
     if args.validation_prompts_file and not validation_prompts(args):
         raise ValueError(f"--validation_prompts_file {args.validation_prompts_file} holds no prompt; one per line")
 
 
-def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
+def open_images(
+    args: argparse.Namespace, *, progress: bool, default_prompt: str | None = None
+) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
     """The pictures to train on, and those held out for the validation loss (None if there are none).
+
+    Args:
+        default_prompt: of pictures without a caption (None: they cannot be used).
 
     Raises:
         ValueError: the data set cannot be read, or nothing is left to train on.
     """
     images = captions.open_captioned(
         args.dataset_name, image_column=args.image_column, caption_column=args.caption_column, cache_dir=args.cache_dir,
-        max_train_samples=args.max_train_samples, strict=args.strict_data, revision=args.dataset_revision, progress=progress,
+        max_train_samples=args.max_train_samples, default_prompt=default_prompt, strict=args.strict_data,
+        revision=args.dataset_revision, progress=progress,
     )  # fmt: skip
     wanted = args.num_validation_loss_images
     count = min(MAX_HELD_OUT, len(images) // 20) if wanted is None else wanted
@@ -125,33 +147,55 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> Inputs:
     """
     with run.accelerator.main_process_first():  # one download and one scan; the others find the result on disk
         train, held_out = open_images(args, progress=run.is_main)
-    shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
-    parts = [part for part in (train, held_out) if part is not None]
-    sizes = [[buckets.assign(record.width, record.height, shapes) for record in part.records] for part in parts]
-    plan = buckets.Plan(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed)
-    run.print(
-        f"{len(train)} pictures to train on in {len(plan.members)} bucket(s), {len(held_out or [])} held out; "
-        f"an epoch is {plan.steps_per_epoch} step(s) of {plan.global_batch}"
-    )
+    length, text = text_inputs(run, args, [record.prompt for part in (train, held_out) if part for record in part.records])
+    resident = ("vae",) if text else ("vae", "text")
+    path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
+    model = sd3.load(path, **options, dtype=run.weight_dtype, device=run.device, parts=resident)
+    return assemble(run, args, train, held_out, model=model, text=text, sequence_length=length)
 
+
+def text_inputs(run: runtime.Run, args: argparse.Namespace, prompts: list[str]) -> tuple[int, cache.TensorCache | None]:
+    """T5 tokens, and with --cache_text the filled cache of these prompts, the empty one and those of validation."""
     path, length = args.pretrained_model_name_or_path, args.max_sequence_length
     length = sd3.default_sequence_length(path, args.revision) if length is None else length
-    prompts = ["", *validation_prompts(args), *(record.prompt for part in parts for record in part.records)]
-    text = _text_cache(run, args, prompts, length) if args.cache_text else None
-    resident = ("vae",) if text else ("vae", "text")
-    model = sd3.load(path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device, parts=resident)
+    return length, _text_cache(run, args, ["", *validation_prompts(args), *prompts], length) if args.cache_text else None
+
+
+def assemble(
+    run: runtime.Run, args: argparse.Namespace, train: captions.CaptionedImages, held_out: captions.CaptionedImages | None = None, *,
+    model: sd3.SD3, text: cache.TensorCache | None, sequence_length: int, first_position: int = 0, kind: str = "pictures",
+    masks: Callable[[captions.CaptionedImages, list[tuple[int, int]]], list[Tensor]] | None = None,
+) -> Inputs:  # fmt: skip
+    """Lay out the steps of opened pictures, and fill their latent cache.
+
+    Args:
+        model: with the VAE, and the text encoders that are to stay.
+        first_position: see `Inputs`; kind: what they are, in the line that is printed.
+        masks: pictures and their sizes (H, W) -> what of each counts in the loss, (1, h, w) each; None: all of it.
+    """
+    shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
+    parts = [train, held_out or train.subset([])]
+    sizes = [[buckets.assign(record.width, record.height, shapes) for record in part.records] for part in parts]
+    weights = [masks(part, size) if masks else None for part, size in zip(parts, sizes, strict=True)]
+    order = "order" if first_position == 0 else "second order"
+    plan = buckets.Plan(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed, order)
+    run.print(
+        f"{len(train)} {kind} to train on in {len(plan.members)} bucket(s), {len(parts[1])} held out; "
+        f"an epoch is {plan.steps_per_epoch} step(s) of {plan.global_batch}"
+    )
     latents = _latent_cache(run, args, parts, sizes, model) if args.cache_latents else None
     common = {"seed": args.seed, "latents": latents, "text": text}
     return Inputs(
-        run=run, model=model, plan=plan, text=text, sequence_length=length,
+        run=run, model=model, plan=plan, text=text, sequence_length=sequence_length, first_position=first_position,
         training=samples.Samples(
-            train, sizes[0], caption_dropout=args.caption_dropout, random_crop=args.random_crop, flip=not args.no_hflip, **common
+            train, sizes[0], caption_dropout=args.caption_dropout, random_crop=args.random_crop, flip=not args.no_hflip,
+            masks=weights[0], **common,
         ),
-        held_out=samples.Samples(held_out or train.subset([]), sizes[1] if held_out else [], **common),
+        held_out=samples.Samples(parts[1], sizes[1], masks=weights[1], **common),
     )  # fmt: skip
 
 
-def _fingerprint(args: argparse.Namespace, *folders: str) -> str:
+def fingerprint(args: argparse.Namespace, *folders: str) -> str:
     """What identifies these parts of the base model: their content, wherever the folder lies, or a Hub id with its commit."""
     path = Path(args.pretrained_model_name_or_path)
     if path.is_dir():
@@ -164,8 +208,7 @@ def _fingerprint(args: argparse.Namespace, *folders: str) -> str:
 
 def _text_cache(run: runtime.Run, args: argparse.Namespace, prompts: list[str], length: int) -> cache.TensorCache:
     """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only for what is missing, then dropped."""
-    folders = [f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3")]
-    encoders, dtype = _fingerprint(args, *folders), str(run.weight_dtype)
+    encoders, dtype = fingerprint(args, *TEXT_FOLDERS), str(run.weight_dtype)
     store = cache.TensorCache(
         args.cache_dir, "text", {"encoders": encoders, "variant": args.variant, "sequence_length": length, "dtype": dtype}
     )
@@ -190,7 +233,7 @@ def _latent_cache(
     run: runtime.Run, args: argparse.Namespace, parts: list[captions.CaptionedImages], sizes: list[list[tuple[int, int]]], model: sd3.SD3
 ) -> cache.TensorCache:
     """Cache of posterior mean and std (16, h, w) by picture, bucket and orientation; mirrored ones only of what training flips."""
-    described = {"vae": _fingerprint(args, "vae"), "variant": args.variant, "dtype": str(run.weight_dtype)}
+    described = {"vae": fingerprint(args, "vae"), "variant": args.variant, "dtype": str(run.weight_dtype)}
     store = cache.TensorCache(args.cache_dir, "latents", described)
 
     @torch.no_grad()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 NAMES = {
     "step": "optimizer steps done",
     "loss": "training loss: squared velocity error, mean over latent values and the samples of the window",
+    "instance_loss": "DreamBooth: the part of loss that the subject's pictures give",
+    "prior_loss": "DreamBooth: the same for pictures of its class; loss is instance_loss + --prior_loss_weight * this",
     "grad_norm": "global norm of the gradient before clipping, mean over the window",
     "lr": "learning rate of the last step in the window",
     "epoch": "passes over the training set so far",
@@ -44,13 +46,14 @@ class Log:
 
     Args:
         every: optimizer steps per line.
+        passes: samples that are computed for each one of the batch: 2 with prior preservation.
     """
 
-    def __init__(self, run: Run, every: int):
+    def __init__(self, run: Run, every: int, passes: int = 1):
         self.run, self.every = run, every
         self.path = run.output_dir / "metrics.jsonl"
         self.total: int = run.args.max_train_steps
-        self.images_per_step: int = run.args.train_batch_size * run.args.gradient_accumulation_steps * run.world
+        self.images_per_step: int = run.args.train_batch_size * run.args.gradient_accumulation_steps * run.world * passes
         self._fresh: dict[str, list[Tensor]] = {}  # this process's values since the last synchronisation
         self._settled: dict[str, list[float]] = {}  # the open window's earlier values, means over the processes
         self._written = 0  # last step of the last window

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,42 +31,76 @@ class Whole:
     gradient: int
 
 
-def show(args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None) -> None:
+@dataclass(frozen=True)
+class Subject:
+    """What DreamBooth adds to the plan of a LoRA.
+
+    Attributes:
+        images, held_out: the subject's pictures, opened.
+        adapters: parameters that are trained in CLIP-L and CLIP-G, which then stay in memory; 0: neither.
+        class_images, missing: pictures of the class, and how many of them would be rendered, into `folder`; 0 without prior preservation.
+        class_prompts: for the text cache.
+    """
+
+    images: captions.CaptionedImages
+    held_out: captions.CaptionedImages | None
+    adapters: int = 0
+    class_images: int = 0
+    missing: int = 0
+    folder: Path | None = None
+    class_prompts: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        if not self.class_images:
+            return []
+        return [("class pictures", f"{self.class_images:,}, {self.missing:,} of them to be rendered into {self.folder}")]
+
+
+def show(
+    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None, subject: Subject | None = None
+) -> None:
     """Print the plan of a flow-matching run.
 
     Args:
         adapt: applied to the transformer on the meta device; leaves exactly the parameters trainable that the run trains.
-        whole: None for adapters.
+        whole: None for adapters; subject: None but for DreamBooth.
 
     Raises:
         ValueError: the data set cannot be read.
     """
-    images, held_out = inputs.open_images(args, progress=True)
+    images, held_out = (subject.images, subject.held_out) if subject else inputs.open_images(args, progress=True)
+    passes = 2 if subject and subject.class_images else 1
     transformer = sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision)
     adapt(transformer)
     trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     tokens, batch = text_tokens(args), args.train_batch_size * args.gradient_accumulation_steps
     counts = sd3.parameter_counts(args.pretrained_model_name_or_path, args.revision)
     trained += sum(counts[part] for part in whole.parts if part != "transformer") if whole else 0
+    trained += subject.adapters if subject else 0
+    freed = [part for part in counts if part.startswith("text") and args.cache_text]  # their work is on the disk
+    freed = [part for part in freed if part == "text_encoder_3" or not (subject and subject.adapters)]
     weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision])
     if whole:
         weights |= {part: size for part, size in weight_bytes(counts, transformer, whole.weight).items() if part in whole.parts}
     trained_bytes = trained * per_trained_parameter(args, whole)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
-    flops = step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing) * batch
+    flops = step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing) * batch * passes
 
     rows = [("model", args.pretrained_model_name_or_path)]
     for part, count in counts.items():
-        rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {_residence(args, part)}"))
+        when = "only while the text cache is filled" if part in freed else ""
+        rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {when}"))
     rows += [
         ("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}"),
-        ("memory", _memory(args, weights, trained_bytes)),
+        ("memory", _memory(weights, trained_bytes, freed)),
         ("pictures", f"{len(images):,} to train on, {len(held_out or [])} held out, {len(images.skipped)} skipped"),
+        *(subject.rows if subject else []),
         ("steps", f"{args.max_train_steps:,} of {batch} picture(s), one process: {args.max_train_steps * batch / len(images):.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(flops)} per step, {_flops(flops * args.max_train_steps)} in all, at {tokens} text tokens"),
     ]
-    for name, (entries, size) in cache_bytes(args, images, held_out, transformer, tokens).items():
+    for name, (entries, size) in cache_bytes(args, images, held_out, transformer, tokens, subject).items():
         rows.append((f"{name} cache", f"{entries:,} entries, {_size(size)} in {args.cache_dir} (what is there already is used again)"))
     wide = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{wide}}  {value}".rstrip() for name, value in rows))
@@ -98,24 +133,24 @@ def _state(args: argparse.Namespace, whole: Whole | None) -> str:
     return ", ".join([*held, f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")])
 
 
-def _residence(args: argparse.Namespace, part: str) -> str:
-    return "only while the text cache is filled" if part.startswith("text") and args.cache_text else ""
+def _memory(weights: dict[str, int], trained: float, freed: list[str]) -> str:
+    """What is certain to be held at the two high points; activations depend on kernels and are left to a trial of a few steps.
 
-
-def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float) -> str:
-    """What is certain to be held at the two high points; activations depend on kernels and are left to a trial of a few steps."""
+    Args:
+        freed: text encoders that leave memory when the text cache is filled.
+    """
     text = sum(size for part, size in weights.items() if part.startswith("text"))
-    training = weights["transformer"] + weights["vae"] + trained + (0 if args.cache_text else text)
-    filling = f"{_size(text)} while the text cache is filled, " if args.cache_text else ""
+    training = sum(size for part, size in weights.items() if part not in freed) + trained
+    filling = f"{_size(text)} while the text cache is filled, " if freed else ""
     return f"{filling}{_size(training)} while training; activations come on top"
 
 
 def cache_bytes(
     args: argparse.Namespace, images: captions.CaptionedImages, held_out: captions.CaptionedImages | None, transformer: nn.Module,
-    tokens: int,
+    tokens: int, subject: Subject | None = None,
 ) -> dict[str, tuple[int, int]]:  # fmt: skip
-    """Entries and bytes of the latent and the text cache, those that the flags ask for."""
-    config, number, found = transformer.config, BYTES[args.mixed_precision], {}
+    """Entries and bytes of the latent and the text cache, those that the flags ask for; class pictures count as squares."""
+    config, width, found = transformer.config, BYTES[args.mixed_precision], {}
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     if args.cache_latents:
         keyed = {}  # pictures that are in the data set twice are cached once; only what is trained on is mirrored
@@ -123,12 +158,15 @@ def cache_bytes(
             for record in part.records if part else ():
                 size = buckets.assign(record.width, record.height, shapes)
                 keyed[record.key, size] = max(copies, keyed.get((record.key, size), 0))
-        value = 2 * config.in_channels * number  # bytes per latent: mean and standard deviation
+        for number in range(subject.class_images if subject else 0):
+            keyed[f"class {number}", (args.resolution, args.resolution)] = 1 if args.no_hflip else 2
+        value = 2 * config.in_channels * width  # bytes per latent: mean and standard deviation
         sizes = [copies * (value * h * w // sd3.VAE_SCALE**2 + ENTRY_BYTES) for (_, (h, w)), copies in keyed.items()]
         found["latent"] = (sum(keyed.values()), sum(sizes))
     if args.cache_text:
-        prompts = {"", *inputs.validation_prompts(args), *(record.prompt for part in (images, held_out) if part for record in part.records)}
-        entry = (tokens * config.joint_attention_dim + config.pooled_projection_dim) * number + ENTRY_BYTES
+        prompts = {"", *inputs.validation_prompts(args), *(subject.class_prompts if subject else ())}
+        prompts |= {record.prompt for part in (images, held_out) if part for record in part.records}
+        entry = (tokens * config.joint_attention_dim + config.pooled_projection_dim) * width + ENTRY_BYTES
         found["text"] = (len(prompts), len(prompts) * entry)
     return found
 

@@ -32,7 +32,8 @@ class Validator:
     superseded, so that `samples` always tells one story.
 
     Args:
-        loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises.
+        loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises; with masked pictures it is
+            handed `mask=(b, 1, h, w)` as well.
         average: its weights stand in for the raw ones while validating, if given.
     """
 
@@ -80,8 +81,9 @@ class Validator:
             x0, condition = self.data.encode(batch, FIXED_SEED, step=0)  # (1, 16, h, w)
             positions = range(i * len(SIGMAS), (i + 1) * len(SIGMAS))
             noise = seeds.normal(FIXED_SEED, 0, positions, "validation", x0.shape[1:], run.device)  # (S, 16, h, w)
+            masked = {} if batch.mask is None else {"mask": batch.mask.to(run.device).expand(len(SIGMAS), -1, -1, -1)}
             with run.accelerator.autocast():
-                loss = self.loss(self.transformer, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
+                loss = self.loss(self.transformer, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)), **masked)
             if turn <= last:
                 total += loss
         means = (run.accelerator.reduce(total, "sum") / len(self.data.held_out)).tolist()  # (S,)
