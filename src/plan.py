@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from src import inputs, optim
+from src import inputs, lora, optim
 from src.data import buckets, captions
 from src.pipelines import sd3
 
@@ -78,8 +78,7 @@ def show(
     counts = sd3.parameter_counts(args.pretrained_model_name_or_path, args.revision)
     trained += sum(counts[part] for part in whole.parts if part != "transformer") if whole else 0
     trained += subject.adapters if subject else 0
-    freed = [part for part in counts if part.startswith("text") and args.cache_text]  # their work is on the disk
-    freed = [part for part in freed if part == "text_encoder_3" or not (subject and subject.adapters)]
+    freed = _freed(args, counts, subject)
     weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision])
     if whole:
         weights |= {part: size for part, size in weight_bytes(counts, transformer, whole.weight).items() if part in whole.parts}
@@ -131,6 +130,12 @@ def _state(args: argparse.Namespace, whole: Whole | None) -> str:
     held = [] if whole else ["weights"]
     held += ["gradients"] if whole is None or whole.gradient else []
     return ", ".join([*held, f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")])
+
+
+def _freed(args: argparse.Namespace, parts: Iterable[str], subject: Subject | None) -> list[str]:
+    """The text encoders that leave memory when their work is in the cache: all, or T5 alone where both CLIPs are trained."""
+    stay = lora.TEXT_PARTS if subject and subject.adapters else ()
+    return [part for part in parts if args.cache_text and part.startswith("text") and part not in stay]
 
 
 def _memory(weights: dict[str, int], trained: float, freed: list[str]) -> str:
