@@ -3,6 +3,7 @@
 What it shares with the LoRA trainer (data, caches, signals, trackers, full disks) is tested there: the lines are the same.
 """
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -64,16 +65,14 @@ def summaries(monkeypatch):
 @pytest.fixture
 def live(monkeypatch):
     """The modules that the next run trains, by name, and the adapters' `start` values."""
-    seen = {"modules": {}, "start": {}}
+    seen, parts = {"modules": {}, "start": {}}, itertools.cycle(lora.TEXT_PARTS)
 
     def watch(name: str):
         add = getattr(script, name)
 
         def adding(module, args):
             add(module, args)
-            if name == "add_lora":  # the first one of a run
-                seen["modules"].clear()
-            part = "transformer" if name == "add_lora" else lora.TEXT_PARTS[len(seen["modules"]) - 1]
+            part = "transformer" if name == "add_lora" else next(parts)
             seen["modules"][part] = module
             seen["start"] |= {f"{part}.{key}": value.clone() for key, value in lora.state(module).items()}
 
