@@ -117,7 +117,7 @@ def test_no_flag_in_prose_is_invented(known):
     """`--flag` in backticks on a page belongs to one of our programs, or to a named tool."""
     files = [name_of(path) for path in PROGRAMS if "def build_parser" in path.read_text()]
     ours = set().union(*(known(file) for file in files))
-    theirs = {"--num_processes", "--multi_gpu", "--entries", "--lib", "--tests", "--strict-markers"}  # accelerate, pytest
+    theirs = {"--num_processes", "--multi_gpu", "--machine_rank", "--entries", "--lib", "--tests", "--strict-markers"}  # accelerate, pytest
     for path in PAGES:
         for flag in re.findall(r"`(--[a-z][\w-]*)[^`]*`", path.read_text(encoding="utf-8")):
             assert flag in ours | theirs, f"{name_of(path)} mentions {flag}, which no program has"
