@@ -104,12 +104,12 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
             pictures = dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data, progress=run.is_main)
     resident = "text" if text is None else "clip" if args.train_text_encoder else None  # with a cache T5 is never needed again
     model = _load(run, args, tuple(part for part in ("vae", resident) if part))
-    assemble = functools.partial(inputs.assemble, run, args, model=model, text=text, sequence_length=length)
+    common = dict(model=model, text=text, sequence_length=length)
     mask = functools.partial(dreambooth.masks, folder=args.mask_data_dir, factor=sd3.VAE_SCALE)
-    data = assemble(train, held_out, masks=mask if args.mask_from_alpha or args.mask_data_dir else None)
+    data = inputs.assemble(run, args, train, held_out, masks=mask if args.mask_from_alpha or args.mask_data_dir else None, **common)
     if there is None:
         return data, None
-    return data, assemble(pictures, first_position=data.plan.global_batch, kind="class pictures")
+    return data, inputs.assemble(run, args, pictures, first_position=data.plan.global_batch, kind="class pictures", **common)
 
 
 def planned(args: argparse.Namespace, *, adapt_text: Callable[[nn.Module], None]) -> plan.Subject:
