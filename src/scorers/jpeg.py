@@ -6,12 +6,16 @@ The size is exact for one version of libjpeg only: Pillow's wheels bring theirs,
 from __future__ import annotations
 
 import io
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from src import images as pictures
-from src.scorers.base import Judge, Loader, Scorer
+from src.scorers.base import Loader, Scorer
+
+if TYPE_CHECKING:
+    from src.scorers.base import Judge
 
 QUALITY = 95  # as in DDPO (arXiv 2305.13301)
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from src.scorers.base import Judge, Loader, Scorer
+from src.scorers.base import Loader, Scorer
 from src.tiny import shapes
+
+if TYPE_CHECKING:
+    from src.scorers.base import Judge
 
 
 def target(prompt: str, metadata: dict | None) -> str:
