@@ -23,6 +23,10 @@ __all__ = [
 ]  # fmt: skip
 
 FILES: dict[str, tuple[str, ...]] = {  # file -> the scorers that it declares
+    "jpeg": ("jpeg_compressibility", "jpeg_incompressibility"),
+    "ocr": ("ocr",),
+    "shapes": ("shapes", "shapes_strict"),
+    "vlm_judge": ("vlm_judge",),
 }
 
 
