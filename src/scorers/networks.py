@@ -77,7 +77,7 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
     """A transformers model of that class, frozen, with every one of its tensors from the checkpoint.
 
     Args:
-        spare: beginnings of names that the checkpoint may hold besides.
+        spare: beginnings or ends of names that the checkpoint may hold besides.
 
     Raises:
         ValueError: the checkpoint is another model, in part or in whole.
@@ -90,7 +90,7 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
             model, report = getattr(transformers, class_name).from_pretrained(source, dtype=loader.dtype, output_loading_info=True)
         except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
             raise ValueError(f"{source} is not a {class_name}: {' '.join(str(error).split())[:300]}") from None
-    extra = sorted(name for name in report["unexpected_keys"] if not name.startswith(spare))
+    extra = sorted(name for name in report["unexpected_keys"] if not (name.startswith(spare) or name.endswith(spare)))
     lacking = sorted(report["missing_keys"])
     if extra or lacking or report["mismatched_keys"]:
         raise ValueError(
