@@ -34,7 +34,9 @@ FILES: dict[str, tuple[str, ...]] = {  # file -> the scorers that it declares
     "jpeg": ("jpeg_compressibility", "jpeg_incompressibility"),
     "ocr": ("ocr",),
     "shapes": ("shapes", "shapes_strict"),
+    "tiny_clip": ("tiny_clip",),
     "vlm_judge": ("vlm_judge",),
+    "geneval": ("geneval", "geneval_strict"),
 }
 
 
