@@ -275,7 +275,7 @@ def _loading(strict: bool) -> Callable[[Loader], Judge]:
 
 
 _SHARED: dict[str, Any] = {
-    "differentiable": False, "range": (0.0, 1.0), "normalizer": 1.0, "licence": "rules MIT, Mask2Former's weights MIT, CLIP MIT",
+    "differentiable": False, "range": (0.0, 1.0), "normalizer": 1.0, "licence": "rules and CLIP MIT; Mask2Former: see its model card",
     "weights": lambda options: (DETECTOR, networks.CLIP_L), "check_prompt": check_metadata,
     "packages": {"scipy": "scipy"},  # which Mask2Former's loss imports, and transformers builds the loss with the model
 }  # fmt: skip
