@@ -20,12 +20,12 @@ RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "plan",
 MAY_IMPORT = {
     "__init__": set(),
     "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(),
-    "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"},
+    "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", *MATHS},
-    "scorers": {"scorers", "images", "tiny"},
+    "scorers": {"scorers", "images", "tiny", "cli"},  # cli: the program in __main__
     "data": {"data", "images", "seeds"},
-    "tiny": {"tiny", "cli", "images", "flow"},
+    "tiny": {"tiny", "cli", "images", "flow", "seeds"},
     **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "lora", "sharding", *MATHS} - {name}
        for name in RUN_LAYER},
 }  # fmt: skip
