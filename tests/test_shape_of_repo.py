@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(),
     "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"},
     **{name: set() for name in MATHS},
-    "pipelines": {"pipelines", "images", "lora", *MATHS},
+    "pipelines": {"pipelines", "images", "lora", "seeds", *MATHS},
     "scorers": {"scorers", "images", "tiny"},
     "data": {"data", "images", "seeds"},
     "tiny": {"tiny", "cli", "images", "flow"},
