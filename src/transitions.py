@@ -19,7 +19,8 @@ solution of the stochastic equation of which `flow` is one Euler step. That Eule
 pictures. The last step ends at s' = 0, where no density exists: it is `ode`, always.
 
 Log-probabilities are joint ones, in nats, over all dimensions of a sample. They are of the order of D = 16 h w (65,536 at 512 px) and what
-counts is their difference, of the order of 1: they are summed in fp64. The mean over dimensions that other code uses is this over D.
+counts is their difference, of the order of 1: they are summed in fp64. Measured at 512 px: a log-ratio of about 1 is then off by 3e-5 (1e-3
+at the last but one step, whose step_std is 0.008); with fp32 sums by 5e-3 (2e-2). Other code takes the mean over dimensions: this over D.
 """
 
 import math

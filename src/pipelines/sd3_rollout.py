@@ -270,6 +270,14 @@ def replay(
     )  # fmt: skip
 
 
+def tolerance(dtype: torch.dtype, compiled: bool) -> float:
+    """Largest |log-ratio|, nats, that rounding may give a step replayed right after sampling.
+
+    In eager mode the same kernels run with and without gradient: 0. Compiled blocks are compiled once for each, and may round otherwise.
+    """
+    return 0.0 if not compiled else {torch.float32: 0.02}.get(dtype, 0.5)
+
+
 def check_on_policy(step: Step, tolerance: float) -> None:
     """Refuse to go on if the policy that has just sampled does not score its own steps as it did: its ratios are not 1.
 
