@@ -1,10 +1,13 @@
 """Rollouts on SD3: what `sample` draws, and that `replay` scores it as it was drawn."""
 
 import contextlib
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from src import lora, seeds, transitions
 from src.pipelines import sd3, sd3_rollout
@@ -412,6 +415,72 @@ def test_guidance_costs_one_forward_pass_a_step(world, guided):
     with contextlib.closing(_Hook(world[0].transformer, batches)):
         replay(world, draw(world, guided=guided), 1)
     assert batches == [BATCH * (2 if guided else 1)] * (STEPS + 1)
+
+
+# --------------------------------------------------------------------------- memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all tensors made inside that are alive, and the most there were: `now`, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.known, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in self._storages((args, kwargs))}  # of which views are made
+        for storage in self._storages(made):
+            if storage._cdata not in self.known.keys() | given:
+                self.known[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata)
+        return made
+
+    def _storages(self, tree):
+        return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+    def _free(self, key):
+        self.now -= self.known.pop(key)
+
+
+def epoch(world, batches):
+    """(peak, kept) bytes of an epoch as the trainers run it: sample and decode all batches, then replay each with its gradient."""
+    model, condition, _, _ = world
+    with LiveBytes() as memory:
+        kept = []
+        for number in range(batches):
+            trajectory = draw(world, positions=range(4 * number, 4 * number + 4))
+            sd3.decode_latents(model, trajectory.final, batch_size=2)
+            kept.append(trajectory)
+        del trajectory
+        waiting = memory.now
+        for trajectory in kept:
+            for t in trajectory.window:
+                replay(world, trajectory, t).log_prob.sum().backward()
+        model.transformer.zero_grad()
+    return memory.peak, waiting
+
+
+def test_memory_does_not_grow_with_the_pictures_of_an_epoch_but_for_the_waiting_latents(world):
+    """A picture of D = 256 numbers waits as 1 finished latent, 3 states and 2 means in fp32, and 2 log-probs in fp64."""
+    epoch(world, 1)  # what is made once
+    (few_peak, few_kept), (many_peak, many_kept) = epoch(world, 2), epoch(world, 8)
+    assert few_kept == 8 * (6 * 256 * 4 + 2 * 8) and many_kept == 4 * few_kept
+    assert few_peak > 5 * few_kept, "the peak must be that of a batch's activations, or this shows nothing"
+    assert many_peak - many_kept <= 1.01 * (few_peak - few_kept)
+
+
+def test_decoding_holds_no_more_than_its_batch(world):
+    model = world[0]
+    latents, peaks = torch.randn(8, 16, 8, 8), {}
+    for count, size in ((2, 2), (8, 2), (8, 8)):
+        with torch.no_grad(), LiveBytes() as memory:
+            sd3.decode_latents(model, latents[:count], batch_size=size)
+        peaks[count, size] = memory.peak
+    pictures = 8 * 3 * 64 * 64 * 4
+    assert peaks[8, 2] < peaks[2, 2] + 5 * pictures < peaks[8, 8]  # the pictures themselves, and copies of them while they are scaled
 
 
 class _Hook:
