@@ -62,7 +62,7 @@ def test_column_of_a_data_set_folder_a_table_and_a_csv(tmp_path):
 
 
 def test_a_hub_id_is_let_through_before_and_its_absence_named_later(tmp_path):
-    prompts.check("somebody/prompts")  # nothing is asked of the network
+    assert not prompts.is_local("somebody/prompts") and prompts.is_local("simple_animals")  # nothing is asked of the network
     with pytest.raises(ValueError, match="--prompts somebody/prompts.*Hub"):
         prompts.read("somebody/prompts", cache_dir=tmp_path)
 
@@ -86,7 +86,7 @@ def test_bad_sources_are_named_with_the_flag(tmp_path, what):
     name, content, column, message = BAD[what]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="--eval_prompts") as error:
-        prompts.check(str(tmp_path / name), column=column, flag="--eval_prompts")
+        prompts.read(str(tmp_path / name), column=column, cache_dir=None, flag="--eval_prompts")
     assert message in str(error.value) and name in str(error.value)
 
 
@@ -96,7 +96,7 @@ def test_bad_sources_are_named_with_the_flag(tmp_path, what):
 ])  # fmt: skip
 def test_unknown_names_are_answered_with_what_there_is(source, message):
     with pytest.raises(ValueError, match="--prompts") as error:
-        prompts.check(source)
+        prompts.is_local(source)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

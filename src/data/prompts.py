@@ -90,14 +90,13 @@ def _article(noun: str) -> str:
 # --------------------------------------------------------------------------- reading
 
 
-def check(source: str, *, column: str | None = None, flag: str = "--prompts") -> None:
-    """Refuse a source that holds no prompt, without downloading anything: a Hub id passes.
+def is_local(source: str, *, flag: str = "--prompts") -> bool:
+    """Whether the source can be read without a download; False for a Hub id.
 
     Raises:
-        ValueError: naming `flag` and what it may be.
+        ValueError: naming `flag` and what it may be, for what is no source.
     """
-    if _kind(source, flag) != "hub":
-        read(source, column=column, cache_dir=Path(), flag=flag)
+    return _kind(source, flag) != "hub"
 
 
 def read(source: str, *, column: str | None = None, cache_dir: Path, revision: str | None = None, flag: str = "--prompts") -> list[Prompt]:
@@ -208,7 +207,7 @@ def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, rev
         files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         try:
             name = _column(parquet.read_schema(files[0]).names, column, where)
-            values = [value for file in files for value in parquet.read_table(file, columns=[name])[name].to_pylist()]
+            values = [value for file in files for value in parquet.ParquetFile(file).read(columns=[name])[name].to_pylist()]
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{where} cannot be read as parquet: {str(error).splitlines()[0]}") from error
     else:
@@ -281,6 +280,10 @@ class GroupSampler:
             numbers = [epoch * self.groups_per_epoch + group for group in groups]
             found.append(Batch(positions, [self.prompts[chosen[group]] for group in groups], numbers))
         return found
+
+    def texts(self, epoch: int) -> list[str]:
+        """The prompt of each position of an epoch, over all processes."""
+        return [self.prompts[index].text for index in self._chosen(epoch) for _ in range(self.group_size)]
 
     def updates(self, epoch: int, count: int) -> list[list[int]]:
         """Which batches, by number, each of `count` optimizer steps trains on: each batch once, the same numbers on every process."""
