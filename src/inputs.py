@@ -1,4 +1,4 @@
-"""What a supervised SD3 trainer feeds on, from its arguments: pictures, buckets, the text and latent caches, batches.
+"""What an SD3 trainer feeds on, from its arguments: pictures, buckets, the text and latent caches, batches; or prompts alone.
 
 Encoders are loaded only when something is missing from a cache, and leave memory as soon as it is filled: T5-XXL alone is 9.5 GB.
 """
@@ -71,9 +71,7 @@ class Inputs:
         """Embeddings of prompts, from the cache or from the resident encoders: embeds (b, L, D), pooled (b, P)."""
         if self.text is None:
             return sd3.encode_prompts(self.model, prompts, self.sequence_length)
-        entries = [self.text.read(prompt) for prompt in prompts]
-        embeds, pooled = (torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled"))
-        return sd3.Conditioning(embeds, pooled).to(self.run.device)
+        return _cached(self.text, prompts, self.run.device)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -149,6 +147,31 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> Inputs:
         ),
         held_out=samples.Samples(held_out or train.subset([]), sizes[1] if held_out else [], **common),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embeddings of prompts that were encoded before; no text encoder is in memory any more."""
+
+    cache: cache.TensorCache
+    device: torch.device
+
+    def condition(self, prompts: list[str]) -> sd3.Conditioning:
+        """embeds (b, L, D), pooled (b, P), read from the disk, which is little beside a denoising step."""
+        return _cached(self.cache, prompts, self.device)
+
+
+def prepare_texts(run: runtime.Run, args: argparse.Namespace, prompts: list[str]) -> Texts:
+    """Encode every prompt that no earlier run has encoded."""
+    path, length = args.pretrained_model_name_or_path, args.max_sequence_length
+    length = sd3.default_sequence_length(path, args.revision) if length is None else length
+    return Texts(_text_cache(run, args, prompts, length), run.device)
+
+
+def _cached(text: cache.TensorCache, prompts: list[str], device: torch.device) -> sd3.Conditioning:
+    entries = {prompt: text.read(prompt) for prompt in dict.fromkeys(prompts)}  # a group has one prompt, many times
+    embeds, pooled = (torch.stack([entries[prompt][name] for prompt in prompts]) for name in ("embeds", "pooled"))
+    return sd3.Conditioning(embeds, pooled).to(device)
 
 
 def _fingerprint(args: argparse.Namespace, *folders: str) -> str:
