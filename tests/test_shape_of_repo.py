@@ -16,7 +16,7 @@ MODULES = sorted((ROOT / "src").rglob("*.py"))
 
 # layer -> the src layers that it may import. Trainers and the demo may import all of them, and are imported by tests only.
 MATHS = {"flow", "transitions", "ddpm"}
-RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "plan", "card"}
+RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "plan", "card", "unet"}
 MAY_IMPORT = {
     "__init__": set(),
     "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(),
@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "scorers": {"scorers", "images", "tiny"},
     "data": {"data", "images", "seeds"},
     "tiny": {"tiny", "cli", "images", "flow"},
-    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "lora", "sharding", *MATHS} - {name}
+    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "lora", "full", "sharding", *MATHS} - {name}
        for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}

@@ -23,6 +23,7 @@ from src.pipelines.common import unload_text_encoders as unload_text_encoders
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
 LATENT_CHANNELS = 4
 PARTS = ("unet", "vae", "text")
+DENOISER = "unet"  # the denoiser's name in a pipeline
 PIPELINES = {"StableDiffusionPipeline": "Stable Diffusion 1.x or 2.x", "StableDiffusionXLPipeline": "Stable Diffusion XL"}
 _ENCODERS, _TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
 
@@ -68,14 +69,14 @@ def is_xl(path: str | Path, revision: str | None = None) -> bool:
     return _is_xl(read_config(path, "model_index.json", revision))
 
 
-def check_folder(path: str | Path) -> None:
+def check_folder(path: str | Path, name: str = "--pretrained_model_name_or_path") -> None:
     """Refuse a base model that cannot be trained here, reading only small files; a Hub id passes (`load` checks it).
 
     Raises:
-        ValueError: naming --pretrained_model_name_or_path, if a local path is missing, is no diffusers folder, is incomplete, holds
+        ValueError: naming the flag, if a local path is missing, is no diffusers folder, is incomplete, holds
             another family, or does not predict noise.
     """
-    flag = f"--pretrained_model_name_or_path {path}"
+    flag = f"{name} {path}"
     folder = Path(path).expanduser()
     if is_hub_id(str(path)):
         return
@@ -88,22 +89,21 @@ def check_folder(path: str | Path) -> None:
         raise ValueError(f"{flag}: no model_index.json in it; a model in diffusers' folder layout is needed, not a single weight file")
     try:
         index = json.loads((folder / "model_index.json").read_text())
-        name = index.get("_class_name", "")
+        kind = index.get("_class_name", "")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{flag}: model_index.json is damaged ({error}); download the model again") from error
-    if name not in PIPELINES:
-        raise ValueError(f"{flag}: holds a {name or 'nameless model'}, this program takes a {' or a '.join(PIPELINES)}")
-    named = {part for part, kind in index.items() if isinstance(kind, list) and has_part(index, part)}
+    if kind not in PIPELINES:
+        raise ValueError(f"{flag}: holds a {kind or 'nameless model'}, this program takes a {' or a '.join(PIPELINES)}")
+    named = {part for part, value in index.items() if isinstance(value, list) and has_part(index, part)}
     needed = {"unet", "vae", "scheduler", "tokenizer", "text_encoder"} | ({"tokenizer_2", "text_encoder_2"} if _is_xl(index) else set())
     missing = [part for part in sorted(named | needed) if not (folder / part).is_dir()]
     if missing:
         raise ValueError(f"{flag}: incomplete, it lacks {', '.join(missing)}; download the model again")
-    _check_configs(path)
+    _check_configs(path, flag)
 
 
-def _check_configs(path: str | Path, revision: str | None = None) -> None:
+def _check_configs(path: str | Path, flag: str, revision: str | None = None) -> None:
     """Refuse what the maths here is not made for: another prediction, another noise schedule, inpainting, normalised latents."""
-    flag = f"--pretrained_model_name_or_path {path}"
     scheduler = read_config(path, "scheduler/scheduler_config.json", revision)
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
@@ -154,7 +154,7 @@ def load(
     name = index.get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"--pretrained_model_name_or_path {path}: holds a {name}, this program takes a {' or a '.join(PIPELINES)}")
-    _check_configs(source, revision)
+    _check_configs(source, f"--pretrained_model_name_or_path {path}", revision)
     absent: dict[str, Any] = dict.fromkeys(("image_encoder", "feature_extractor"))  # IP-adapters, which nothing here uses
     if not _is_xl(index):
         absent |= {"safety_checker": None, "requires_safety_checker": False}  # it judges pictures for a demo, not for training
@@ -355,6 +355,11 @@ def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str,
             if has_part(index, name):
                 parts[name] = kind(CLIPTextConfig.from_dict(read_config(path, f"{name}/config.json", revision)))
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def text_tokens(path: str | Path, revision: str | None = None, max_sequence_length: int | None = None) -> int:
+    """L of a model: CLIP's tokens, `max_sequence_length` or, if None, as many as its tokenizer pads to."""
+    return max_sequence_length or default_sequence_length(path, revision)
 
 
 def text_width(config: dict[str, Any]) -> tuple[int, int]:

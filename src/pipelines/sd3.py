@@ -23,6 +23,7 @@ VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in th
 PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 transformer)
 MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
 PARTS = ("transformer", "vae", "text")
+DENOISER = "transformer"  # the denoiser's name in a pipeline
 
 # Geometry of stabilityai/stable-diffusion-3.5-medium. Source: transformer/config.json of that repository.
 SD35_MEDIUM = {
@@ -364,6 +365,9 @@ def transformer_from_config(source: str | Path | dict[str, Any], revision: str |
         return SD3Transformer2DModel.from_config(config)
 
 
+denoiser_from_config = transformer_from_config  # by the name that all model families share
+
+
 def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str, int]:
     """Parameters of each part that the model has, by its name in model_index.json; reads configs only, never weights."""
     from diffusers import AutoencoderKL
@@ -384,6 +388,24 @@ def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str,
             if has_part(index, name):
                 parts[name] = text_encoder(name)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def text_tokens(path: str | Path, revision: str | None = None, max_sequence_length: int | None = None) -> int:
+    """L of a model: CLIP's tokens plus T5's, which are `max_sequence_length` or, if None, the model's own."""
+    clip = read_config(path, "tokenizer/tokenizer_config.json", revision)["model_max_length"]
+    return clip + (max_sequence_length or default_sequence_length(path, revision))
+
+
+def text_width(config: dict[str, Any]) -> tuple[int, int]:
+    """(D, P) from the transformer's config: width of a text token, and of the pooled embedding."""
+    return config["joint_attention_dim"], config["pooled_projection_dim"]
+
+
+def example_inputs(config: dict[str, Any], side: int, tokens: int) -> dict[str, Tensor]:
+    """Empty inputs of one picture of latents (side, side) with L = `tokens`, on the default device: for counting FLOPs."""
+    width, pooled = text_width(config)
+    return dict(hidden_states=torch.empty(1, config["in_channels"], side, side), timestep=torch.empty(1),
+                encoder_hidden_states=torch.empty(1, tokens, width), pooled_projections=torch.empty(1, pooled))  # fmt: skip
 
 
 def forward_flops(transformer: nn.Module, height: int, width: int, text_tokens: int) -> int:
