@@ -14,6 +14,21 @@ from src import metrics, runtime
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "*.tmp"]
 
 SD35 = "stabilityai/stable-diffusion-3.5-"
+OPENRAIL = {  # under CreativeML Open RAIL(++)-M, by the name of their repository
+    "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stable-diffusion-xl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+ANY_PIPELINE = """import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
+image = pipeline({prompt!r}).images[0]"""
+ANY_LORA = """import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
+pipeline.load_lora_weights({where!r})
+image = pipeline({prompt!r}).images[0]"""
 LOADING = {
     "LoRA": """import torch
 from diffusers import StableDiffusion3Pipeline
@@ -26,6 +41,7 @@ from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
 image = pipeline({prompt!r}).images[0]""",
+    **dict.fromkeys(("Diffusion-DPO LoRA", "SFT LoRA"), ANY_LORA), **dict.fromkeys(("Diffusion-DPO", "SFT"), ANY_PIPELINE),
     "Fine-tuned transformer": """import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -118,7 +134,10 @@ All arguments are in `args.json`; `--config args.json` repeats the run. {command
 
 def hub_name(path: str) -> str:
     """The Hub id of a base model, where it can be known: scripts/download.sh keeps the name of the repository."""
-    known = re.fullmatch(r"stable-diffusion-3\.5-(medium|large|large-turbo)", Path(path).name)
+    name = Path(path).name
+    if name in OPENRAIL:
+        return OPENRAIL[name]
+    known = re.fullmatch(r"stable-diffusion-3\.5-(medium|large|large-turbo)", name)
     return SD35 + known[1] if known else path
 
 
@@ -129,14 +148,17 @@ def front_matter(args: argparse.Namespace, kind: str) -> str:
     base, folder = hub_name(args.pretrained_model_name_or_path), Path(args.output_dir)
     fields: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a folder on this machine means nothing there
-        fields |= {"base_model": base, "base_model_relation": "adapter" if kind == "LoRA" else "finetune"}
+        fields |= {"base_model": base, "base_model_relation": "adapter" if kind.endswith("LoRA") else "finetune"}
     if base.startswith(SD35):
         fields |= {"license": "other", "license_name": "stabilityai-ai-community",
                    "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE.md"}  # fmt: skip
     data = getattr(args, "dataset_name", "")  # a run on a reward has none
+    if base in OPENRAIL.values():
+        fields["license"] = "openrail++" if "xl" in base else "creativeml-openrail-m"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).exists():
         fields["datasets"] = [data]
-    fields["tags"] = ["text-to-image", "diffusers", kind.lower()] + (["template:sd-lora"] if kind == "LoRA" else [])
+    tags = [*kind.lower().split(), "template:sd-lora"] if kind.endswith("LoRA") else [kind.lower()]
+    fields["tags"] = ["text-to-image", "diffusers", *tags]
     steps = sorted(path for path in (folder / "samples").glob("step-*") if path.is_dir())
     widget = []
     for number, prompt in enumerate(getattr(args, "validation_prompt", None) or []):  # they come first among the validation prompts

@@ -21,6 +21,7 @@ from pathlib import Path
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 DENSITIES = ("logit_normal", "uniform", "mode", "cosmap")
 NOISE_LEVELS = {"cps": 0.8, "precise": 1.5, "flow": 0.7}  # by --transition; their authors' values
 
@@ -176,8 +177,8 @@ def existing_file(text: str) -> Path:
 # --------------------------------------------------------------------------- groups
 
 
-def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.5-medium") -> None:
-    """The base model, its precision and what is traded for memory and speed."""
+def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.5-medium", unet: bool = False) -> None:
+    """The base model, its precision and what is traded for memory and speed; `unet`: it may be SDXL, which needs checkpointing."""
     g = parser.add_argument_group("model")
     g.add_argument("--pretrained_model_name_or_path", default=default, help="local folder or Hub id of the base model")
     g.add_argument("--revision", help="Hub revision of the base model (unset: its main branch)")
@@ -187,11 +188,12 @@ def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.
         help="autocast dtype; frozen parts are stored in it, trained weights are fp32",
     )
     g.add_argument(
-        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-        help="recompute activations in the backward pass: about a third more time for a fraction of the activation memory",
+        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None if unet else False,
+        help="recompute activations in the backward pass: about a third more time for a fraction of the activation memory"
+        + (" (unset: for SDXL only)" if unet else ""),
     )
     g.add_argument("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products and convolutions (Ampere GPUs and later)")
-    g.add_argument("--compile", action="store_true", help="torch.compile each transformer block: minutes at the start, faster steps")
+    g.add_argument("--compile", action="store_true", help="torch.compile each block of the model: minutes at the start, faster steps")
 
 
 def add_text_args(parser: Parser) -> None:
@@ -229,18 +231,26 @@ def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str =
     g.add_argument("--hub_model_id", help="repository to push to (unset: the name of --output_dir under your account)")
 
 
-def add_data_args(parser: Parser, *, dataset_name: str | None = None, resolution: int = 512, caption_dropout: float = 0.1) -> None:
-    """Captioned pictures, how they are cut, and the caches on disk."""
+def add_data_args(
+    parser: Parser, *, dataset_name: str | None = None, resolution: int | None = 512, caption_dropout: float = 0.1, pairs: bool = False
+) -> None:
+    """Captioned pictures, or preference pairs, how they are cut, and the caches on disk; resolution None: by the model, 512 or 1024."""
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset_name", default=dataset_name,
-                   help="folder (metadata.jsonl/.csv or one .txt per picture), parquet, webdataset or Hub id")
+    layouts = "folder (metadata.jsonl/.csv) or parquet of pairs, or Hub id" if pairs else (
+        "folder (metadata.jsonl/.csv or one .txt per picture), parquet, webdataset or Hub id"
+    )  # fmt: skip
+    g.add_argument("--dataset_name", default=dataset_name, help=layouts)
     g.add_argument("--dataset_revision", help="Hub revision of the data set (unset: its main branch)")
-    g.add_argument("--image_column", default="image", help="column of the pictures")
-    g.add_argument("--caption_column", default="text", help="column of the captions")
+    if pairs:
+        _add_pair_columns(parser, g)
+    else:
+        g.add_argument("--image_column", default="image", help="column of the pictures")
+    g.add_argument("--caption_column", default="caption" if pairs else "text", help="column of the captions")
     g.add_argument("--cache_dir", type=Path, default=Path("outputs/cache"), help="folder of downloads and of the latent and text caches")
     g.add_argument("--max_train_samples", type=positive_int, help="use only the first N samples (unset: all)")
     g.add_argument("--strict_data", action="store_true", help="stop at the first broken picture (unset: skip it and print the count)")
-    g.add_argument("--resolution", type=multiple_of_16, default=resolution, help="side in pixels; in buckets the root of the area")
+    unset = "" if resolution else " (unset: 512, for SDXL 1024)"
+    g.add_argument("--resolution", type=multiple_of_16, default=resolution, help=f"side in pixels; in buckets the root of the area{unset}")
     g.add_argument("--aspect_buckets", action="store_true", help="keep aspect ratios up to 2:1, one per global batch (unset: squares)")
     g.add_argument("--random_crop", action="store_true", help="random instead of centre crop (not with --cache_latents)")
     g.add_argument("--no_hflip", action="store_true", help="never mirror a picture (unset: half of the time)")
@@ -256,6 +266,20 @@ def add_data_args(parser: Parser, *, dataset_name: str | None = None, resolution
     g.add_argument("--cache_batch_size", type=positive_int, default=8, help="samples per forward pass while the caches are filled")
 
 
+def _add_pair_columns(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--chosen_column", help="column of the preferred pictures; with labels, of those that a 1 prefers (unset: jpg_0, as in pickapic_v2)"
+    )
+    group.add_argument("--rejected_column", help="column of the other pictures (unset: jpg_1)")
+    group.add_argument(
+        "--label_column", help="1: the first picture is preferred, 0: the second, 0.5: neither (unset: label_0, none with --chosen_column)"
+    )
+    # In this order: whether there are labels depends on the columns that were given.
+    parser.when_unset["label_column"] = lambda args: "label_0" if args.chosen_column is None else None
+    parser.when_unset["chosen_column"] = lambda args: "jpg_0"
+    parser.when_unset["rejected_column"] = lambda args: "jpg_1"
+
+
 def add_timestep_args(parser: Parser) -> None:
     """Density of the training timesteps."""
     g = parser.add_argument_group("timesteps")
@@ -269,14 +293,27 @@ def add_timestep_args(parser: Parser) -> None:
     )
 
 
-def add_optimization_args(parser: Parser, *, learning_rate: float, weight_decay: float = 1e-2, ema_decay: float = 0.999) -> None:
-    """Optimizer, schedule, clipping and the moving average of the weights."""
+def add_optimization_args(
+    parser: Parser, *, learning_rate: float, lora_learning_rate: float | None = None, weight_decay: float = 1e-2, ema_decay: float = 0.999,
+    warmup: bool = False,
+) -> None:  # fmt: skip
+    """Optimizer, schedule, clipping and the moving average of the weights.
+
+    Args:
+        lora_learning_rate: where --use_lora is a choice; warmup: a quarter of the steps by default, then constant.
+    """
+    peaks = f"{learning_rate:g}" + (f"; with --use_lora {lora_learning_rate:g}" if lora_learning_rate else "")
     g = parser.add_argument_group("optimization")
     g.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw8bit needs bitsandbytes, prodigy needs prodigyopt")
-    g.add_argument("--learning_rate", type=positive_float, help=f"peak of the schedule (unset: {learning_rate:g}; prodigy: 1)")
+    g.add_argument("--learning_rate", type=positive_float, help=f"peak of the schedule (unset: {peaks}; prodigy: 1)")
     g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the global batch; the result is printed")
-    g.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant", help="shape of the learning rate over the run")
-    g.add_argument("--lr_warmup_steps", type=non_negative_int, default=0, help="optimizer steps of linear warm-up (not with constant)")
+    default = "constant_with_warmup" if warmup else "constant"
+    g.add_argument("--lr_scheduler", choices=SCHEDULES, default=default, help="shape of the learning rate over the run")
+    unset = "; unset: with constant_with_warmup a quarter of the run" if warmup else ""
+    g.add_argument(
+        "--lr_warmup_steps", type=non_negative_int, default=None if warmup else 0,
+        help=f"optimizer steps of linear warm-up (not with constant{unset})",
+    )
     g.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     g.add_argument("--lr_power", type=positive_float, default=1.0, help="power of polynomial")
     g.add_argument("--adam_beta1", type=decay, default=0.9, help="decay of the first moment")
@@ -286,7 +323,15 @@ def add_optimization_args(parser: Parser, *, learning_rate: float, weight_decay:
     g.add_argument("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the global gradient norm to this; 0: no clipping")
     g.add_argument("--use_ema", action="store_true", help="keep a moving average of the trained weights; it is validated and saved")
     g.add_argument("--ema_decay", type=decay, default=ema_decay, help="decay of that average per optimizer step")
-    parser.when_unset["learning_rate"] = lambda args: 1.0 if args.optimizer == "prodigy" else learning_rate
+
+    def usual(args: argparse.Namespace) -> float:
+        if args.optimizer == "prodigy":
+            return 1.0
+        return lora_learning_rate if lora_learning_rate and args.use_lora else learning_rate
+
+    parser.when_unset["learning_rate"] = usual
+    if warmup:
+        parser.when_unset["lr_warmup_steps"] = lambda a: a.max_train_steps // 4 if a.lr_scheduler == "constant_with_warmup" else 0
 
 
 def add_budget_args(parser: Parser, *, max_train_steps: int, train_batch_size: int = 1) -> None:
@@ -317,8 +362,31 @@ def add_full_args(parser: Parser) -> None:
     g.add_argument("--save_transformer_only", action="store_true", help="save no complete pipeline folder, only transformer/")
 
 
-def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dropout: bool = True) -> None:
-    """Size, place and file format of the adapter; without `dropout` where the same forward pass has to be repeated."""
+def add_dpo_args(parser: Parser) -> None:
+    """The preference loss and its reference model."""
+    g = parser.add_argument_group("preference optimisation")
+    g.add_argument(
+        "--beta_dpo", type=positive_float, default=5000.0,
+        help="strength of the tie to the reference, as in the paper: the loss sees -beta / 2 times the gap of mean squared errors, "
+        "so that diffusers' 2500 without the half is 5000 here",
+    )
+    g.add_argument(
+        "--loss_type", choices=LOSS_TYPES, default="sigmoid",
+        help="of x = what the half of beta multiplies: sigmoid -log sigmoid(x), ipo (x - 1/2)^2, hinge max(0, 1 - x)",
+    )
+    g.add_argument("--label_smoothing", type=fraction, default=0.0, help="share of preferences taken to be the wrong way round (sigmoid)")
+    g.add_argument("--sft", action="store_true", help="fine-tune on the winners alone, by their denoising loss, without a reference")
+    g.add_argument("--reference_model", metavar="PATH|ID", help="pipeline whose UNet is the reference (unset: the base model)")
+    g.add_argument("--use_lora", action="store_true", help="train a LoRA; the reference is the UNet with it off, no second copy")
+
+
+def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dropout: bool = True, unet: bool = False) -> None:
+    """Size, place and file format of the adapter.
+
+    Args:
+        dropout: False where the same forward pass has to be repeated.
+        unet: without what only SD3's transformer has.
+    """
     unset = "rank" if alpha_per_rank == 1 else f"{alpha_per_rank} x rank"
     g = parser.add_argument_group("LoRA")
     g.add_argument("--rank", type=positive_int, default=rank, help="rank of the update matrices")
@@ -327,12 +395,15 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
         g.add_argument("--lora_dropout", type=decay, default=0.0, help="dropout on the adapters' input")
     g.add_argument("--use_dora", action="store_true", help="weight-decomposed LoRA: direction and magnitude separately")
     g.add_argument("--lora_layers", help="comma-separated module suffixes (unset: every attention projection that gets a gradient)")
-    g.add_argument("--lora_blocks", help='transformer blocks, for example "0-11,23" (unset: all)')
+    if not unet:
+        g.add_argument("--lora_blocks", help='transformer blocks, for example "0-11,23" (unset: all)')
     g.add_argument("--init_lora", metavar="PATH", help="start from this LoRA file or folder (unset: from zero)")
-    g.add_argument(
-        "--export_format", choices=("diffusers", "kohya"), default="diffusers", help="kohya: a second file, for ComfyUI, A1111, Forge"
-    )
-    g.add_argument("--export_merged", action="store_true", help="write the merged transformer as one safetensors file, too")
+    if not unet:
+        g.add_argument(
+            "--export_format", choices=("diffusers", "kohya"), default="diffusers", help="kohya: a second file, for ComfyUI, A1111, Forge"
+        )
+    merged = "UNet" if unet else "transformer"
+    g.add_argument("--export_merged", action="store_true", help=f"write the merged {merged} as one safetensors file, too")
     parser.when_unset["lora_alpha"] = lambda args: float(alpha_per_rank * args.rank)
 
 
@@ -409,6 +480,8 @@ def _judged_by(args: argparse.Namespace, name: str) -> bool:
     """Whether a scorer stands in --scorer, or in the --eval_scorers of a script that has it."""
     specs = [args.scorer, getattr(args, "eval_scorers", None)]
     return name in [part.partition("=")[0].strip() for spec in specs if spec for part in spec.split(",")]
+
+
 def add_grpo_args(parser: Parser) -> None:
     """Groups, surrogate, KL and the alternatives to the surrogate."""
     g = parser.add_argument_group("GRPO")
@@ -561,6 +634,15 @@ def add_eval_args(parser: Parser) -> None:
     )
 
 
+def add_validation_pairs_args(parser: Parser) -> None:
+    """Held-out pairs of the preference scripts."""
+    g = parser.add_argument_group("validation pairs")
+    g.add_argument(
+        "--num_validation_pairs", type=non_negative_int,
+        help="pairs never trained on, for loss and accuracy on fixed noise; whole captions, by hash (unset: one in twenty, at most 64)",
+    )
+
+
 # --------------------------------------------------------------------------- --config
 
 
@@ -679,7 +761,8 @@ def check_trackers(report_to: str) -> None:
 
 # flags, when they count, why they do not
 _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], str], ...] = (
-    (("lr_warmup_steps",), lambda a: a.lr_scheduler != "constant", "with --lr_scheduler constant; use constant_with_warmup"),
+    (("lr_warmup_steps",), lambda a: a.lr_scheduler != "constant" or a.lr_warmup_steps == 0,
+     "with --lr_scheduler constant; use constant_with_warmup"),
     (("lr_num_cycles",), lambda a: a.lr_scheduler == "cosine_with_restarts", "without --lr_scheduler cosine_with_restarts"),
     (("lr_power",), lambda a: a.lr_scheduler == "polynomial", "without --lr_scheduler polynomial"),
     (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda a: a.optimizer != "adafactor", "with --optimizer adafactor; leave it out"),
@@ -687,6 +770,11 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("text_encoder_learning_rate",), lambda a: a.train_text_encoder, "without --train_text_encoder"),
     (("logit_mean", "logit_std"), lambda a: a.timestep_density == "logit_normal", "without --timestep_density logit_normal"),
     (("mode_scale",), lambda a: a.timestep_density == "mode", "without --timestep_density mode"),
+    (("beta_dpo", "loss_type", "label_smoothing", "reference_model"), lambda a: not a.sft, "with --sft, which has no preferences"),
+    (("label_smoothing",), lambda a: a.loss_type == "sigmoid", "without --loss_type sigmoid"),
+    (("reference_model",), lambda a: not a.use_lora, "with --use_lora, whose reference is the UNet without it"),
+    (("rank", "lora_alpha", "lora_dropout", "use_dora", "lora_layers", "init_lora", "export_merged"),
+     lambda a: getattr(a, "use_lora", True), "without --use_lora"),
     (("hub_model_id",), lambda a: a.push_to_hub, "without --push_to_hub"),
     (("tracker_project_name",), lambda a: a.report_to != "none", "with --report_to none"),
     (("cache_batch_size",), lambda a: getattr(a, "cache_latents", True) or a.cache_text, "without --cache_latents or --cache_text"),
@@ -748,10 +836,13 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
         yield "--random_crop needs fresh latents for every crop: add --no-cache_latents"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
-    if "lr_warmup_steps" in has and has["lr_scheduler"] == "constant_with_warmup" and not has["lr_warmup_steps"]:
+    short = "lr_warmup_steps" in has and parser.get_default("lr_warmup_steps") is None and has["max_train_steps"] < 4  # a quarter: 0 steps
+    if has.get("lr_warmup_steps") == 0 and has["lr_scheduler"] == "constant_with_warmup" and not short:
         yield "--lr_scheduler constant_with_warmup needs --lr_warmup_steps of at least 1"
-    if "lr_warmup_steps" in has and has.get("max_train_steps") and has["lr_warmup_steps"] >= has["max_train_steps"]:
+    if has.get("lr_warmup_steps") and has.get("max_train_steps") and has["lr_warmup_steps"] >= has["max_train_steps"]:
         yield f"--lr_warmup_steps {has['lr_warmup_steps']} must be less than --max_train_steps {has['max_train_steps']}"
+    if "chosen_column" in has and (has["chosen_column"] is None) != (has["rejected_column"] is None):
+        yield "--chosen_column and --rejected_column belong together: give both, or neither for pickapic_v2's jpg_0 and jpg_1"
     if "weights_dtype" in has:
         yield from _full_refusals(args)
     if "dataset_name" in has and not has["dataset_name"]:

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 NAMES = {
     "step": "optimizer steps done",
-    "loss": "training loss: squared velocity error, mean over latent values and the samples of the window",
+    "loss": "training loss: squared velocity error (mean over latent values), or the preference loss; mean over the window's samples",
     "grad_norm": "global norm of the gradient before clipping, mean over the window",
     "lr": "learning rate of the last step in the window",
     "epoch": "passes over the training set so far",
-    "val_loss": "the training loss on held-out pictures with fixed noise, mean over the noise levels below",
+    "accuracy": "share of pairs that the model prefers as people do: its error fell more on the winner than on the loser; ties count half",
+    "policy_margin": "squared error of the predicted noise on the loser minus that on the winner",
+    "reference_margin": "that margin of the reference model",
+    "val_loss": "the training loss on held-out samples with fixed noise, mean over noise levels",
+    "val_accuracy": "the accuracy on held-out pairs with fixed noise, mean over noise levels",
     "val_loss_sigma_0.25": "that loss at noise level 0.25: detail",
     "val_loss_sigma_0.5": "that loss at noise level 0.5",
     "val_loss_sigma_0.75": "that loss at noise level 0.75: the median of training with shift 3",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from src import inputs, optim, policy, rewards
-from src.data import buckets, captions
+from src.data import buckets
 from src.pipelines import sd3
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number, by --mixed_precision
@@ -30,38 +32,55 @@ class Whole:
     gradient: int
 
 
-def show(args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None) -> None:
-    """Print the plan of a flow-matching run.
+@dataclass(frozen=True)
+class Preference:
+    """What a preference run adds: pairs instead of pictures, and a reference model."""
+
+    reference: bool  # it is consulted
+    copy: bool  # and lies in memory beside the trained one
+
+
+def show(
+    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None, family: ModuleType = sd3,
+    preference: Preference | None = None,
+) -> None:  # fmt: skip
+    """Print the plan of a supervised or a preference run.
 
     Args:
-        adapt: applied to the transformer on the meta device; leaves exactly the parameters trainable that the run trains.
-        whole: None for adapters.
+        adapt: applied to the denoiser on the meta device; leaves exactly the parameters trainable that the run trains.
+        whole: None for adapters; preference: None for captioned pictures.
 
     Raises:
         ValueError: the data set cannot be read.
     """
-    images, held_out = inputs.open_images(args, progress=True)
-    transformer = sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision)
-    adapt(transformer)
-    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    tokens, batch = text_tokens(args), args.train_batch_size * args.gradient_accumulation_steps
-    counts = sd3.parameter_counts(args.pretrained_model_name_or_path, args.revision)
-    trained += sum(counts[part] for part in whole.parts if part != "transformer") if whole else 0
-    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision])
+    samples, held_out = inputs.open_pairs(args, progress=True) if preference else inputs.open_images(args, progress=True)
+    denoiser = family.denoiser_from_config(args.pretrained_model_name_or_path, args.revision)
+    adapt(denoiser)
+    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    tokens, batch = text_tokens(args, family), args.train_batch_size * args.gradient_accumulation_steps
+    counts = family.parameter_counts(args.pretrained_model_name_or_path, args.revision)
+    trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
+    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER)
     if whole:
-        weights |= {part: size for part, size in weight_bytes(counts, transformer, whole.weight).items() if part in whole.parts}
+        trainable = {part: counts[part] for part in whole.parts}
+        weights |= weight_bytes(trainable, denoiser, whole.weight, family.DENOISER)
+    reference = weights[family.DENOISER] if preference and preference.copy else 0
     trained_bytes = trained * per_trained_parameter(args, whole)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
-    flops = step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing) * batch
+    flops = sample_flops(family, denoiser, args, tokens, preference) * batch
 
-    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
-        ("memory", _memory(args, weights, trained_bytes)),
-        ("pictures", f"{len(images):,} to train on, {len(held_out or [])} held out, {len(images.skipped)} skipped"),
-        ("steps", f"{args.max_train_steps:,} of {batch} picture(s), one process: {args.max_train_steps * batch / len(images):.1f} epochs"),
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
+    if reference:
+        rows.insert(-1, ("  reference", f"{counts[family.DENOISER]:>15,} parameters  {_size(reference):>9}"))
+    kind, epochs = "pairs" if preference else "pictures", args.max_train_steps * batch / len(samples)
+    rows += [
+        ("memory", _memory(args, weights, trained_bytes + reference)),
+        (kind, _samples(samples, held_out)),
+        ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(flops)} per step, {_flops(flops * args.max_train_steps)} in all, at {tokens} text tokens"),
     ]
-    rows += [_cache_row(args, name, *found) for name, found in cache_bytes(args, images, held_out, transformer, tokens).items()]
+    rows += [_cache_row(args, name, *found) for name, found in cache_bytes(args, samples, held_out, denoiser, tokens, family).items()]
     _print(rows)
 
 
@@ -127,17 +146,22 @@ def _print(rows: list[tuple[str, str]]) -> None:
     print("dry run: no weights were read, nothing was trained")
 
 
+def _samples(samples: Any, held_out: Any) -> str:
+    ties = f", {samples.ties:,} ties dropped" if hasattr(samples, "ties") else ""
+    return f"{len(samples):,} to train on, {len(held_out or [])} held out, {len(samples.skipped)} skipped{ties}"
+
+
 # --------------------------------------------------------------------------- what it holds
 
 
-def weight_bytes(counts: dict[str, int], transformer: nn.Module, number: int) -> dict[str, int]:
-    """Bytes of each frozen part at `number` bytes a weight; the transformer's position embeddings, a buffer, included.
+def weight_bytes(counts: dict[str, int], denoiser: nn.Module, number: int, name: str = "transformer") -> dict[str, int]:
+    """Bytes of each frozen part at `number` bytes a weight; the position embeddings of SD3's transformer, a buffer, included.
 
     Args:
-        counts: parameters of each part; transformer: with or without adapters, on the meta device.
+        counts: parameters of each part; denoiser: with or without adapters, on the meta device; name: its own among them.
     """
-    buffers = sum(buffer.numel() for buffer in transformer.buffers())
-    return {part: (count + (buffers if part == "transformer" else 0)) * number for part, count in counts.items()}
+    buffers = sum(buffer.numel() for buffer in denoiser.buffers())
+    return {part: (count + (buffers if part == name else 0)) * number for part, count in counts.items()}
 
 
 def per_trained_parameter(args: argparse.Namespace, whole: Whole | None = None) -> int:
@@ -164,68 +188,79 @@ def _residence(args: argparse.Namespace, part: str) -> str:
 def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float) -> str:
     """What is certain to be held at the two high points; activations depend on kernels and are left to a trial of a few steps."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
-    training = weights["transformer"] + weights["vae"] + trained + (0 if _text_is_cached(args) else text)
+    training = sum(weights.values()) + trained - (text if _text_is_cached(args) else 0)
     filling = f"{_size(text)} while the text cache is filled, " if _text_is_cached(args) else ""
     return f"{filling}{_size(training)} while training; activations come on top"
 
 
 def cache_bytes(
-    args: argparse.Namespace, images: captions.CaptionedImages, held_out: captions.CaptionedImages | None, transformer: nn.Module,
-    tokens: int,
-) -> dict[str, tuple[int, int]]:  # fmt: skip
-    """Entries and bytes of the latent and the text cache, those that the flags ask for."""
-    config, number, found = transformer.config, BYTES[args.mixed_precision], {}
+    args: argparse.Namespace, samples: Any, held_out: Any, denoiser: nn.Module, tokens: int, family: ModuleType = sd3
+) -> dict[str, tuple[int, int]]:
+    """Entries and bytes of the latent and the text cache, those that the flags ask for; samples, held_out: opened pictures or pairs."""
+    config, number, found = denoiser.config, BYTES[args.mixed_precision], {}
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     if args.cache_latents:
         keyed = {}  # pictures that are in the data set twice are cached once; only what is trained on is mirrored
-        for part, copies in ((images, 1 if args.no_hflip else 2), (held_out, 1)):
+        for part, copies in ((samples, 1 if args.no_hflip else 2), (held_out, 1)):
             for record in part.records if part else ():
-                size = buckets.assign(record.width, record.height, shapes)
-                keyed[record.key, size] = max(copies, keyed.get((record.key, size), 0))
-        value = 2 * config.in_channels * number  # bytes per latent: mean and standard deviation
-        sizes = [copies * (value * h * w // sd3.VAE_SCALE**2 + ENTRY_BYTES) for (_, (h, w)), copies in keyed.items()]
+                first, *others = (record.winner, record.loser) if hasattr(record, "winner") else (record,)  # a pair has one size
+                size = buckets.assign(first.width, first.height, shapes)
+                for picture in (first, *others):
+                    keyed[picture.key, size] = max(copies, keyed.get((picture.key, size), 0))
+        value = 2 * config["in_channels"] * number  # bytes per latent: mean and standard deviation
+        sizes = [copies * (value * h * w // family.VAE_SCALE**2 + ENTRY_BYTES) for (_, (h, w)), copies in keyed.items()]
         found["latent"] = (sum(keyed.values()), sum(sizes))
     if args.cache_text:
-        prompts = {"", *inputs.validation_prompts(args), *(record.prompt for part in (images, held_out) if part for record in part.records)}
-        entry = (tokens * config.joint_attention_dim + config.pooled_projection_dim) * number + ENTRY_BYTES
-        found["text"] = (len(prompts), len(prompts) * entry)
+        prompts = {"", *inputs.validation_prompts(args)}
+        prompts |= {record.prompt for part in (samples, held_out) if part for record in part.records}
+        width, pooled = family.text_width(config)
+        found["text"] = (len(prompts), len(prompts) * ((tokens * width + pooled) * number + ENTRY_BYTES))
     return found
 
 
-def text_tokens(args: argparse.Namespace) -> int:
-    """L: CLIP's tokens plus T5's."""
-    path = args.pretrained_model_name_or_path
-    clip = sd3.read_config(path, "tokenizer/tokenizer_config.json", args.revision)["model_max_length"]
-    return clip + (args.max_sequence_length or sd3.default_sequence_length(path, args.revision))
+def text_tokens(args: argparse.Namespace, family: ModuleType = sd3) -> int:
+    """L, of all text encoders."""
+    return family.text_tokens(args.pretrained_model_name_or_path, args.revision, getattr(args, "max_sequence_length", None))
 
 
 # --------------------------------------------------------------------------- what it costs
 
 
-def step_flops(transformer: nn.Module, resolution: int, tokens: int, *, checkpointing: bool) -> int:
+def sample_flops(
+    family: ModuleType, denoiser: nn.Module, args: argparse.Namespace, tokens: int, preference: Preference | None
+) -> int:
+    """Of one sample in an optimizer step: a picture; or a pair, with the reference's forward passes (without one, its winner alone)."""
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=args.gradient_checkpointing, family=family)
+    if preference is None or not preference.reference:
+        return step
+    return 2 * (step + _passes(denoiser, args.resolution, tokens, family)[0])
+
+
+def step_flops(denoiser: nn.Module, resolution: int, tokens: int, *, checkpointing: bool, family: ModuleType = sd3) -> int:
     """Floating-point operations (a multiply-add is two) of one picture's forward and backward pass, counted on the meta device.
 
     Counted, because no fixed multiple of the forward pass is right: frozen weights need no gradient, so the backward pass of a linear
     layer costs one forward, but that of attention costs 2.5. A LoRA of SD3.5-medium comes to 2.13 forwards at 512 px and 2.37 at 1024.
 
     Args:
-        transformer: on the meta device, with the parameters trainable that are trained.
-        tokens: L, CLIP's tokens plus T5's.
+        denoiser: on the meta device, with the parameters trainable that are trained.
+        tokens: L, of all text encoders.
         checkpointing: adds the second forward pass (but for its few layers outside the blocks).
     """
+    forward, both = _passes(denoiser, resolution, tokens, family)
+    return both + (forward if checkpointing else 0)
+
+
+def _passes(denoiser: nn.Module, resolution: int, tokens: int, family: ModuleType) -> tuple[int, int]:
+    """FLOPs of one picture's forward pass, and of forward and backward pass together."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config, side = transformer.config, resolution // sd3.VAE_SCALE
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        prediction = transformer(
-            hidden_states=torch.empty(1, config.in_channels, side, side), timestep=torch.empty(1),
-            encoder_hidden_states=torch.empty(1, tokens, config.joint_attention_dim),
-            pooled_projections=torch.empty(1, config.pooled_projection_dim), return_dict=False,
-        )[0]  # fmt: skip
+        prediction = denoiser(**family.example_inputs(denoiser.config, resolution // family.VAE_SCALE, tokens), return_dict=False)[0]
         forward = counter.get_total_flops()
         prediction.sum().backward()
-    transformer.zero_grad()
-    return counter.get_total_flops() + (forward if checkpointing else 0)
+    denoiser.zero_grad()
+    return forward, counter.get_total_flops()
 
 
 # --------------------------------------------------------------------------- how it reads

@@ -8,6 +8,7 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from src import ema, images, inputs, metrics, runtime, seeds
 from src.data import buckets, samples
-from src.pipelines import sd3
 
 # Levels of the validation loss: the quartiles of (0, 1) and, for composition, a level near pure noise.
 SIGMAS = (0.25, 0.5, 0.75, 0.95)
@@ -29,16 +29,21 @@ class Validator:
     """Validates at step 0, every --validation_steps, and at the end.
 
     Args:
-        loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises.
+        model: the family's, of which the denoiser is used.
+        loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises; or
+        measure: `() -> {metric: value}` of the held-out samples, equal on all processes.
+        panels: title and metric of each curve in summary.png; None: those of a supervised run.
         average: its weights stand in for the raw ones while validating, if given.
     """
 
     def __init__(
-        self, run: runtime.Run, args: argparse.Namespace, data: inputs.Inputs, model: sd3.SD3, log: metrics.Log,
-        *, loss: Callable[..., Tensor], average: ema.Ema | None = None,
+        self, run: runtime.Run, args: argparse.Namespace, data: inputs.Inputs, model: Any, log: metrics.Log,
+        *, loss: Callable[..., Tensor] | None = None, measure: Callable[[], dict[str, float]] | None = None,
+        panels: dict[str, str] | None = None, average: ema.Ema | None = None,
     ):  # fmt: skip
-        self.run_, self.args, self.data, self.transformer = run, args, data, model.transformer
+        self.run_, self.args, self.data, self.denoiser = run, args, data, model.denoiser
         self.log, self.loss, self.average = log, loss, average
+        self.measure, self.panels = measure or self._losses, panels
         self.prompts = inputs.validation_prompts(args)
         seeds_of = [args.validation_seed + n for n in range(args.num_validation_images)]
         names = [[f"{p:02d}-{seed}.png" for seed in seeds_of] for p in range(len(self.prompts))]
@@ -50,23 +55,23 @@ class Validator:
 
     @torch.no_grad()
     def run(self, step: int) -> None:
-        """Validation loss and pictures at this step; the transformer's mode is restored, also after an error."""
-        training = self.transformer.training
-        self.transformer.eval()
+        """Validation loss and pictures at this step; the denoiser's mode is restored, also after an error."""
+        training = self.denoiser.training
+        self.denoiser.eval()
         try:
             with self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
                 if len(self.data.held_out):
-                    self.log.record(step, **self._losses())
+                    self.log.record(step, **self.measure())
                 if self.prompts:
                     self.album.save(step, self._render())
         finally:
-            self.transformer.train(training)
+            self.denoiser.train(training)
 
     def run_last(self, step: int) -> None:
         """The last validation, then `summary.png` from everything that was logged."""
         self.run(step)
         if self.run_.is_main:
-            summary(Path(self.args.output_dir), self.prompts)
+            summary(Path(self.args.output_dir), self.prompts, self.panels)
 
     def _losses(self) -> dict[str, float]:
         """Mean loss over the held-out pictures at each of SIGMAS, and over all; the processes share the pictures."""
@@ -80,7 +85,7 @@ class Validator:
             positions = range(i * len(SIGMAS), (i + 1) * len(SIGMAS))
             noise = seeds.normal(FIXED_SEED, 0, positions, "validation", x0.shape[1:], run.device)  # (S, 16, h, w)
             with run.accelerator.autocast():
-                loss = self.loss(self.transformer, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
+                loss = self.loss(self.denoiser, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
             if turn <= last:
                 total += loss
         means = (run.accelerator.reduce(total, "sum") / len(self.data.held_out)).tolist()  # (S,)
@@ -97,8 +102,8 @@ class Validator:
         for start in range(0, share, args.train_batch_size):  # no more at once than training holds
             part = mine[start : start + args.train_batch_size]
             with run.accelerator.autocast():
-                pictures = sd3.render(
-                    self.data.model, self.transformer, self.data.condition([prompt for prompt, _ in part]),
+                pictures = self.data.family.render(
+                    self.data.model, self.denoiser, self.data.condition([prompt for prompt, _ in part]),
                     negative=negative, seeds=[seed for _, seed in part], height=args.resolution, width=args.resolution,
                     num_inference_steps=args.validation_inference_steps, guidance_scale=args.validation_guidance_scale,
                 )  # fmt: skip
@@ -196,20 +201,22 @@ def _film_strip(folder: Path, prompts: list[str]) -> Image.Image | None:
 
 
 def _curves(lines: list[dict], width: int, panels: dict[str, str] | None) -> Image.Image:
-    """One curve each of `panels`, or of a supervised run the losses; `width` pixels wide."""
+    """One curve for each of `panels`, or the losses of a supervised run; `width` pixels wide."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    validated = _points(lines, "val_loss")
-    count = len(panels) if panels else 3 if validated else 1
+    supervised = panels is None
+    if panels is None:
+        panels = {"training loss": "loss"} | ({"validation loss, fixed noise": "val_loss"} if _points(lines, "val_loss") else {})
+    levels = supervised and len(panels) == 2
+    count = len(panels) + levels
     figure, axes = plt.subplots(1, count, figsize=(width / 100, 3.3), dpi=100, layout="constrained", squeeze=False)
     axes = list(axes[0])
-    for axis, (title, name) in zip(axes, (panels or {"training loss": "loss"}).items(), strict=False):
+    for axis, (title, name) in zip(axes, panels.items(), strict=False):
         _curve(axis, _points(lines, name), title)
-    if validated:
-        _curve(axes[1], validated, "validation loss, fixed noise")
+    if levels:
         _changes(axes[2], lines, plt.get_cmap("viridis"))
     for axis in axes:
         axis.set_xlabel("optimizer step")
