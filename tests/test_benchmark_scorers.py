@@ -4,6 +4,7 @@ import json
 
 import pytest
 import scorer_runs
+import torch
 
 from src import scorers
 
@@ -30,8 +31,18 @@ def test_random_weights_are_judged_like_real_ones_and_leave_nothing_behind(bench
     for name in ("pickscore", "image_reward"):
         rows = benchmark.measure(arguments("--random_weights", *flags), name)
         assert [row["batch"] for row in rows] == [1, 3]
-        assert all(row["pictures_per_second"] > 0 and row["peak_bytes"] >= 0 for row in rows)
+        assert all(row["pictures_per_second"] > 0 and "peak_bytes" in row for row in rows)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a process on a CPU")
+def test_memory_is_the_most_since_the_last_reset(benchmark):
+    memory = benchmark.Memory("cpu")
+    held = torch.ones(32 * 2**20)  # 134 MB
+    assert 100e6 < memory.peak() < 300e6
+    del held
+    memory.reset()
+    assert memory.peak() < 60e6
 
 
 def test_the_prompt_and_its_metadata_suit_every_scorer(benchmark):

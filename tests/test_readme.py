@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "models", "datas", "outputs", "benchmarks")
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md"))])
 SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
-PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("benchmarks/*.py"), *ROOT.glob("src/tiny/*.py")])
+PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("benchmarks/*.py"), *ROOT.glob("src/tiny/*.py"),
+                   *ROOT.glob("src/*/__main__.py")])  # fmt: skip
 SOURCES = [*PAGES, *SHELL, *PROGRAMS]
 # Who parses the arguments of a wrapper.
 WRAPPED = {"demo.sh": "demo.py", **{f"scripts/{path.stem}.sh": path.name for path in ROOT.glob("train_*.py")}}
@@ -51,7 +52,8 @@ def program(words):
     if words[:1] == ["bash"] and len(words) > 1 and words[1].endswith(".sh"):
         return words[1], words[2:]
     if words[:2] in (["python", "-m"], ["python3", "-m"]) and words[2:] and words[2].startswith("src."):
-        return words[2].replace(".", "/") + ".py", words[3:]
+        module = words[2].replace(".", "/")
+        return f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py", words[3:]
     if words[:1] in (["python"], ["python3"]) and len(words) > 1 and words[1].endswith(".py"):
         return words[1], words[2:]
     return None

@@ -352,6 +352,13 @@ def test_a_file_cut_short_is_refused(copy):
         scorers.build("image_reward")
 
 
+def test_a_model_folder_cut_short_is_refused(copy):
+    file = copy("pickscore") / "pickscore/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="models/pickscore is not a CLIPModel"):
+        scorers.build("pickscore")
+
+
 def test_the_head_of_another_predictor_is_refused_with_both_shapes(copy):
     models = copy("improved-aesthetic-predictor", "clip-vit-large-patch14")
     torch.save(torch.nn.Linear(768, 1).state_dict(), models / "improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth")

@@ -82,6 +82,7 @@ def test_files_are_scored_each_with_its_prompt_whatever_their_sizes(capsys, draw
 
 def test_one_prompt_serves_all_pictures_and_a_picture_may_carry_its_own(capsys, drawings, tmp_path):
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     from src import gallery
 
@@ -91,6 +92,10 @@ def test_one_prompt_serves_all_pictures_and_a_picture_may_carry_its_own(capsys, 
                 "negative_prompt": ""}  # fmt: skip
     gallery.save(Image.open(drawings[1]), tmp_path / "own.png", "a green square on a white background", 0, settings, {})
     assert run(capsys, "shapes_strict", tmp_path / "own.png").splitlines()[1].split()[0] == "1.0000"
+    info = PngInfo()
+    info.add_itxt("prompt", '{"3": {"class_type": "KSampler"}}')  # as ComfyUI writes it
+    Image.open(drawings[1]).save(tmp_path / "other.png", pnginfo=info)
+    assert "shapes cannot judge prompt 0 ''" in refusal(capsys, "shapes", tmp_path / "other.png")
 
 
 def test_json_lines_have_null_where_a_picture_could_not_be_judged(capsys, drawings, monkeypatch):
@@ -115,6 +120,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(capsys, drawings, tmp_path
     red = ("--prompt", "a red circle")
     assert refusal(capsys, "shaeps", drawings[0]).startswith("scorers shaeps: unknown scorer 'shaeps'; did you mean shapes")
     assert "run bash scripts/download.sh pickscore" in refusal(capsys, "pickscore", drawings[0])
+    assert "--json has no effect without scorers and pictures" in refusal(capsys, "--json")
     assert refusal(capsys, "shapes") == "shapes: no pictures to judge; give their files after it"
     assert "no such file: nowhere.png" in refusal(capsys, "shapes", "nowhere.png")
     assert "--prompt is given 2 times for 3 pictures" in refusal(capsys, "shapes", *drawings, *red, *red)

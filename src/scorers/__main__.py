@@ -41,6 +41,9 @@ def check(args: argparse.Namespace) -> None:
         ValueError: naming the flag and the cure.
     """
     if args.scorer is None:
+        for flag in ("prompt", "metadata", "json"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag} has no effect without scorers and pictures; give their names and files first")
         return
     scorers.check(args.scorer, flag="scorers", **cli.scorer_options(args))
     if not args.images:
@@ -60,7 +63,8 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     for path in args.images:
         try:
             with Image.open(path) as picture:
-                prompts.append(str(picture.info.get("prompt", "")))
+                ours = "settings" in picture.info  # other programs keep other things under "prompt"
+                prompts.append(str(picture.info.get("prompt", "")) if ours else "")
         except (OSError, UnidentifiedImageError):  # `open_rgb` will say what is wrong with it
             prompts.append("")
     return prompts

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,13 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
         ValueError: the checkpoint is another model, in part or in whole.
     """
     import transformers
+    from safetensors import SafetensorError
 
     source = weights.source
     with _quiet():
         try:
             model, report = getattr(transformers, class_name).from_pretrained(source, dtype=loader.dtype, output_loading_info=True)
-        except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
             raise ValueError(f"{source} is not a {class_name}: {' '.join(str(error).split())[:300]}") from None
     extra = sorted(name for name in report["unexpected_keys"] if not (name.startswith(spare) or name.endswith(spare)))
     lacking = sorted(report["missing_keys"])
@@ -103,19 +105,17 @@ def _such_as(names: list[str]) -> str:
     return f" such as {names[0]}" if names else ""
 
 
-class _quiet:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """Keeps transformers from printing its report on loading; `pretrained` reads it."""
+    from transformers.utils import logging
 
-    def __enter__(self):
-        from transformers.utils import logging
-
-        self.before = logging.get_verbosity()
-        logging.set_verbosity_error()
-
-    def __exit__(self, *error):
-        from transformers.utils import logging
-
-        logging.set_verbosity(self.before)
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def mlp(width: int, *, activation: bool = False) -> nn.Sequential:
