@@ -14,6 +14,7 @@ import importlib.util
 import math
 import netrc
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -155,6 +156,13 @@ def timestep_shift(text: str) -> float | str:
         return positive_float(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f'must be "model", "resolution" or a number greater than 0, got {text!r}') from None
+
+
+def layer_numbers(text: str) -> list[int]:
+    """ "7,8,9" -> [7, 8, 9]."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be block numbers such as 7,8,9, got {text!r}")
+    return [int(number) for number in text.split(",")]
 
 
 def existing_file(text: str) -> Path:
@@ -501,6 +509,55 @@ def add_eval_args(parser: Parser) -> None:
     )
 
 
+def add_scorer_args(parser: Parser, *, default: str | None) -> None:
+    """What judges the pictures, and the settings of single scorers.
+
+    Args:
+        default: names and weights when --scorer is unset; None: nothing is judged.
+    """
+    g = parser.add_argument_group("scorer")
+    g.add_argument("--scorer", default=default, metavar="NAME=WEIGHT,...",
+                   help="what judges the pictures: names and weights, a weight of 1 may be left out; `python -m src.scorers` lists them")
+    add_scorer_settings(g)
+
+
+def add_scorer_settings(g: argparse._ArgumentGroup) -> None:
+    """How scorers compute, and the settings of single scorers; `scorer_options` hands those on."""
+    g.add_argument("--scorer_batch_size", type=positive_int, default=16, help="pictures judged at once: the memory bound")
+    g.add_argument("--scorer_dtype", choices=("fp32", "bf16"), default="fp32", help="weights of the judging networks; scores are fp32")
+    g.add_argument("--aesthetic_head", help="head of aesthetic: sac+logos+ava1, ava+logos, ava+logos-relu (unset: the first)")
+    g.add_argument("--openclip_model", help="model of openclip, as open_clip calls it (unset: ViT-H-14)")
+    g.add_argument("--openclip_pretrained", help="its weights, as open_clip calls them (unset: laion2b_s32b_b79k)")
+    g.add_argument("--hps_version", help="version of hps, v2.1 or v2, whose numbers cannot be compared (unset: v2.1)")
+    g.add_argument("--judge_url", metavar="URL", help="server of vlm_judge, like http://localhost:8000/v1; its key, if any: $JUDGE_API_KEY")
+    g.add_argument("--judge_model", help="the model that it serves")
+    g.add_argument("--judge_template", metavar="FILE", help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")
+    g.add_argument("--judge_max", type=positive_float, help="highest mark that the question asks for (unset: 10)")
+    g.add_argument("--judge_timeout", type=positive_float, help="seconds to wait for an answer of vlm_judge (unset: 60)")
+    g.add_argument("--judge_concurrency", type=positive_int, help="questions to vlm_judge at a time (unset: 8)")
+    g.add_argument("--judge_cache", metavar="FOLDER", help="where answers of vlm_judge are kept (unset: they are not)")
+
+
+# setting of a scorer -> the scorer
+SCORER_OPTIONS = {
+    "aesthetic_head": "aesthetic", "openclip_model": "openclip", "openclip_pretrained": "openclip", "hps_version": "hps",
+    **dict.fromkeys(
+        ("judge_url", "judge_model", "judge_template", "judge_max", "judge_timeout", "judge_concurrency", "judge_cache"), "vlm_judge"
+    ),
+}  # fmt: skip
+
+
+def scorer_options(args: argparse.Namespace) -> dict[str, object]:
+    """The settings of single scorers, as `scorers.check` and `scorers.build` take them; None means unset."""
+    return {name: getattr(args, name) for name in SCORER_OPTIONS}
+
+
+def _judged_by(args: argparse.Namespace, name: str) -> bool:
+    """Whether a scorer stands in --scorer, or in the --eval_scorers of a script that has it."""
+    specs = [args.scorer, getattr(args, "eval_scorers", None)]
+    return name in [part.partition("=")[0].strip() for spec in specs if spec for part in spec.split(",")]
+
+
 # --------------------------------------------------------------------------- --config
 
 
@@ -643,6 +700,8 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"), lambda a: a.per_prompt_stat_tracking,
      "with --no-per_prompt_stat_tracking"),
     (("stop_if_eval_drops",), lambda a: a.eval_scorers, "without --eval_scorers, the measures that training does not see"),
+    (("scorer_batch_size", "scorer_dtype"), lambda a: a.scorer or getattr(a, "eval_scorers", None), "without --scorer"),
+    *(((option,), lambda a, name=name: _judged_by(a, name), f"without {name} in --scorer") for option, name in SCORER_OPTIONS.items()),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing against PIL, torchvision's transforms and transformers' processors, which the scorers were published with; and its gradient."""
+"""Preprocessing against PIL, torchvision and transformers, which the scorers were published with; and its gradient."""
 
 from pathlib import Path
 

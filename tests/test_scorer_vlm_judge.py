@@ -222,7 +222,7 @@ def free_port():
 
 def test_nobody_at_the_address_stops_the_run(judge, pauses):
     gone = replace(judge, endpoint=replace(judge.endpoint, url=f"http://127.0.0.1:{free_port()}/v1/chat/completions"))
-    with pytest.raises(ConnectionError, match="--judge_url http://127.0.0.1.*refused.*start the server"):
+    with pytest.raises(ValueError, match="--judge_url http://127.0.0.1.*refused.*start the server"):
         gone(PICTURES[:1], ["a"])
     assert pauses == [1.0, 2.0, 4.0]
 

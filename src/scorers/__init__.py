@@ -23,10 +23,20 @@ __all__ = [
 ]  # fmt: skip
 
 FILES: dict[str, tuple[str, ...]] = {  # file -> the scorers that it declares
+    "aesthetic": ("aesthetic",),
+    "aesthetic_v1": ("aesthetic_v1",),
+    "aesthetic_v25": ("aesthetic_v25",),
+    "clip": ("clip",),
+    "openclip": ("openclip",),
+    "pickscore": ("pickscore",),
+    "hps": ("hps",),
+    "image_reward": ("image_reward",),
     "jpeg": ("jpeg_compressibility", "jpeg_incompressibility"),
     "ocr": ("ocr",),
     "shapes": ("shapes", "shapes_strict"),
+    "tiny_clip": ("tiny_clip",),
     "vlm_judge": ("vlm_judge",),
+    "geneval": ("geneval", "geneval_strict"),
 }
 
 

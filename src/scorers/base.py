@@ -36,26 +36,46 @@ class Weights:
 
     Attributes:
         folder: name below models/, looked at first, and the name that `scripts/download.sh` knows.
-        files: what must be there, as paths in the folder, which are also the paths on the Hub.
+        files: what must be there, as paths in the folder, which are also the paths on the Hub; "a|b": either of them, a first.
         hub_id: repository looked at second; None: there is none.
+        by_hand: how to get them, where scripts/download.sh does not know the folder.
     """
 
     folder: str
     files: tuple[str, ...]
     hub_id: str | None = None
+    by_hand: str = ""
 
     @property
     def local(self) -> Path | None:
         """The folder below models/, if it holds all the files."""
-        folder = MODELS / self.folder
-        return folder if all((folder / name).is_file() for name in self.files) else None
+        return None if self._absent() else MODELS / self.folder
 
     @property
     def cached(self) -> bool:
         """Whether the Hub's own cache on this machine holds all the files."""
         from huggingface_hub import try_to_load_from_cache
 
-        return self.hub_id is not None and all(isinstance(try_to_load_from_cache(self.hub_id, name), str) for name in self.files)
+        def have(name: str) -> bool:
+            return isinstance(try_to_load_from_cache(self.hub_id, name), str)
+
+        return self.hub_id is not None and all(any(map(have, names.split("|"))) for names in self.files)
+
+    @property
+    def source(self) -> str:
+        """What transformers' `from_pretrained` takes: the local folder, else the Hub id.
+
+        Raises:
+            ValueError: the weights are in neither place.
+        """
+        if reason := self.missing():
+            raise ValueError(reason)
+        return str(self.local or self.hub_id)
+
+    def _absent(self) -> list[str]:
+        """Files that the local folder does not have."""
+        folder = MODELS / self.folder
+        return [names for names in self.files if not any((folder / name).is_file() for name in names.split("|"))]
 
     def missing(self) -> str | None:
         """What to do before these weights can be loaded; None if they are here, or if the Hub may be asked for them."""
@@ -63,22 +83,28 @@ class Weights:
 
         if self.local or self.cached or (self.hub_id and not constants.HF_HUB_OFFLINE):
             return None
-        absent = [name for name in self.files if not (MODELS / self.folder / name).is_file()]
-        return f"weights are missing: {MODELS / self.folder} has no {absent[0]}; run bash scripts/download.sh {self.folder}"
+        absent = self._absent()[0].replace("|", " or ")
+        cure = self.by_hand or f"run bash scripts/download.sh {self.folder}"
+        return f"weights are missing: {MODELS / self.folder} has no {absent}; {cure}"
 
-    def path(self, name: str) -> Path:
-        """One of the files on this machine: below models/, else from the Hub's cache, else downloaded there.
+    def path(self, names: str) -> Path:
+        """One of `files` on this machine: below models/, else from the Hub's cache, else downloaded there.
 
         Raises:
             ValueError: it is in none of these places.
         """
+        source, choices = self.source, names.split("|")
         if folder := self.local:
-            return folder / name
-        if reason := self.missing():
-            raise ValueError(reason)
+            return next(folder / name for name in choices if (folder / name).is_file())
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
-        return Path(hf_hub_download(self.hub_id, name))
+        for name in choices:
+            try:
+                return Path(hf_hub_download(source, name))
+            except EntryNotFoundError:  # also raised offline for a file that the cache lacks
+                continue
+        raise ValueError(f"{source} on the Hub has no {' or '.join(choices)}")
 
 
 @dataclass(frozen=True)

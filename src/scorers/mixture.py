@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from src.images import from_pil
 from src.scorers.base import Scorer, Scores
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from src.scorers.base import Judge
 
 _ROUNDING = 1e-3  # how far outside [0, 1] a picture may reach: what bf16 arithmetic makes of a value of 1 is no mistake of units
@@ -99,6 +103,28 @@ class Mixture:
         if part.scorer.differentiable and not torch.isfinite(scores).all():
             raise ValueError(f"{part.scorer.name} gave NaN or infinity for a sound picture; try fp32, or download its weights again")
         return scores
+
+
+def score_pictures(
+    mixture: Mixture, pictures: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict] | None = None
+) -> list[dict[str, float]]:
+    """Scores of RGB pictures of any sizes, those of one size judged together: for each its parts by name, then "total"."""
+    tensors = [from_pil(picture) for picture in pictures]
+    results: list[dict[str, float]] = [{} for _ in tensors]
+    for size in {tensor.shape for tensor in tensors}:
+        same = [number for number, tensor in enumerate(tensors) if tensor.shape == size]
+        known = None if metadata is None else [metadata[number] for number in same]
+        scores = mixture(torch.stack([tensors[number] for number in same]), [prompts[number] for number in same], known)
+        for name, column in {**scores.parts, "total": scores.total}.items():
+            for number, value in zip(same, column.tolist(), strict=True):
+                results[number][name] = value
+    return results
+
+
+def means(results: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, int]]:
+    """Of what `score_pictures` returned, for each name: the mean over the pictures that could be judged (NaN: none), and their number."""
+    finite = {name: [scores[name] for scores in results if math.isfinite(scores[name])] for name in (results[0] if results else {})}
+    return {name: (sum(values) / len(values) if values else math.nan, len(values)) for name, values in finite.items()}
 
 
 def check_images(images: Tensor) -> None:

@@ -130,8 +130,7 @@ def ask(endpoint: Endpoint, question: str, png: bytes) -> str:
 
     Raises:
         Unjudged: no sound answer came: too late, an error of the server, or no chat completion.
-        ConnectionError: nobody listens at the address.
-        ValueError: the server refuses such requests: a wrong key, model or address.
+        ValueError: nobody listens at the address, or the server refuses such requests: a wrong key, model or path.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {})
     data = json.dumps(request_body(endpoint.model, question, png)).encode()
@@ -168,7 +167,7 @@ def _unreachable(endpoint: Endpoint, reason: object) -> Exception:
         return Unjudged(f"no connection within {endpoint.timeout:g} s (--judge_timeout)")
     if isinstance(reason, (BrokenPipeError, ConnectionResetError)):  # there was a connection
         return _broken(reason)
-    return ConnectionError(f"--judge_url {endpoint.url}: {reason}; start the server, or correct the address")
+    return ValueError(f"--judge_url {endpoint.url}: {reason}; start the server, or correct the address")
 
 
 def _refusal(endpoint: Endpoint, error: urllib.error.HTTPError) -> str:
