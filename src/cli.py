@@ -549,7 +549,12 @@ SCORER_OPTIONS = {
 
 def scorer_options(args: argparse.Namespace) -> dict[str, object]:
     """The settings of single scorers, as `scorers.check` and `scorers.build` take them; None means unset."""
-    return {name: getattr(args, name) for name in SCORER_OPTIONS}
+    return {
+        "aesthetic_head": args.aesthetic_head, "openclip_model": args.openclip_model, "openclip_pretrained": args.openclip_pretrained,
+        "hps_version": args.hps_version, "judge_url": args.judge_url, "judge_model": args.judge_model,
+        "judge_template": args.judge_template, "judge_max": args.judge_max, "judge_timeout": args.judge_timeout,
+        "judge_concurrency": args.judge_concurrency, "judge_cache": args.judge_cache,
+    }  # fmt: skip
 
 
 def _judged_by(args: argparse.Namespace, name: str) -> bool:

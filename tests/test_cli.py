@@ -58,7 +58,9 @@ def reached(tree: ast.AST, names: dict, seen: set) -> set[str]:
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and hands_on(node)):
         target = resolve(call.func, names)
         module = getattr(target, "__module__", "") or ""
-        if target is None or id(target) in seen or not module.startswith("src.") or module in ("src.cli", "src.plan"):
+        if target is None or id(target) in seen or not module.startswith("src."):
+            continue
+        if module in ("src.cli", "src.plan") and target.__name__ != "scorer_options":  # which hands them on to the scorers
             continue
         if target.__name__.startswith("check"):
             continue

@@ -158,6 +158,12 @@ def test_strips_of_4096_pixels_cost_no_more_than_what_is_kept(size):
         assert resized.shape == (1, 3, 224, 224) and torch.isfinite(resized).all()
 
 
+@pytest.mark.slow
+def test_a_picture_of_4096_pixels_is_resized_as_pil_does():
+    image = noise((4096, 4096))
+    assert_pil(preprocess.squash(images.from_pil(image)[None], 224)[0], image.resize((224, 224), Image.BICUBIC))
+
+
 # --------------------------------------------------------------------------- gradient
 
 

@@ -236,10 +236,10 @@ def test_one_prompt_for_each_picture(prompts, metadata, message):
         ("mean=nan", {}, "--scorer mean=nan: the weight of mean must be finite and not 0, got nan"),
         ("mean,dark,mean=2", {}, "--scorer mean,dark,mean=2: mean stands twice in 'mean,dark,mean=2'; add the weights up"),
         ("mean,", {}, "--scorer mean,: 'mean,' lacks a name; write NAME=WEIGHT,NAME=WEIGHT"),
-        ("picky", {"picky_kind": "c"}, "--scorer picky: picky: --picky_kind must be one of a, b; got 'c'"),
-        ("needy", {}, "--scorer needy: needy: needs --needy_url"),
+        ("picky", {"picky_kind": "c"}, "--scorer picky: --picky_kind must be one of a, b; got 'c'"),
+        ("needy", {}, "--scorer needy: needs --needy_url"),
         ("mean", {"piky_kind": "a"}, "--scorer mean: no scorer has an option piky_kind; did you mean picky_kind?"),
-        ("lone", {}, "--scorer lone: lone: no_such_package is not installed: pip install such"),
+        ("lone", {}, "--scorer lone: no_such_package is not installed: pip install such"),
         ("mean,far", {}, "--scorer mean,far: far: weights are missing: models/far has no a.bin or b.bin; run bash scripts/download.sh far"),
     ],
 )
@@ -379,3 +379,28 @@ def test_one_file_and_one_line_add_a_scorer(tmp_path):
     assert any("redness" in line and "ready" in line for line in listed.splitlines())
     scored = subprocess.run([*command, "redness", "red.png"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "1.0000" in scored and "red.png" in scored
+
+
+def test_the_page_lists_every_scorer_as_it_declares_itself(monkeypatch):
+    monkeypatch.delitem(scorers.FILES, "toys")
+    rows = [line.strip("| \n").split(" | ") for line in (ROOT / "docs/scorers.md").read_text().splitlines() if line.startswith("| `")]
+    table = {row[0].strip("`"): row for row in rows if len(row) == 7}
+    assert list(table) == scorers.names()
+    for name, (_, _, gradient, usual, divisor, licence, needs) in table.items():
+        scorer = scorers.get(name)
+        low, high = scorer.range
+        assert (gradient, usual, divisor) == ("yes" if scorer.differentiable else "no", f"{low:g} to {high:g}", f"{scorer.normalizer:g}")
+        assert licence == scorer.licence
+        for weights in scorer.weights(scorer.settings({})):
+            assert weights.folder in needs or needs == "the same" or weights.folder == "tiny-clip", (name, weights.folder)
+
+
+def test_the_page_shows_a_scorer_that_works(monkeypatch):
+    """The example under "Add one" is executed."""
+    page = (ROOT / "docs/scorers.md").read_text()
+    module = types.ModuleType("src.scorers.toys")
+    exec(page.split("```python")[-1].split("```")[0], vars(module))
+    monkeypatch.setitem(sys.modules, "src.scorers.toys", module)
+    monkeypatch.setitem(scorers.FILES, "toys", ("redness",))
+    red = torch.tensor([0.75, 0.0, 0.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    assert scorers.build("redness")(red, ["a"]).total.item() == 0.75

@@ -19,6 +19,7 @@ NAMES = ("aesthetic", "aesthetic_v1", "aesthetic_v25", "clip", "image_reward", "
 # LAION's linear head on the embeddings rating0 ... rating9 that it publishes
 PUBLISHED_V1 = [-2.458, -0.138, 1.895, 3.585, 5.100, 6.470, 7.787, 9.048, 10.226, 11.304]
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (preprocess.CLIP_MEAN, preprocess.CLIP_STD))
+REAL_BLIP = image_reward.VISION, image_reward.TEXT  # before `world` makes them tiny
 needs_real_heads = pytest.mark.skipif(not REAL.is_dir(), reason="no published heads beside the repository")
 
 
@@ -172,6 +173,14 @@ def test_image_reward_equals_the_original_layers_one_by_one(mixtures):
     expected = [original(image, ids) for image, ids in zip(clip_pixels(pictures, 32, True), tokens, strict=True)]
     ours = mixtures["image_reward"](scorer_runs.batch(pictures), scorer_runs.PROMPTS).parts["image_reward"]
     torch.testing.assert_close(ours, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_image_rewards_real_geometry_has_its_446_million_parameters():
+    """ViT-L/16: 787,456 + 1,024 + 197 * 1,024 + 24 * 12,596,224 + 2,048 = 303,301,632, as timm's. BERT over 30,524 words with
+    cross-attention to 1,024: 23,837,184 + 12 * 9,844,992 = 141,977,088. Head: 927,969. A file of 1.79 GB in fp32."""
+    with torch.device("meta"):
+        model = image_reward.Network(*REAL_BLIP)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 303_301_632 + 141_977_088 + 927_969
 
 
 # --------------------------------------------------------------------------- the published heads

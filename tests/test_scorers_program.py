@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from src import images
 from src.scorers import __main__ as program
+from src.scorers import mixture
 from src.tiny import shapes
 
 ROOT = Path(__file__).parent.parent
@@ -129,11 +129,11 @@ def test_what_cannot_be_scored_is_refused_in_one_line(capsys, drawings, tmp_path
 
 def test_pictures_are_opened_a_batch_at_a_time(capsys, drawings, monkeypatch):
     opened, judged = [], []
-    original_open, original_score = images.open_rgb, torch.stack
+    original_open, original_score = images.open_rgb, mixture.score_pictures
     monkeypatch.setattr(images, "open_rgb", lambda path: opened.append(path) or original_open(path))
-    monkeypatch.setattr(torch, "stack", lambda tensors: judged.append(len(opened)) or original_score(tensors))
-    run(capsys, "jpeg_compressibility", *drawings, "--scorer_batch_size", 1)
-    assert judged == [1, 2, 3]
+    monkeypatch.setattr(mixture, "score_pictures", lambda *given: judged.append((len(opened), len(given[1]))) or original_score(*given))
+    run(capsys, "jpeg_compressibility", *drawings, "--scorer_batch_size", 2)
+    assert judged == [(2, 2), (3, 1)]
 
 
 @pytest.mark.slow

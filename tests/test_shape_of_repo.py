@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", "seeds", *MATHS},
-    "scorers": {"scorers", "images", "tiny"},
+    "scorers": {"scorers", "images", "tiny", "cli"},  # cli: the program in __main__
     "data": {"data", "images", "seeds", "tiny"},
     "tiny": {"tiny", "cli", "images", "flow", "seeds"},
     "grpo_variants": MATHS,

@@ -101,7 +101,7 @@ def check(spec: str, differentiable: bool = False, *, flag: str = "--scorer", **
             if differentiable and not scorer.differentiable:
                 raise ValueError(f"{name} has no gradient; leave it out, or use one of {', '.join(_differentiable())}")
             if reason := scorer.trouble(options):
-                raise ValueError(f"{name}: {reason}")
+                raise ValueError(reason if spec == name else f"{name}: {reason}")
     except ValueError as error:
         raise ValueError(f"{flag} {spec}: {error}") from None
 

@@ -94,7 +94,7 @@ class Mixture:
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
             if torch.is_grad_enabled() and len(images) > self.batch_size:  # else every batch would keep its activations until backward
-                verdict = checkpoint(judge, batch, start, use_reentrant=False)
+                verdict = checkpoint(judge, batch, start, use_reentrant=False, preserve_rng_state=False)
             else:
                 verdict = judge(batch, start)
             assert verdict.shape == (len(batch),), f"{part.scorer.name} gave {tuple(verdict.shape)} for {len(batch)} picture(s)"
