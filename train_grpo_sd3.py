@@ -97,7 +97,7 @@ def group_advantages(reward: Tensor, groups: Tensor, scale: str = "group", limit
     return (centred / (variance.sqrt() + 1e-4)).clamp(-limit, limit).float()  # 1e-4: as the authors', for rewards of the order of 1
 
 
-# twin: policy loss
+# twin: policy-loss
 def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_nats: float, dimensions: int) -> Tensor:
     """PPO's clipped surrogate for steps of D dimensions, to be minimised: (b,), with gradient -advantage * grad log p at ratio 1.
 
@@ -195,8 +195,8 @@ def main(args: argparse.Namespace) -> None:
     sigmas = sd3_rollout.schedule(actor.model, args.num_inference_steps)  # (T + 1,)
 
     # Optimizer
-    total_steps = args.num_epochs * args.updates_per_epoch
-    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, sampler.samples_per_epoch // args.updates_per_epoch)
+    updates, total_steps = args.updates_per_epoch, args.num_epochs * args.updates_per_epoch
+    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, sampler.samples_per_epoch // updates)
     optimizer = optim.build(actor.weights, name=args.optimizer, learning_rate=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                             weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
     schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=total_steps,
@@ -207,19 +207,19 @@ def main(args: argparse.Namespace) -> None:
     run.print(f"{sum(p.numel() for p in actor.weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
-    log = metrics.Log(run, every=args.updates_per_epoch, total=total_steps, images_per_add=sampler.samples_per_epoch)
+    log = metrics.Log(run, every=updates, total=total_steps, images_per_add=sampler.samples_per_epoch)
     scoring = rewards.Rewards(run, rewards.build(run, args, args.scorer), background=args.async_rewards)
     evaluator = rewards.Evaluator(run, args, actor.model, texts, found.evaluation, log, scoring.mixture, average=average)
     parts = actor.parts() | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator}
     parts |= {name: part for name, part in (("ema", average), ("old", old)) if part}
-    saver = checkpoint.Checkpointer(run, every=args.checkpointing_epochs * args.updates_per_epoch, keep=args.checkpoints_total_limit,
+    saver = checkpoint.Checkpointer(run, every=args.checkpointing_epochs * updates, keep=args.checkpoints_total_limit,
                                     parts=parts, write_weights=actor.writer(average))  # fmt: skip
-    first_epoch = saver.resume(args.resume_from_checkpoint) // args.updates_per_epoch
+    first_epoch = saver.resume(args.resume_from_checkpoint) // updates
     if first_epoch == 0:
         evaluator.run(0)
 
     for epoch in range(first_epoch, args.num_epochs):
-        saver.hold(epoch * args.updates_per_epoch)
+        saver.hold(epoch * updates)
         window = range(0) if old else policy.window(args, epoch)
         batches, trajectories, values = sampler.batches(epoch), [], defaultdict(list)
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
@@ -247,7 +247,7 @@ def main(args: argparse.Namespace) -> None:
         ]
 
         # 4. update
-        for update, members in enumerate(sampler.updates(epoch, args.updates_per_epoch)):
+        for update, members in enumerate(sampler.updates(epoch, updates)):
             if not args.kl_weight and not advantages.view(len(batches), -1)[members].any():  # on all processes: nothing to learn
                 schedule.step()
                 continue
@@ -277,10 +277,10 @@ def main(args: argparse.Namespace) -> None:
             old.update()
 
         # twin: rl-tail
-        done = (epoch + 1) * args.updates_per_epoch
+        done = (epoch + 1) * updates
         log.add(**{name: torch.stack(value).mean() for name, value in values.items()})
         log.write(done, lr=schedule.get_last_lr()[0], epoch=epoch + 1, no_signal=(advantages == 0).float().mean().item(),
-                  skipped_updates=args.updates_per_epoch - len(values["grad_norm"]), **scored.metrics())  # fmt: skip
+                  skipped_updates=updates - len(values["grad_norm"]), **scored.metrics())  # fmt: skip
         evaluator.run_if_due(epoch + 1, done)
         saver.save_if_due(done)
         if reason := evaluator.dropped():
@@ -290,7 +290,7 @@ def main(args: argparse.Namespace) -> None:
 
     evaluator.run_last(log.step)
     actor.save_result(average)
-    trained_on = f"GRPO on the reward `{args.scorer}`, {log.step // args.updates_per_epoch} epochs of {sampler.samples_per_epoch} pictures"
+    trained_on = f"GRPO on the reward `{args.scorer}`, {log.step // updates} epochs of {sampler.samples_per_epoch} pictures"
     card.write(run, args, kind=actor.kind, prompt=found.training[0].text, trained_on=trained_on)
     run.finish(f"done: {args.output_dir}")
 

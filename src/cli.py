@@ -428,60 +428,6 @@ def add_validation_loss_args(parser: Parser) -> None:
     )
 
 
-def add_scorer_args(parser: Parser, *, default: str | None) -> None:
-    """What judges the pictures, and the settings of single scorers.
-
-    Args:
-        default: names and weights when --scorer is unset; None: nothing is judged.
-    """
-    g = parser.add_argument_group("scorer")
-    g.add_argument("--scorer", default=default, metavar="NAME=WEIGHT,...",
-                   help="what judges the pictures: names and weights, a weight of 1 may be left out; `python -m src.scorers` lists them")
-    add_scorer_settings(g)
-
-
-def add_scorer_settings(g: argparse._ArgumentGroup) -> None:
-    """How scorers compute, and the settings of single scorers; `scorer_options` hands those on."""
-    g.add_argument("--scorer_batch_size", type=positive_int, default=16, help="pictures judged at once: the memory bound")
-    g.add_argument("--scorer_dtype", choices=("fp32", "bf16"), default="fp32", help="weights of the judging networks; scores are fp32")
-    g.add_argument("--aesthetic_head", help="head of aesthetic: sac+logos+ava1, ava+logos, ava+logos-relu (unset: the first)")
-    g.add_argument("--openclip_model", help="model of openclip, as open_clip calls it (unset: ViT-H-14)")
-    g.add_argument("--openclip_pretrained", help="its weights, as open_clip calls them (unset: laion2b_s32b_b79k)")
-    g.add_argument("--hps_version", help="version of hps, v2.1 or v2, whose numbers cannot be compared (unset: v2.1)")
-    g.add_argument("--judge_url", metavar="URL", help="server of vlm_judge, like http://localhost:8000/v1; its key, if any: $JUDGE_API_KEY")
-    g.add_argument("--judge_model", help="the model that it serves")
-    g.add_argument("--judge_template", metavar="FILE", help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")
-    g.add_argument("--judge_max", type=positive_float, help="highest mark that the question asks for (unset: 10)")
-    g.add_argument("--judge_timeout", type=positive_float, help="seconds to wait for an answer of vlm_judge (unset: 60)")
-    g.add_argument("--judge_concurrency", type=positive_int, help="questions to vlm_judge at a time (unset: 8)")
-    g.add_argument("--judge_cache", metavar="FOLDER", help="where answers of vlm_judge are kept (unset: they are not)")
-
-
-# setting of a scorer -> the scorer
-SCORER_OPTIONS = {
-    "aesthetic_head": "aesthetic", "openclip_model": "openclip", "openclip_pretrained": "openclip", "hps_version": "hps",
-    **dict.fromkeys(
-        ("judge_url", "judge_model", "judge_template", "judge_max", "judge_timeout", "judge_concurrency", "judge_cache"), "vlm_judge"
-    ),
-}  # fmt: skip
-
-
-def scorer_options(args: argparse.Namespace) -> dict[str, object]:
-    """The settings of single scorers, as `scorers.check` and `scorers.build` take them; None means unset."""
-    return {
-        "aesthetic_head": args.aesthetic_head, "openclip_model": args.openclip_model, "openclip_pretrained": args.openclip_pretrained,
-        "hps_version": args.hps_version, "judge_url": args.judge_url, "judge_model": args.judge_model,
-        "judge_template": args.judge_template, "judge_max": args.judge_max, "judge_timeout": args.judge_timeout,
-        "judge_concurrency": args.judge_concurrency, "judge_cache": args.judge_cache,
-    }  # fmt: skip
-
-
-def _judged_by(args: argparse.Namespace, name: str) -> bool:
-    """Whether a scorer stands in --scorer, or in the --eval_scorers of a script that has it."""
-    specs = [args.scorer, getattr(args, "eval_scorers", None)]
-    return name in [part.partition("=")[0].strip() for spec in specs if spec for part in spec.split(",")]
-
-
 def add_grpo_args(parser: Parser) -> None:
     """Groups, surrogate, KL and the alternatives to the surrogate."""
     g = parser.add_argument_group("GRPO")
@@ -643,6 +589,60 @@ def add_validation_pairs_args(parser: Parser) -> None:
     )
 
 
+def add_scorer_args(parser: Parser, *, default: str | None) -> None:
+    """What judges the pictures, and the settings of single scorers.
+
+    Args:
+        default: names and weights when --scorer is unset; None: nothing is judged.
+    """
+    g = parser.add_argument_group("scorer")
+    g.add_argument("--scorer", default=default, metavar="NAME=WEIGHT,...",
+                   help="what judges the pictures: names and weights, a weight of 1 may be left out; `python -m src.scorers` lists them")
+    add_scorer_settings(g)
+
+
+def add_scorer_settings(g: argparse._ArgumentGroup) -> None:
+    """How scorers compute, and the settings of single scorers; `scorer_options` hands those on."""
+    g.add_argument("--scorer_batch_size", type=positive_int, default=16, help="pictures judged at once: the memory bound")
+    g.add_argument("--scorer_dtype", choices=("fp32", "bf16"), default="fp32", help="weights of the judging networks; scores are fp32")
+    g.add_argument("--aesthetic_head", help="head of aesthetic: sac+logos+ava1, ava+logos, ava+logos-relu (unset: the first)")
+    g.add_argument("--openclip_model", help="model of openclip, as open_clip calls it (unset: ViT-H-14)")
+    g.add_argument("--openclip_pretrained", help="its weights, as open_clip calls them (unset: laion2b_s32b_b79k)")
+    g.add_argument("--hps_version", help="version of hps, v2.1 or v2, whose numbers cannot be compared (unset: v2.1)")
+    g.add_argument("--judge_url", metavar="URL", help="server of vlm_judge, like http://localhost:8000/v1; its key, if any: $JUDGE_API_KEY")
+    g.add_argument("--judge_model", help="the model that it serves")
+    g.add_argument("--judge_template", metavar="FILE", help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")
+    g.add_argument("--judge_max", type=positive_float, help="highest mark that the question asks for (unset: 10)")
+    g.add_argument("--judge_timeout", type=positive_float, help="seconds to wait for an answer of vlm_judge (unset: 60)")
+    g.add_argument("--judge_concurrency", type=positive_int, help="questions to vlm_judge at a time (unset: 8)")
+    g.add_argument("--judge_cache", metavar="FOLDER", help="where answers of vlm_judge are kept (unset: they are not)")
+
+
+# setting of a scorer -> the scorer
+SCORER_OPTIONS = {
+    "aesthetic_head": "aesthetic", "openclip_model": "openclip", "openclip_pretrained": "openclip", "hps_version": "hps",
+    **dict.fromkeys(
+        ("judge_url", "judge_model", "judge_template", "judge_max", "judge_timeout", "judge_concurrency", "judge_cache"), "vlm_judge"
+    ),
+}  # fmt: skip
+
+
+def scorer_options(args: argparse.Namespace) -> dict[str, object]:
+    """The settings of single scorers, as `scorers.check` and `scorers.build` take them; None means unset."""
+    return {
+        "aesthetic_head": args.aesthetic_head, "openclip_model": args.openclip_model, "openclip_pretrained": args.openclip_pretrained,
+        "hps_version": args.hps_version, "judge_url": args.judge_url, "judge_model": args.judge_model,
+        "judge_template": args.judge_template, "judge_max": args.judge_max, "judge_timeout": args.judge_timeout,
+        "judge_concurrency": args.judge_concurrency, "judge_cache": args.judge_cache,
+    }  # fmt: skip
+
+
+def _judged_by(args: argparse.Namespace, name: str) -> bool:
+    """Whether a scorer stands in --scorer, or in the --eval_scorers of a script that has it."""
+    specs = [args.scorer, getattr(args, "eval_scorers", None)]
+    return name in [part.partition("=")[0].strip() for spec in specs if spec for part in spec.split(",")]
+
+
 # --------------------------------------------------------------------------- --config
 
 
@@ -780,8 +780,6 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("cache_batch_size",), lambda a: getattr(a, "cache_latents", True) or a.cache_text, "without --cache_latents or --cache_text"),
     (("revision",), lambda a: not os.path.isdir(a.pretrained_model_name_or_path), "on a local --pretrained_model_name_or_path"),
     (("dataset_revision",), lambda a: not os.path.exists(a.dataset_name or ""), "on a local --dataset_name"),
-    (("scorer_batch_size", "scorer_dtype"), lambda a: a.scorer or getattr(a, "eval_scorers", None), "without --scorer"),
-    *(((option,), lambda a, name=name: _judged_by(a, name), f"without {name} in --scorer") for option, name in SCORER_OPTIONS.items()),
     (("rank", "lora_alpha", "use_dora", "lora_layers", "lora_blocks", "init_lora", "export_format", "export_merged"),
      lambda a: not getattr(a, "full_weights", False), "with --full_weights"),
     (("negative_prompt",), lambda a: a.guidance_scale > 1, "without --guidance_scale above 1"),
@@ -793,6 +791,8 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"), lambda a: a.per_prompt_stat_tracking,
      "with --no-per_prompt_stat_tracking"),
     (("stop_if_eval_drops",), lambda a: a.eval_scorers, "without --eval_scorers, the measures that training does not see"),
+    (("scorer_batch_size", "scorer_dtype"), lambda a: a.scorer or getattr(a, "eval_scorers", None), "without --scorer"),
+    *(((option,), lambda a, name=name: _judged_by(a, name), f"without {name} in --scorer") for option, name in SCORER_OPTIONS.items()),
 )  # fmt: skip
 
 

@@ -19,7 +19,14 @@ PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("bench
                    *ROOT.glob("src/*/__main__.py")])  # fmt: skip
 SOURCES = [*PAGES, *SHELL, *PROGRAMS]
 # Who parses the arguments of a wrapper.
-WRAPPED = {"demo.sh": "demo.py", **{f"scripts/{path.stem}.sh": path.name for path in ROOT.glob("train_*.py")}}
+NAMED_OTHERWISE = {"train_grpo_sd3": "train_aesthetic_rlhf_grpo_lora_sd3", "train_ddpo_sd3": "train_aesthetic_ddpo_sd3"}  # wrappers
+
+
+def wrapper_of(script):
+    return f"scripts/{NAMED_OTHERWISE.get(script.stem, script.stem)}.sh"
+
+
+WRAPPED = {"demo.sh": "demo.py", **{wrapper_of(path): path.name for path in ROOT.glob("train_*.py")}}
 OWN_ARGUMENTS = {"scripts/test.sh", "scripts/download.sh", "scripts/quickstart.sh"}  # parse none, or hand them to pytest
 
 
@@ -143,7 +150,7 @@ def test_every_script_in_the_readme_table_exists_and_every_trainer_is_there():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=name_of)
 def test_every_trainer_has_a_wrapper_that_knows_a_tiny_run(path):
-    wrapper = ROOT / "scripts" / f"{path.stem}.sh"
+    wrapper = ROOT / wrapper_of(path)
     assert wrapper.is_file() and "TINY" in wrapper.read_text()
 
 
