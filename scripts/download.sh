@@ -4,6 +4,8 @@
 #   bash scripts/download.sh [NAME ...]
 #
 #   stable-diffusion-3.5-medium                     20 GB   a gated model: accept its licence on its page first
+#   stable-diffusion-v1-5                            5 GB   Diffusion-DPO, ReFL
+#   stable-diffusion-xl-base-1.0                    14 GB   Diffusion-DPO
 #   scorers (python -m src.scorers says which of them are here):
 #   improved-aesthetic-predictor                    11 MB   head of aesthetic; needs clip-vit-large-patch14 beside it
 #   aesthetics-predictor-v1-vit-large-patch14      1.2 GB   aesthetic_v1
@@ -34,6 +36,12 @@ model() {
   [ -f "models/$1/model.safetensors" ] || hub "$1" "$2" --include pytorch_model.bin
 }
 
+# pipeline NAME REPOSITORY: the folders of a diffusers pipeline. The single files at the top hold the same weights again, as do other variants and formats
+pipeline() {
+  hub "$1" "$2" --include model_index.json --include "*/*" --exclude "text_encoders/*" --exclude "*.fp16.*" --exclude "*.fp16-*" --exclude "*.non_ema.*" \
+    --exclude "*.bin" --exclude "*.msgpack" --exclude "*.onnx*" --exclude "*.ckpt" --exclude "*_1_0/*"
+}
+
 # file NAME URL SHA256: one file from elsewhere; SHA256 may be empty where the author publishes none
 file() {
   local target="models/$1/$(basename "${2//%2B/+}")"
@@ -47,9 +55,8 @@ file() {
 fetch() {
   local heads=https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main
   case "$1" in
-    # Folders only: the single-file copies at the top level and the fp16 variants hold the same weights again.
-    stable-diffusion-3.5-medium)
-      hub "$1" "stabilityai/$1" --include model_index.json --include "*/*" --exclude "text_encoders/*" --exclude "*.fp16.*" --exclude "*.fp16-*" ;;
+    stable-diffusion-3.5-medium | stable-diffusion-xl-base-1.0) pipeline "$1" "stabilityai/$1" ;;
+    stable-diffusion-v1-5) pipeline "$1" "stable-diffusion-v1-5/$1" ;;
     improved-aesthetic-predictor)
       file "$1" "$heads/sac%2Blogos%2Bava1-l14-linearMSE.pth" 21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0
       file "$1" "$heads/ava%2Blogos-l14-linearMSE.pth" 390a3aafaf3b37d57148f9b22f30556de38343064b7d915acfa80d3812b4c9ff

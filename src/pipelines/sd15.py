@@ -98,7 +98,10 @@ def check_folder(path: str | Path, name: str = "--pretrained_model_name_or_path"
     needed = {"unet", "vae", "scheduler", "tokenizer", "text_encoder"} | ({"tokenizer_2", "text_encoder_2"} if _is_xl(index) else set())
     missing = [part for part in sorted(named | needed) if not (folder / part).is_dir()]
     if missing:
-        raise ValueError(f"{flag}: incomplete, it lacks {', '.join(missing)}; download the model again")
+        raise ValueError(
+            f"{flag}: incomplete, it lacks {', '.join(missing)}; download the model again (or, to do without the safety checker, "
+            "write [null, null] for it in its model_index.json)"
+        )
     _check_configs(path, flag)
 
 
