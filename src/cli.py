@@ -367,17 +367,16 @@ def add_dpo_args(parser: Parser) -> None:
     g = parser.add_argument_group("preference optimisation")
     g.add_argument(
         "--beta_dpo", type=positive_float, default=5000.0,
-        help="strength of the tie to the reference, as in the paper: the loss sees -beta / 2 times the gap of mean squared errors, "
-        "so that diffusers' 2500 without the half is 5000 here",
+        help="beta of the logit x = -beta / 2 ((m_w - m_l) - (r_w - r_l)), with mean squared errors m and r of model and reference: the "
+        "convention of the paper's code; diffusers has no half, so its 2500 is 5000 here",
     )
     g.add_argument(
         "--loss_type", choices=LOSS_TYPES, default="sigmoid",
-        help="of x = what the half of beta multiplies: sigmoid -log sigmoid(x), ipo (x - 1/2)^2, hinge max(0, 1 - x)",
+        help="sigmoid: -log sigmoid(x); ipo: (x - 1/2)^2; hinge: max(0, 1 - x)",
     )
     g.add_argument("--label_smoothing", type=fraction, default=0.0, help="share of preferences taken to be the wrong way round (sigmoid)")
     g.add_argument("--sft", action="store_true", help="fine-tune on the winners alone, by their denoising loss, without a reference")
     g.add_argument("--reference_model", metavar="PATH|ID", help="pipeline whose UNet is the reference (unset: the base model)")
-    g.add_argument("--use_lora", action="store_true", help="train a LoRA; the reference is the UNet with it off, no second copy")
 
 
 def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dropout: bool = True, unet: bool = False) -> None:
@@ -385,10 +384,12 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
 
     Args:
         dropout: False where the same forward pass has to be repeated.
-        unet: without what only SD3's transformer has.
+        unet: a LoRA is a choice, and without what only SD3's transformer has.
     """
     unset = "rank" if alpha_per_rank == 1 else f"{alpha_per_rank} x rank"
     g = parser.add_argument_group("LoRA")
+    if unet:
+        g.add_argument("--use_lora", action="store_true", help="train a LoRA instead of all weights; a reference is the UNet with it off")
     g.add_argument("--rank", type=positive_int, default=rank, help="rank of the update matrices")
     g.add_argument("--lora_alpha", type=positive_float, help=f"the update is scaled by alpha / rank (unset: alpha = {unset})")
     if dropout:
@@ -404,7 +405,7 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
         )
     merged = "UNet" if unet else "transformer"
     g.add_argument("--export_merged", action="store_true", help=f"write the merged {merged} as one safetensors file, too")
-    parser.when_unset["lora_alpha"] = lambda args: float(alpha_per_rank * args.rank)
+    parser.when_unset["lora_alpha"] = lambda args: float(alpha_per_rank * args.rank) if getattr(args, "use_lora", True) else None
 
 
 def add_validation_args(parser: Parser, *, guidance_scale: float = 4.5, inference_steps: int = 28, steps: int = 100) -> None:
@@ -846,7 +847,9 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
     if "weights_dtype" in has:
         yield from _full_refusals(args)
     if "dataset_name" in has and not has["dataset_name"]:
-        yield "--dataset_name is required: a folder of captioned pictures, parquet, webdataset or a Hub id"
+        pictures, pairs = "a folder of captioned pictures, parquet, webdataset", "preference pairs in a folder with metadata.jsonl, parquet"
+        what = pairs if "chosen_column" in has else pictures
+        yield f"--dataset_name is required: {what} or a Hub id"
 
 
 def check_environment(args: argparse.Namespace) -> None:

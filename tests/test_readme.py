@@ -19,7 +19,7 @@ PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("bench
                    *ROOT.glob("src/*/__main__.py")])  # fmt: skip
 SOURCES = [*PAGES, *SHELL, *PROGRAMS]
 # Who parses the arguments of a wrapper.
-NAMED_OTHERWISE = {"train_grpo_sd3": "train_aesthetic_rlhf_grpo_lora_sd3", "train_ddpo_sd3": "train_aesthetic_ddpo_sd3"}  # wrappers
+NAMED_OTHERWISE = {"train_grpo_sd3": "train_aesthetic_rlhf_grpo_lora_sd3", "train_ddpo_sd3": "train_aesthetic_ddpo_sd3", "train_dpo_sd15": "train_dpo_sd_v1_5"}  # wrappers
 
 
 def wrapper_of(script):

@@ -155,10 +155,17 @@ def test_in_bf16_the_start_is_log_2_too(train, flags):
     assert runs.values(out, "loss") == pytest.approx([math.log(2)], abs=1e-6) and runs.values(out, "accuracy") == [0.5]
 
 
-def test_training_prefers_the_winners(train):
-    out = train(**LORA, max_train_steps=30, logging_steps=10, train_batch_size=8, caption_dropout=0, no_hflip=True)
+def test_training_prefers_the_winners(train, tmp_path):
+    """Winners are bright, losers dark: after 40 steps most pairs, seen or held out, are told apart."""
+    data = make_pairs(tmp_path / "bright")
+    for line in map(json.loads, (data / "metadata.jsonl").read_text().splitlines()):
+        for name, wins in ((line["jpg_0"], line["label_0"] == 1), (line["jpg_1"], line["label_0"] == 0)):
+            image = Image.open(data / name).point(lambda level, wins=wins: level // 4 + 180 * wins)
+            image.save(data / name)
+    out = train(dataset_name=data, max_train_steps=40, logging_steps=10, num_validation_pairs=2, validation_steps=40, caption_dropout=0)
     losses, accuracies = runs.values(out, "loss"), runs.values(out, "accuracy")
-    assert losses[-1] < 0.68 and accuracies[-1] > 0.65, (losses, accuracies)
+    assert losses[-1] < 0.6 and accuracies[-1] > 0.7, (losses, accuracies)
+    assert runs.values(out, "val_accuracy")[-1] > 0.7 and runs.values(out, "val_loss")[-1] < 0.6
 
 
 def test_sft_trains_on_the_winners_alone(train, world):

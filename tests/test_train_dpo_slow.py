@@ -60,8 +60,8 @@ def test_killed_at_a_random_moment_it_ends_like_an_uninterrupted_run(world, tmp_
 # One process with batch 4 and two with batch 2 sum the same gradients in another order. Adam's epsilon above every gradient keeps its steps
 # proportional to them (otherwise the sign of a zero decides).
 SHARED = dict(
-    learning_rate=0.5, adam_epsilon=1.0, lr_scheduler="cosine", max_train_steps=12, checkpointing_steps=100, caption_dropout=0.3, no_hflip=True,
-    num_validation_pairs=2, validation_steps=6, adam_weight_decay=0,
+    learning_rate=0.5, adam_epsilon=1.0, lr_scheduler="cosine", max_train_steps=12, checkpointing_steps=100, caption_dropout=0.3,
+    no_hflip=True, num_validation_pairs=2, validation_steps=6, adam_weight_decay=0,
 )  # fmt: skip
 
 
