@@ -90,10 +90,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--compare needs --lora_weights_path: there is nothing to compare the base model with")
     if args.lora_scale != 1.0 and not args.lora_weights_path:
         raise ValueError(f"--lora_scale {args.lora_scale:g} has no effect without --lora_weights_path")
-    if args.guidance_scale <= 1:
-        for flag, given in (("--negative_prompt", args.negative_prompt), ("--skip_layer_guidance", args.skip_layer_guidance)):
-            if given:
-                raise ValueError(f"{flag} has no effect at --guidance_scale {args.guidance_scale:g}; use a value above 1")
+    if args.guidance_scale <= 1 and args.skip_layer_guidance:
+        raise ValueError(f"--skip_layer_guidance has no effect at --guidance_scale {args.guidance_scale:g}; use a value above 1")
     if args.skip_layers != build_parser().get_default("skip_layers") and not args.skip_layer_guidance:
         raise ValueError("--skip_layers has no effect without --skip_layer_guidance; 2.8 is usual")
     if args.skip_layer_guidance and args.num_inference_steps < 6:  # it acts where 1 % < i / steps < 20 %, i from 0

@@ -292,7 +292,7 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
 @pytest.mark.parametrize(("argv", "line"), [
     (["--compare"], "--compare needs --lora_weights_path"),
     (["--lora_scale", "0.5"], "--lora_scale 0.5 has no effect without --lora_weights_path"),
-    (["--negative_prompt", "x", "--guidance_scale", "1"], "--negative_prompt has no effect at --guidance_scale 1"),
+    (["--negative_prompt", "x", "--guidance_scale", "1"], "--negative_prompt x has no effect without --guidance_scale above 1"),
     (["--skip_layer_guidance", "2.8", "--guidance_scale", "1"], "--skip_layer_guidance has no effect at --guidance_scale 1"),
     (["--skip_layer_guidance", "2.8"], "--skip_layers 7,8,9: the blocks of"),
     (["--skip_layer_guidance", "2.8", "--num_inference_steps", "5"], "use --num_inference_steps 6 or more"),

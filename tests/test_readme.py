@@ -19,7 +19,10 @@ PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("bench
                    *ROOT.glob("src/*/__main__.py")])  # fmt: skip
 SOURCES = [*PAGES, *SHELL, *PROGRAMS]
 # Who parses the arguments of a wrapper.
-NAMED_OTHERWISE = {"train_grpo_sd3": "train_aesthetic_rlhf_grpo_lora_sd3", "train_ddpo_sd3": "train_aesthetic_ddpo_sd3", "train_dpo_sd15": "train_dpo_sd_v1_5"}  # wrappers
+NAMED_OTHERWISE = {  # wrappers
+    "train_grpo_sd3": "train_aesthetic_rlhf_grpo_lora_sd3", "train_ddpo_sd3": "train_aesthetic_ddpo_sd3", "train_dpo_sd15": "train_dpo_sd_v1_5",
+    "train_refl_sd15": "train_refl_v1_5",
+}  # fmt: skip
 
 
 def wrapper_of(script):
@@ -118,7 +121,8 @@ def test_every_command_exists_and_knows_its_flags(where, file, words, known):
     assert (ROOT / file).is_file(), f"{where} runs {file}, which does not exist"
     if file in OWN_ARGUMENTS:
         return
-    unknown = {word.split("=")[0] for word in words if word.startswith("--")} - known(file)
+    own = words[: words.index("--")] if "--" in words else words  # what follows is for another program
+    unknown = {word.split("=")[0] for word in own if word.startswith("--")} - known(file)
     assert not unknown, f"{where}: {file} does not know {sorted(unknown)}"
 
 
