@@ -20,8 +20,8 @@ PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("bench
 SOURCES = [*PAGES, *SHELL, *PROGRAMS]
 # Who parses the arguments of a wrapper.
 NAMED_OTHERWISE = {  # wrappers
-    "train_grpo_sd3": "train_aesthetic_rlhf_grpo_lora_sd3", "train_ddpo_sd3": "train_aesthetic_ddpo_sd3", "train_dpo_sd15": "train_dpo_sd_v1_5",
-    "train_refl_sd15": "train_refl_v1_5",
+    "train_grpo_sd3": "train_aesthetic_rlhf_grpo_lora_sd3", "train_ddpo_sd3": "train_aesthetic_ddpo_sd3",
+    "train_dpo_sd15": "train_dpo_sd_v1_5", "train_refl_sd15": "train_refl_v1_5",
 }  # fmt: skip
 
 
