@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,9 @@ def check(spec: str, differentiable: bool = False, *, flag: str = "--scorer", **
         ValueError: in one line, naming the scorer and the cure.
     """
     try:
-        _check_options(options)
-        for name in parse(spec):
+        parts = parse(spec)
+        _check_options([name for name, value in options.items() if value is not None])
+        for name in parts:
             scorer = get(name)
             if differentiable and not scorer.differentiable:
                 raise ValueError(f"{name} has no gradient; leave it out, or use one of {', '.join(_differentiable())}")
@@ -110,9 +111,9 @@ def _differentiable() -> list[str]:
     return [name for name in names() if get(name).differentiable]
 
 
-def _check_options(options: Iterable[str]) -> None:
-    declared = {option.name for name in names() for option in get(name).options} if options else set()
-    for name in options:
+def _check_options(given: Sequence[str]) -> None:
+    declared = {option.name for name in names() for option in get(name).options} if given else set()
+    for name in given:
         if name not in declared:
             near = difflib.get_close_matches(name, declared, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(declared))}"
