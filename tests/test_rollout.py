@@ -134,6 +134,15 @@ def test_steps_outside_the_window_are_deterministic(world):
     torch.testing.assert_close(late.latents[:, 0], x, rtol=1e-4, atol=1e-4)
 
 
+def test_decoding_leaves_the_trajectory_as_it_is(world):
+    """The seed of this project overwrote its latents with their unscaled version, and went on denoising that."""
+    model, trajectory = world[0], draw(world, window=range(STEPS - 1))
+    before = [kept.clone() for kept in (trajectory.final, trajectory.latents)]
+    sd3.decode_latents(model, trajectory.final)
+    assert torch.equal(before[0], trajectory.final) and torch.equal(before[1], trajectory.latents)
+    assert trajectory.log_probs.isfinite().all(), "a log-probability at the last step would be NaN"
+
+
 def test_rounded_latents_are_what_is_scored_and_denoised_on(world):
     trajectory = draw(world, dtype=torch.bfloat16)
     assert trajectory.latents.dtype == torch.bfloat16 and trajectory.means.dtype == torch.float32

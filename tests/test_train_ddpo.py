@@ -177,6 +177,24 @@ def test_it_trains_the_adapters_alone_and_leaves_the_documented_files(train, mon
     assert len(runs.state(out / "checkpoint-8")["statistics"]["rewards"]) == 6  # 16 pictures of 6 prompts
 
 
+def test_an_update_makes_good_steps_likelier_than_bad_ones(train, monkeypatch):
+    """After one small update, sum of advantage x log-ratio over the very steps that were trained on is above 0; it was 0 before."""
+    trained, real = [], script.surrogate
+
+    def spy(actor, rollout, t, condition, *rest):
+        trained.append((actor, rollout, t, condition))
+        return real(actor, rollout, t, condition, *rest)
+
+    monkeypatch.setattr(script, "surrogate", spy)
+    train(num_epochs=1, train_gradient_accumulation_steps=2, learning_rate=1e-4, adam_weight_decay=0.0)
+    gain = 0.0
+    for actor, rollout, t, condition in trained:
+        with torch.no_grad():
+            step = sd3_rollout.replay(actor.transformer, rollout.trajectory, t, condition)
+        gain += (rollout.advantage * step.log_ratio).sum().item()
+    assert len(trained) == 4 and gain > 0
+
+
 def test_resumed_it_ends_like_an_uninterrupted_run(train, monkeypatch):
     """Everything that has a state: optimizer, schedule, average, statistics that are used already, a random window."""
     flags = dict(num_epochs=4, checkpointing_epochs=2, use_ema=True, lr_scheduler="cosine", num_inner_epochs=2, window_size=1,
