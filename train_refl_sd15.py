@@ -125,7 +125,7 @@ def decode(model: sd15.SD15, x0: Tensor, batch_size: int) -> Tensor:
 
 
 def reward_loss(reward: Tensor, threshold: float | None) -> Tensor:
-    """relu(threshold - reward) of each picture, or minus its reward: (b,). Source: ImageReward, section 3.2, with its map relu(2 - r)."""
+    """relu(threshold - reward) of each picture, or minus its reward: (b,). Source: ImageReward, algorithm 1, with relu(2 - r)."""
     return -reward if threshold is None else F.relu(threshold - reward)
 
 

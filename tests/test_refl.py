@@ -214,7 +214,8 @@ def test_decoding_in_parts_that_are_recomputed_is_decoding(model):
         images = refl.decode(model, x0, 2)
     torch.testing.assert_close(images, clamped)
     assert images.dtype == torch.float32 and images.shape == (3, 3, 64, 64)
-    torch.testing.assert_close(*(torch.autograd.grad(weigh(value), x0)[0] for value in (images, clamped)))
+    ours, theirs = (torch.autograd.grad(weigh(value), x0)[0] for value in (images, clamped))
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()  # rounding: the VAE saw two and one, or three; in bf16 it would be 1e-2
 
 
 def test_rewards_above_the_threshold_teach_nothing():

@@ -60,7 +60,7 @@ def rollout(predict: Predict, stops: Tensor, schedule: Schedule, draw: Draw) -> 
     x_t = draw("noise")
     for i in range(int(stops.max())):
         x_next = denoise(predict, x_t, i, schedule, step_noise(i, schedule, draw))
-        x_t = torch.where((stops > i).view(-1, 1, 1, 1).to(x_t.device), x_next, x_t)
+        x_t = x_next if i < stops.min() else torch.where((stops > i).view(-1, 1, 1, 1).to(x_t.device), x_next, x_t)
     return x_t
 
 
