@@ -29,6 +29,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
 image = pipeline({prompt!r}).images[0]"""
+UNETS = ("Diffusion-DPO", "SFT", "ReFL", "DRaFT", "DRaFT-LV")  # what the SD1.5 scripts train, each as a LoRA, too
 LOADING = {
     "LoRA": """import torch
 from diffusers import StableDiffusion3Pipeline
@@ -41,7 +42,7 @@ from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
 image = pipeline({prompt!r}).images[0]""",
-    **dict.fromkeys(("Diffusion-DPO LoRA", "SFT LoRA"), ANY_LORA), **dict.fromkeys(("Diffusion-DPO", "SFT"), ANY_PIPELINE),
+    **{f"{kind} LoRA": ANY_LORA for kind in UNETS}, **dict.fromkeys(UNETS, ANY_PIPELINE),
     "Fine-tuned transformer": """import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 

@@ -232,14 +232,23 @@ def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str =
 
 
 def add_data_args(
-    parser: Parser, *, dataset_name: str | None = None, resolution: int | None = 512, caption_dropout: float = 0.1, pairs: bool = False
-) -> None:
-    """Captioned pictures, or preference pairs, how they are cut, and the caches on disk; resolution None: by the model, 512 or 1024."""
-    g = parser.add_argument_group("data")
+    parser: Parser, *, dataset_name: str | None = None, resolution: int | None = 512, caption_dropout: float = 0.1, pairs: bool = False,
+    pretrain: bool = False,
+) -> None:  # fmt: skip
+    """Captioned pictures, or preference pairs, how they are cut, and the caches on disk; resolution None: by the model, 512 or 1024.
+
+    Args:
+        pretrain: the pictures may be left out, their flag is --pretrain_dataset_name, and text is always cached.
+    """
+    g = parser.add_argument_group("captioned pictures, sizes and caches" if pretrain else "data")
     layouts = "folder (metadata.jsonl/.csv) or parquet of pairs, or Hub id" if pairs else (
         "folder (metadata.jsonl/.csv or one .txt per picture), parquet, webdataset or Hub id"
     )  # fmt: skip
-    g.add_argument("--dataset_name", default=dataset_name, help=layouts)
+    if pretrain:
+        g.add_argument("--pretrain_dataset_name", help=f"pictures of the pre-training loss: {layouts} (unset: no such loss)")
+        g.add_argument("--pretrain_loss_weight", type=positive_float, default=1.0, help="weight of their denoising loss")
+    else:
+        g.add_argument("--dataset_name", default=dataset_name, help=layouts)
     g.add_argument("--dataset_revision", help="Hub revision of the data set (unset: its main branch)")
     if pairs:
         _add_pair_columns(parser, g)
@@ -259,10 +268,11 @@ def add_data_args(
     g.add_argument(
         "--cache_latents", action=argparse.BooleanOptionalAction, default=True, help="encode every picture once, keep the latents on disk"
     )
-    g.add_argument(
-        "--cache_text", action=argparse.BooleanOptionalAction, default=True,
-        help="encode every caption once, keep the embeddings on disk and no text encoder in memory",
-    )
+    if not pretrain:
+        g.add_argument(
+            "--cache_text", action=argparse.BooleanOptionalAction, default=True,
+            help="encode every caption once, keep the embeddings on disk and no text encoder in memory",
+        )
     g.add_argument("--cache_batch_size", type=positive_int, default=8, help="samples per forward pass while the caches are filled")
 
 
@@ -377,6 +387,45 @@ def add_dpo_args(parser: Parser) -> None:
     g.add_argument("--label_smoothing", type=fraction, default=0.0, help="share of preferences taken to be the wrong way round (sigmoid)")
     g.add_argument("--sft", action="store_true", help="fine-tune on the winners alone, by their denoising loss, without a reference")
     g.add_argument("--reference_model", metavar="PATH|ID", help="pipeline whose UNet is the reference (unset: the base model)")
+
+
+def add_refl_args(parser: Parser) -> None:
+    """Which steps of a rollout are trained, and what the loss makes of the reward."""
+    g = parser.add_argument_group("reward gradient")
+    g.add_argument(
+        "--method", choices=("refl", "draft", "draft_lv"), default="refl",
+        help="what the gradient flows through: refl one late step, straight to the picture; draft the last --draft_k steps; "
+        "draft_lv the last step, and again for --num_renoised copies of the picture that are noised back to it",
+    )
+    g.add_argument("--num_inference_steps", type=positive_int, default=40, help="denoising steps of a training picture")
+    g.add_argument(
+        "--mid_range", type=non_negative_int, nargs=2, metavar=("FIRST", "LAST"),
+        help="refl draws its step among FIRST to LAST, counted from 0, LAST included (unset: the last quarter, 30 39 of 40)",
+    )
+    g.add_argument("--draft_k", type=positive_int, default=1, help="steps that draft sends the gradient through, each recomputed there")
+    g.add_argument("--num_renoised", type=positive_int, default=2, help="further pictures of draft_lv, at the price of a step each")
+    g.add_argument(
+        "--guidance_scale", type=non_negative_float, default=7.5,
+        help="guidance weight in the rollout, as pictures will be drawn later; 1: off, as published, at half the cost",
+    )
+    g.add_argument("--eta", type=fraction, default=1.0, help="fresh noise of a rollout's steps: 1 as in DDPM, as published; 0 DDIM, none")
+    g.add_argument(
+        "--reward_threshold", type=number,
+        help="the loss is relu(threshold - reward): better pictures teach no more (unset: 2 for image_reward alone, else minus the reward)",
+    )
+    g.add_argument(
+        "--grad_scale", type=positive_float, default=1e-3,
+        help="weight of the reward's loss: it counts beside the pre-training loss and --max_grad_norm, Adam alone ignores it",
+    )
+    g.add_argument("--decode_batch_size", type=positive_int, default=1, help="pictures that are decoded at once, with gradient")
+
+    def last_quarter(args: argparse.Namespace) -> list[int] | None:
+        steps = args.num_inference_steps
+        return [min(3 * steps // 4, steps - 1), steps - 1] if args.method == "refl" else None
+
+    parser.when_unset["mid_range"] = last_quarter
+    alone = ("image_reward", "image_reward=1", "image_reward=1.0")  # of weight 1, so that the threshold is in its own units
+    parser.when_unset["reward_threshold"] = lambda args: 2.0 if args.scorer in alone else None
 
 
 def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dropout: bool = True, unet: bool = False) -> None:
@@ -546,7 +595,7 @@ def add_prompt_args(parser: Parser, *, prompts: str) -> None:
     g = parser.add_argument_group("prompts")
     g.add_argument(
         "--prompts", default=prompts, metavar="NAME|PATH",
-        help="simple_animals, activities or shapes; a .txt with one a line, .jsonl, .csv, .parquet, a data set folder or Hub id",
+        help="simple_animals, activities or shapes; a .txt with one a line, .json, .jsonl, .csv, .parquet, a data set folder or Hub id",
     )
     g.add_argument("--prompt_column", metavar="NAME", help="field of the prompt there (unset: the first of prompt, text, caption)")
     g.add_argument("--prompts_revision", help="Hub revision of those data sets (unset: their main branch)")
@@ -563,14 +612,18 @@ def add_policy_args(parser: Parser, *, full_learning_rate: float) -> None:
     parser.when_unset["learning_rate"] = lambda a: full_learning_rate if a.full_weights and a.optimizer != "prodigy" else lora_rate(a)
 
 
-def add_eval_args(parser: Parser) -> None:
-    """Pictures of fixed prompts and seeds by the deterministic sampler, scored during training."""
+def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: float = 1.0, inference_steps: int = 40) -> None:
+    """Pictures of fixed prompts and seeds by the deterministic sampler, scored during training; `steps`: for scripts without epochs."""
     g = parser.add_argument_group("evaluation")
     g.add_argument("--eval_prompts", metavar="NAME|PATH", help="as --prompts; shapes_held_out for the tiny world (unset: the same prompts)")
     g.add_argument("--num_eval_prompts", type=positive_int, default=32, help="how many of them, from the first on; picture i has seed i")
-    g.add_argument("--eval_epochs", type=positive_int, default=20, help="epochs between evaluations; also before training and at the end")
-    g.add_argument("--eval_num_inference_steps", type=positive_int, default=40, help="denoising steps per picture")
-    g.add_argument("--eval_guidance_scale", type=non_negative_float, default=1.0, help="guidance weight; 1: off")
+    between = "between evaluations; also before training and at the end"
+    if steps:
+        g.add_argument("--eval_steps", type=positive_int, default=steps, help=f"optimizer steps {between}")
+    else:
+        g.add_argument("--eval_epochs", type=positive_int, default=20, help=f"epochs {between}")
+    g.add_argument("--eval_num_inference_steps", type=positive_int, default=inference_steps, help="denoising steps per picture")
+    g.add_argument("--eval_guidance_scale", type=non_negative_float, default=guidance_scale, help="guidance weight; 1: off")
     g.add_argument("--num_eval_images", type=positive_int, default=8, help="pictures that are kept in samples/")
     g.add_argument(
         "--eval_scorers", metavar="NAME[,NAME...]", help="measures that training does not see, as --scorer: they tell a hacked reward"
@@ -760,6 +813,10 @@ def check_trackers(report_to: str) -> None:
         raise ValueError(f"--report_to {report_to}: no wandb login on this machine; run `wandb login`, or set WANDB_MODE=offline")
 
 
+def _data_of(args: argparse.Namespace) -> str | None:
+    return args.dataset_name if hasattr(args, "dataset_name") else args.pretrain_dataset_name
+
+
 # flags, when they count, why they do not
 _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], str], ...] = (
     (("lr_warmup_steps",), lambda a: a.lr_scheduler != "constant" or a.lr_warmup_steps == 0,
@@ -778,9 +835,13 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
      lambda a: getattr(a, "use_lora", True), "without --use_lora"),
     (("hub_model_id",), lambda a: a.push_to_hub, "without --push_to_hub"),
     (("tracker_project_name",), lambda a: a.report_to != "none", "with --report_to none"),
-    (("cache_batch_size",), lambda a: getattr(a, "cache_latents", True) or a.cache_text, "without --cache_latents or --cache_text"),
+    (("cache_batch_size",), lambda a: getattr(a, "cache_latents", True) or getattr(a, "cache_text", True),
+     "without --cache_latents or --cache_text"),
     (("revision",), lambda a: not os.path.isdir(a.pretrained_model_name_or_path), "on a local --pretrained_model_name_or_path"),
-    (("dataset_revision",), lambda a: not os.path.exists(a.dataset_name or ""), "on a local --dataset_name"),
+    (("pretrain_loss_weight", "dataset_revision", "image_column", "caption_column", "max_train_samples", "strict_data", "aspect_buckets",
+      "random_crop", "no_hflip", "caption_dropout", "dataloader_num_workers", "cache_latents"),
+     lambda a: getattr(a, "pretrain_dataset_name", True), "without --pretrain_dataset_name"),
+    (("dataset_revision",), lambda a: not os.path.exists(_data_of(a) or ""), "on a local --dataset_name"),
     (("rank", "lora_alpha", "use_dora", "lora_layers", "lora_blocks", "init_lora", "export_format", "export_merged"),
      lambda a: not getattr(a, "full_weights", False), "with --full_weights"),
     (("negative_prompt",), lambda a: a.guidance_scale > 1, "without --guidance_scale above 1"),
@@ -791,6 +852,9 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("nft_strength", "nft_levels", "nft_old_rate", "nft_old_decay"), lambda a: a.loss == "nft", "without --loss nft"),
     (("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"), lambda a: a.per_prompt_stat_tracking,
      "with --no-per_prompt_stat_tracking"),
+    (("mid_range",), lambda a: a.method == "refl", "without --method refl"),
+    (("draft_k",), lambda a: a.method == "draft", "without --method draft"),
+    (("num_renoised",), lambda a: a.method == "draft_lv", "without --method draft_lv"),
     (("stop_if_eval_drops",), lambda a: a.eval_scorers, "without --eval_scorers, the measures that training does not see"),
     (("scorer_batch_size", "scorer_dtype"), lambda a: a.scorer or getattr(a, "eval_scorers", None), "without --scorer"),
     *(((option,), lambda a, name=name: _judged_by(a, name), f"without {name} in --scorer") for option, name in SCORER_OPTIONS.items()),

@@ -7,6 +7,7 @@ Encoders are loaded only when something is missing from a cache, and leave memor
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,37 @@ def _columns(args: argparse.Namespace) -> preferences.Columns:
     return preferences.Columns(args.chosen_column, args.rejected_column, args.label_column, args.caption_column)
 
 
+def check_pretraining(args: argparse.Namespace, family: ModuleType) -> None:
+    """As `check`, of captioned pictures that may be left out: those of --pretrain_dataset_name."""
+    _check_model(_pretraining(args), family)
+    if args.pretrain_dataset_name:
+        with _flag_renamed():
+            captions.check_source(args.pretrain_dataset_name, image_column=args.image_column, caption_column=args.caption_column)
+
+
+def open_pretraining(args: argparse.Namespace, *, progress: bool) -> captions.CaptionedImages | None:
+    """The pictures of --pretrain_dataset_name, None without; raises as `open_images`."""
+    if args.pretrain_dataset_name is None:
+        return None
+    with _flag_renamed():
+        return open_images(_pretraining(args), progress=progress)[0]
+
+
+def _pretraining(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments as those of a run on the pictures of --pretrain_dataset_name alone."""
+    rest = dict(cache_text=True, num_validation_loss_images=0, validation_prompt=None, validation_prompts_file=None)
+    return argparse.Namespace(**vars(args) | rest, dataset_name=args.pretrain_dataset_name)
+
+
+@contextlib.contextmanager
+def _flag_renamed() -> Iterator[None]:
+    """Refusals inside name the flag that the pictures were given by."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--dataset_name", "--pretrain_dataset_name")) from error
+
+
 def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
     """The pictures to train on, and those held out for the validation loss (None if there are none).
 
@@ -167,6 +199,14 @@ def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3
         train, held_out = open_images(args, progress=run.is_main)
     parts = [train, held_out or train.subset([])]
     return _assemble(run, args, family, samples.Samples, parts, parts, "pictures")
+
+
+def prepare_pretraining(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs | None:
+    """The same for the pictures of --pretrain_dataset_name, all of which are trained on; None without."""
+    if args.pretrain_dataset_name is None:
+        return None
+    with _flag_renamed():
+        return prepare(run, _pretraining(args), family)
 
 
 def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs:

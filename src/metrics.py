@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 NAMES = {
     "step": "optimizer steps done",
-    "loss": "training loss: squared velocity error (mean over latent values), or the preference loss; mean over the window's samples",
+    "loss": "training loss: squared velocity error (mean over latent values), preference loss, or what ReFL makes of the reward; mean over "
+    "the window's samples",
     "grad_norm": "global norm of the gradient before clipping, mean over the window",
     "lr": "learning rate of the last step in the window",
     "epoch": "passes over the training set so far",
@@ -33,8 +34,9 @@ NAMES = {
     "val_loss_sigma_0.5": "that loss at noise level 0.5",
     "val_loss_sigma_0.75": "that loss at noise level 0.75: the median of training with shift 3",
     "val_loss_sigma_0.95": "that loss at noise level 0.95: composition",
-    "reward": "weighted sum of the scorers on the pictures of an epoch, drawn for training, mean over those that could be judged",
-    "reward_std": "standard deviation of that sum over the epoch's pictures",
+    "reward": "weighted sum of the scorers on pictures drawn for training, mean over those of the epoch or window that could be judged",
+    "reward_std": "standard deviation of that sum over those pictures",
+    "pretrain_loss": "squared error of the predicted noise on the captioned pictures of the pre-training loss, before its weight",
     "unjudged": "pictures of the epoch that a scorer could not judge: they are left out of the update",
     "no_signal": "share of the epoch's pictures whose advantage is 0, as in a group of equal rewards",
     "policy_loss": "the part of the loss that follows the reward; 0 at ratio 1, so its size says nothing",
@@ -48,7 +50,7 @@ NAMES = {
     "memory_gb": "peak memory of the main process: on the GPU, or in RAM without one (1 GB = 10^9 bytes)",
 }
 FAMILIES = {  # of names that end in that of a scorer
-    "reward/": "this scorer on the pictures of an epoch, on its own scale",
+    "reward/": "this scorer on pictures drawn for training, on its own scale",
     "eval/": "this scorer on the evaluation prompts, deterministic sampler, fixed seeds",
 }
 VARYING = frozenset({"images_per_second", "seconds", "memory_gb"})  # the only names that a resumed run writes differently

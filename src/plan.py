@@ -127,6 +127,49 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     _print(rows)
 
 
+def show_reward_gradient(
+    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None, family: ModuleType, rollout_steps: float,
+    trained_steps: int, recomputed: bool,
+) -> None:  # fmt: skip
+    """Print the plan of a run that follows the gradient of a reward.
+
+    Args:
+        adapt, whole: as for `show`.
+        rollout_steps: denoising steps of a picture without gradient, on average; trained_steps: with gradient; recomputed: these once more.
+
+    Raises:
+        ValueError: the prompts, or the pictures of the pre-training loss, cannot be read.
+    """
+    path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args, progress=True)
+    denoiser = family.denoiser_from_config(path, args.revision)
+    adapt(denoiser)
+    trained, tokens = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), text_tokens(args, family)
+    counts, batch = family.parameter_counts(path, args.revision), args.train_batch_size * args.gradient_accumulation_steps
+    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER) | {"vae": counts["vae"] * 4}
+    if whole:
+        weights |= weight_bytes({part: counts[part] for part in whole.parts}, denoiser, whole.weight, family.DENOISER)
+    trained_bytes = trained * per_trained_parameter(args, whole)
+
+    passes = 2 if args.guidance_scale > 1 else 1
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=args.gradient_checkpointing, family=family)
+    forward = _passes(denoiser, args.resolution, tokens, family)[0]
+    each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
+    rate, texts = optim.learning_rate(args.learning_rate, args.scale_lr, batch), {"", *found.texts}
+    width, pooled = family.text_width(denoiser.config)
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
+        ("memory", _memory(args, weights, trained_bytes) + "; scorers, too"),
+        ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_steps} steps"),
+        ("pictures", f"{len(pretraining or []):,} for the pre-training loss"),
+        ("steps", f"{args.max_train_steps:,} of {batch} drawn picture(s), one process"),
+        ("  a picture", f"{rollout_steps:g} denoising steps without gradient, {trained_steps} with, {passes} pass(es) each"),
+        ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
+        ("compute", f"{_flops(each * batch)} per step, {_flops(each * batch * args.max_train_steps)} in all, at {tokens} text tokens; "
+                    "decoding and scoring come on top"),
+        _cache_row(args, "text", len(texts), len(texts) * ((tokens * width + pooled) * BYTES[args.mixed_precision] + ENTRY_BYTES)),
+    ]  # fmt: skip
+    _print(rows)
+
+
 def _model_rows(
     args: argparse.Namespace, counts: dict[str, int], weights: dict[str, int], trained: int, trained_bytes: float, whole: Whole | None
 ) -> list[tuple[str, str]]:

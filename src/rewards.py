@@ -1,4 +1,4 @@
-"""Scores of pictures during reinforcement learning: of rollouts, on a background thread if wanted, and of fixed prompts for evaluation."""
+"""Scores of pictures in training on a reward: of rollouts, on a background thread if wanted, and of fixed prompts for evaluation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from src import checkpoint, cli, ema, inputs, metrics, runtime, scorers, validation
 from src.data import prompts
-from src.pipelines import sd3
 
 if TYPE_CHECKING:
     from src.scorers.mixture import Mixture
@@ -36,8 +35,11 @@ class Prompts:
         return list(dict.fromkeys(prompt.text for prompt in (*self.training, *self.evaluation)))
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, *, differentiable: bool = False) -> None:
     """Refuse prompts and scorers that do not work, alone or together; prompts that have to be downloaded are looked at later.
+
+    Args:
+        differentiable: --scorer has to pass a gradient to the pictures.
 
     Raises:
         ValueError: naming the flag and the cure.
@@ -45,7 +47,7 @@ def check(args: argparse.Namespace) -> None:
     options = cli.scorer_options(args)
     for flag, spec in (("--scorer", args.scorer), ("--eval_scorers", args.eval_scorers)):
         if spec is not None:
-            scorers.check(spec, flag=flag, **options)
+            scorers.check(spec, differentiable and flag == "--scorer", flag=flag, **options)
     both = scorers.parse(args.scorer).keys() & scorers.parse(args.eval_scorers).keys() if args.eval_scorers else ()
     if both:
         raise ValueError(f"--eval_scorers {args.eval_scorers}: {', '.join(sorted(both))} is trained on, and evaluated anyway; leave it out")
@@ -173,17 +175,19 @@ def stop(run: runtime.Run, saver: checkpoint.Checkpointer, scoring: Rewards) -> 
 
 
 class Evaluator:
-    """Draws and scores fixed prompts from fixed seeds by the deterministic sampler: before training, every --eval_epochs, and at the end.
+    """Draws and scores fixed prompts from fixed seeds by the deterministic sampler: before training, every --eval_epochs (in a script
+    without epochs: --eval_steps), and at the end.
 
     Picture i is that of prompt i and seed i. The first of them are kept in `samples`, beside those from before training. Belongs into a
     checkpoint: it remembers what --eval_scorers said before training.
 
     Args:
+        model: with denoiser and VAE, of the family of `texts`.
         average: its weights stand in for the raw ones meanwhile, if given.
     """
 
     def __init__(
-        self, run: runtime.Run, args: argparse.Namespace, model: sd3.SD3, texts: inputs.Texts, found: Sequence[prompts.Prompt],
+        self, run: runtime.Run, args: argparse.Namespace, model: Any, texts: inputs.Texts, found: Sequence[prompts.Prompt],
         log: metrics.Log, mixture: Mixture, *, average: ema.Ema | None = None,
     ):  # fmt: skip
         self.run_, self.args, self.model, self.texts, self.prompts = run, args, model, texts, list(found)
@@ -194,10 +198,13 @@ class Evaluator:
         self.before: dict[str, float] = {}  # of each held-out scorer, at step 0
         self.now: dict[str, float] = {}
         self._step = -1  # of the last evaluation
+        epochs = hasattr(args, "num_epochs")
+        self.every, self.rounds = (args.eval_epochs, args.num_epochs) if epochs else (args.eval_steps, args.max_train_steps)
+        self.batch_size = args.sample_batch_size if epochs else args.train_batch_size  # no more at once than training holds
 
-    def run_if_due(self, epoch: int, step: int) -> None:
-        """epoch: done so far."""
-        if epoch % self.args.eval_epochs == 0 and epoch < self.args.num_epochs:
+    def run_if_due(self, done: int, step: int) -> None:
+        """done: epochs so far, or optimizer steps in a script without."""
+        if done % self.every == 0 and done < self.rounds:
             self.run(step)
 
     @torch.no_grad()
@@ -237,15 +244,15 @@ class Evaluator:
         mine = [min(i, count - 1) for i in range(run.rank * share, (run.rank + 1) * share)]
         negative = self.texts.condition([""]) if args.eval_guidance_scale > 1 else None
         names, columns, kept = [], [], []
-        for start in range(0, share, args.sample_batch_size):  # no more at once than training holds
-            part = mine[start : start + args.sample_batch_size]
+        for start in range(0, share, self.batch_size):
+            part = mine[start : start + self.batch_size]
             found = [self.prompts[i] for i in part]
             texts, metadata = [prompt.text for prompt in found], [prompt.metadata for prompt in found]
             with run.accelerator.autocast():
-                pictures = sd3.render(
-                    self.model, self.model.transformer, self.texts.condition(texts), negative=negative, seeds=part,
+                pictures = self.texts.family.render(
+                    self.model, self.model.denoiser, self.texts.condition(texts), negative=negative, seeds=part,
                     height=args.resolution, width=args.resolution, num_inference_steps=args.eval_num_inference_steps,
-                    guidance_scale=args.eval_guidance_scale, batch_size=args.sample_batch_size,
+                    guidance_scale=args.eval_guidance_scale, batch_size=self.batch_size,
                 )  # fmt: skip
             scored = [mixture(pictures, texts, metadata) for mixture in self.mixtures]
             values = {"reward": scored[0].total} | {name: value for scores in scored for name, value in scores.parts.items()}

@@ -46,6 +46,13 @@ def test_json_lines_keep_the_other_fields_as_metadata(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_json_list_holds_objects_as_imagerewards_does_or_texts(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "000010-0137", "text": "a fox"}, {"id": "000010-0138", "text": "an owl"}]))
+    assert prompts.read(str(tmp_path / "a.json"), cache_dir=None)[1] == Prompt("an owl", {"id": "000010-0138"})
+    (tmp_path / "b.json").write_text('["a fox", " two cats "]')
+    assert texts(tmp_path / "b.json") == ["a fox", "two cats"]
+
+
 def test_column_of_a_data_set_folder_a_table_and_a_csv(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -72,6 +79,9 @@ BAD = {
     "empty JSON lines": ("a.jsonl", "\n", None, "holds no prompt"),
     "not JSON": ("a.jsonl", '{"prompt": "a"}\n{oops}\n', None, "line 2 is not JSON"),
     "JSON that is no object": ("a.jsonl", '["a"]\n', None, "line 1 must be an object"),
+    "a JSON object for a list": ("a.json", '{"prompt": "a"}', None, "must hold one list"),
+    "a list of numbers": ("a.json", '["a", 3]', None, "entry 2 must be a text or an object"),
+    "a broken list": ("a.json", '["a",\n', None, "line 2 is not JSON"),
     "no such column": ("a.jsonl", '{"prompt": "a"}\n', "caption", "has no column caption; it has prompt"),
     "no column at all": ("a.csv", "words\na\n", None, "--prompt_column"),
     "prompt that is no text": ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', None, "row 2 has no text in 'prompt'"),

@@ -1,8 +1,9 @@
-"""Prompts that pictures are drawn for in reinforcement learning, and which of them an epoch draws, K pictures each.
+"""Prompts that pictures are drawn for in training on a reward, and which of them an epoch draws, K pictures each.
 
-A source of prompts is named by one text: a list of ours (`BUILT_IN`), a text file with one prompt a line, JSON lines (every field besides
-the prompt is metadata for the scorers), or the text column of a data set. Which prompt a sample gets is a function of (seed, epoch,
-position in the epoch) alone: it does not depend on the number of processes, and a resumed run needs no stored state.
+A source of prompts is named by one text: a list of ours (`BUILT_IN`), a text file with one prompt a line, JSON lines or a JSON list such as
+ImageReward's (every field besides the prompt is metadata for the scorers), or the text column of a data set. Which prompt a sample gets is
+a function of (seed, epoch, position in the epoch) alone: it does not depend on the number of processes, and a resumed run needs no stored
+state.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     """All prompts of a source, in its order; a prompt that stands there twice is drawn twice as often.
 
     Args:
-        column: field of the prompt in JSON lines, CSV, parquet or a data set; None: the first of `COLUMNS` that exists.
+        column: field of the prompt in JSON, CSV, parquet or a data set; None: the first of `COLUMNS` that exists.
         cache_dir: where a data set of the Hub is downloaded to.
         revision: of a data set of the Hub.
 
@@ -118,7 +119,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     elif kind == "rows":
         file = Path(source).expanduser()
         file = next(file / name for name in _METADATA if (file / name).is_file()) if file.is_dir() else file
-        rows = _csv_rows(file, where) if file.suffix == ".csv" else _json_rows(file, where)
+        rows = {".csv": _csv_rows, ".json": _json_list}.get(file.suffix.lower(), _json_rows)(file, where)
         found = _from_rows(rows, column, where)
     else:
         found = _from_table(source, kind, column, cache_dir, revision, where)
@@ -128,7 +129,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
 
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
-_ALLOWED = f"one of {', '.join(BUILT_IN)}, a .txt, .jsonl, .csv or .parquet file, a data set folder, or a Hub id (owner/name)"
+_ALLOWED = f"one of {', '.join(BUILT_IN)}, a .txt, .json, .jsonl, .csv or .parquet file, a data set folder, or a Hub id (owner/name)"
 
 
 def _kind(source: str, flag: str) -> str:
@@ -137,7 +138,7 @@ def _kind(source: str, flag: str) -> str:
     if source in BUILT_IN:
         return "built-in"
     if path.is_file():
-        kind = {".txt": "lines", ".jsonl": "rows", ".csv": "rows", ".parquet": "parquet"}.get(path.suffix.lower())
+        kind = {".txt": "lines", ".json": "rows", ".jsonl": "rows", ".csv": "rows", ".parquet": "parquet"}.get(path.suffix.lower())
         if kind:
             return kind
     elif path.is_dir():
@@ -172,6 +173,21 @@ def _json_rows(file: Path, where: str) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             raise ValueError(f'{where}: line {number} must be an object like {{"prompt": "a fox"}}')
         rows.append(row)
+    return rows
+
+
+def _json_list(file: Path, where: str) -> list[dict[str, Any]]:
+    """Rows of one JSON list of objects, or of texts."""
+    try:
+        rows = json.loads(_text(file, where))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: line {error.lineno} is not JSON ({error.msg}); one list of objects or of texts") from error
+    if not isinstance(rows, list):
+        raise ValueError(f'{where}: must hold one list such as [{{"prompt": "a fox"}}], got a {type(rows).__name__}')
+    rows = [{COLUMNS[0]: row} if isinstance(row, str) else row for row in rows]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: entry {number} must be a text or an object like {{"prompt": "a fox"}}, got {row!r}')
     return rows
 
 
