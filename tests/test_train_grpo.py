@@ -588,7 +588,7 @@ def test_bad_input_is_one_line_with_the_cure(world, tmp_path, monkeypatch, capsy
 
 
 def test_a_scorer_without_weights_is_refused_with_the_download(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(script.rewards.scorers, "check", lambda spec, flag, **_: (_ for _ in ()).throw(
+    monkeypatch.setattr(script.rewards.scorers, "check", lambda spec, differentiable=False, *, flag, **_: (_ for _ in ()).throw(
         ValueError(f"{flag} {spec}: weights are missing: run bash scripts/download.sh")))  # fmt: skip
     with pytest.raises(SystemExit):
         script.parse_args(world.argv(tmp_path / "out", **GRPO))

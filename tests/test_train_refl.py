@@ -312,7 +312,7 @@ BAD = {  # what is wrong: flags, what the line must name, the cure in it
     "prompts that are not there": (dict(prompts="nowhere.txt"), "--prompts nowhere.txt", "give"),
     "a held-out scorer that is trained on": (dict(eval_scorers="tiny_clip"), "--eval_scorers", "leave it out"),
     "nothing to hold against": (dict(stop_if_eval_drops=0.1), "--stop_if_eval_drops", "--eval_scorers"),
-    "another family": (dict(pretrained_model_name_or_path="models/tiny-sd3"), "--pretrained_model_name_or_path", "Stable Diffusion"),
+    "another family": (dict(pretrained_model_name_or_path="models/tiny-sd3"), "--pretrained_model_name_or_path", "StableDiffusionPipeline"),
 }
 
 
