@@ -27,9 +27,11 @@ def source_of(thing) -> ast.AST:
 
 
 def reads(tree: ast.AST) -> set[str]:
-    """X of every `args.X`, `run.args.X`, `self.args.X` in a piece of code."""
+    """X of every `args.X`, `run.args.X`, `self.args.X` in a piece of code, and "?X" of `getattr(args, "X", default)`."""
     found = set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node.args[0]) == "args":
+            found |= {f"?{node.args[1].value}"} if isinstance(node.args[1], ast.Constant) else set()
         if isinstance(node, ast.Attribute):
             owner = node.value
             if (isinstance(owner, ast.Name) and owner.id == "args") or (isinstance(owner, ast.Attribute) and owner.attr == "args"):
@@ -75,12 +77,13 @@ def reached(tree: ast.AST, names: dict, seen: set) -> set[str]:
 
 
 def flags_of_script(name: str) -> tuple[set[str], set[str]]:
-    """Declared and read flags."""
+    """Declared and read flags; what is read only where a script has it counts for those that do."""
     module = importlib.import_module(name)
     declared = {action.dest for action in module.build_parser()._actions} - {"help", "config"}  # cli.parse itself reads --config
     tree = ast.parse(inspect.getsource(module))
     tree.body = [node for node in tree.body if getattr(node, "name", "") != "check"]
-    return declared, reached(tree, vars(module), set())
+    found = reached(tree, vars(module), set())
+    return declared, {name for name in found if not name.startswith("?")} | {name for name in declared if f"?{name}" in found}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

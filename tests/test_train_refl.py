@@ -269,7 +269,7 @@ def test_xl_trains_too(world, tiny_sdxl_folder, tmp_path):
 # --------------------------------------------------------------------------- arguments
 
 
-def test_defaults_that_depend_on_others(world, monkeypatch):
+def test_defaults_that_depend_on_others(world):
     """ReFL's published step is one of 30 .. 39 of 40; its threshold 2 belongs to ImageReward's scale."""
     def parsed(**flags):
         return cli.parse(script.build_parser(), runs.command_line(pretrained_model_name_or_path=world.model, report_to="none", **flags))
@@ -312,7 +312,7 @@ BAD = {  # what is wrong: flags, what the line must name, the cure in it
     "prompts that are not there": (dict(prompts="nowhere.txt"), "--prompts nowhere.txt", "give"),
     "a held-out scorer that is trained on": (dict(eval_scorers="tiny_clip"), "--eval_scorers", "leave it out"),
     "nothing to hold against": (dict(stop_if_eval_drops=0.1), "--stop_if_eval_drops", "--eval_scorers"),
-    "another family": (dict(pretrained_model_name_or_path="models/tiny-sd3"), "--pretrained_model_name_or_path", "Stable Diffusion"),
+    "another family": (dict(pretrained_model_name_or_path="models/tiny-sd3"), "--pretrained_model_name_or_path", "StableDiffusionPipeline"),
 }
 
 
