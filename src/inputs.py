@@ -106,8 +106,9 @@ def check_pairs(args: argparse.Namespace, family: ModuleType) -> None:
 def _check_model(args: argparse.Namespace, family: ModuleType) -> None:
     family.check_folder(args.pretrained_model_name_or_path)
     family.check_resolution(args.pretrained_model_name_or_path, args.resolution)
-    if args.validation_prompts_file and not validation_prompts(args):
-        raise ValueError(f"--validation_prompts_file {args.validation_prompts_file} holds no prompt; one per line")
+    file = getattr(args, "validation_prompts_file", None)
+    if file and not validation_prompts(args):
+        raise ValueError(f"--validation_prompts_file {file} holds no prompt; one per line")
 
 
 def _columns(args: argparse.Namespace) -> preferences.Columns:
@@ -116,7 +117,7 @@ def _columns(args: argparse.Namespace) -> preferences.Columns:
 
 def check_pretraining(args: argparse.Namespace, family: ModuleType) -> None:
     """As `check`, of captioned pictures that may be left out: those of --pretrain_dataset_name."""
-    _check_model(_pretraining(args), family)
+    _check_model(args, family)
     if args.pretrain_dataset_name:
         with _flag_renamed():
             captions.check_source(args.pretrain_dataset_name, image_column=args.image_column, caption_column=args.caption_column)
@@ -127,13 +128,12 @@ def open_pretraining(args: argparse.Namespace, *, progress: bool) -> captions.Ca
     if args.pretrain_dataset_name is None:
         return None
     with _flag_renamed():
-        return open_images(_pretraining(args), progress=progress)[0]
+        return open_images(args, progress=progress)[0]
 
 
-def _pretraining(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments as those of a run on the pictures of --pretrain_dataset_name alone."""
-    rest = dict(cache_text=True, num_validation_loss_images=0, validation_prompt=None, validation_prompts_file=None)
-    return argparse.Namespace(**vars(args) | rest, dataset_name=args.pretrain_dataset_name)
+def _dataset(args: argparse.Namespace) -> str:
+    """The captioned pictures: of --dataset_name, or in a script that can do without them of --pretrain_dataset_name."""
+    return getattr(args, "dataset_name", None) or getattr(args, "pretrain_dataset_name", None)
 
 
 @contextlib.contextmanager
@@ -152,10 +152,10 @@ def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.C
         ValueError: the data set cannot be read, or nothing is left to train on.
     """
     images = captions.open_captioned(
-        args.dataset_name, image_column=args.image_column, caption_column=args.caption_column, cache_dir=args.cache_dir,
+        _dataset(args), image_column=args.image_column, caption_column=args.caption_column, cache_dir=args.cache_dir,
         max_train_samples=args.max_train_samples, strict=args.strict_data, revision=args.dataset_revision, progress=progress,
     )  # fmt: skip
-    wanted = args.num_validation_loss_images
+    wanted = getattr(args, "num_validation_loss_images", 0)
     count = min(MAX_HELD_OUT, len(images) // 20) if wanted is None else wanted
     if count == 0:
         return images, None
@@ -183,9 +183,9 @@ def open_pairs(args: argparse.Namespace, *, progress: bool) -> tuple[preferences
 
 def validation_prompts(args: argparse.Namespace) -> list[str]:
     """Prompts of --validation_prompt and --validation_prompts_file, in order, each once."""
-    prompts = list(args.validation_prompt or [])
-    if args.validation_prompts_file:
-        prompts += [line.strip() for line in Path(args.validation_prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts, file = list(getattr(args, "validation_prompt", None) or []), getattr(args, "validation_prompts_file", None)
+    if file:
+        prompts += [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     return list(dict.fromkeys(prompts))
 
 
@@ -206,7 +206,7 @@ def prepare_pretraining(run: runtime.Run, args: argparse.Namespace, family: Modu
     if args.pretrain_dataset_name is None:
         return None
     with _flag_renamed():
-        return prepare(run, _pretraining(args), family)
+        return prepare(run, args, family)
 
 
 def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs:
@@ -243,7 +243,7 @@ def _assemble(
     path, length = args.pretrained_model_name_or_path, getattr(args, "max_sequence_length", None)
     length = family.default_sequence_length(path, args.revision) if length is None else length
     prompts = ["", *validation_prompts(args), *(record.prompt for part in parts for record in part.records)]
-    text = _text_cache(run, args, family, prompts, length) if args.cache_text else None
+    text = _text_cache(run, args, family, prompts, length) if getattr(args, "cache_text", True) else None
     resident = ("vae",) if text else ("vae", "text")
     model = family.load(path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device, parts=resident)
     picture_sizes = [[size for size in part for _ in range(each)] for part in sizes]

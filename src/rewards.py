@@ -198,9 +198,10 @@ class Evaluator:
         self.before: dict[str, float] = {}  # of each held-out scorer, at step 0
         self.now: dict[str, float] = {}
         self._step = -1  # of the last evaluation
-        epochs = hasattr(args, "num_epochs")
-        self.every, self.rounds = (args.eval_epochs, args.num_epochs) if epochs else (args.eval_steps, args.max_train_steps)
-        self.batch_size = args.sample_batch_size if epochs else args.train_batch_size  # no more at once than training holds
+        self.every = getattr(args, "eval_epochs", None) or getattr(args, "eval_steps", None)
+        self.rounds = getattr(args, "num_epochs", None) or getattr(args, "max_train_steps", None)
+        # no more at once than training holds
+        self.batch_size = getattr(args, "sample_batch_size", None) or getattr(args, "train_batch_size", None)
 
     def run_if_due(self, done: int, step: int) -> None:
         """done: epochs so far, or optimizer steps in a script without."""

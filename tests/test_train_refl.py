@@ -269,7 +269,7 @@ def test_xl_trains_too(world, tiny_sdxl_folder, tmp_path):
 # --------------------------------------------------------------------------- arguments
 
 
-def test_defaults_that_depend_on_others(world, monkeypatch):
+def test_defaults_that_depend_on_others(world):
     """ReFL's published step is one of 30 .. 39 of 40; its threshold 2 belongs to ImageReward's scale."""
     def parsed(**flags):
         return cli.parse(script.build_parser(), runs.command_line(pretrained_model_name_or_path=world.model, report_to="none", **flags))
