@@ -211,8 +211,8 @@ def main(args: argparse.Namespace) -> None:
     evaluator = rewards.Evaluator(run, args, actor.model, texts, found.evaluation, log, scoring.mixture, average=average)
     tracked = args.per_prompt_stat_tracking_buffer_size if args.per_prompt_stat_tracking else 0
     statistics = PromptStatistics(tracked, args.per_prompt_stat_tracking_min_count)
-    parts = actor.parts() | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator, "statistics": statistics}
-    parts |= {"ema": average} if average else {}
+    parts = actor.parts(updates) | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator}
+    parts |= {name: part for name, part in (("ema", average), ("statistics", statistics)) if part}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_epochs * updates, keep=args.checkpoints_total_limit,
                                     parts=parts, write_weights=actor.writer(average))  # fmt: skip
     first_epoch = saver.resume(args.resume_from_checkpoint) // updates

@@ -210,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
     log = metrics.Log(run, every=updates, total=total_steps, images_per_add=sampler.samples_per_epoch)
     scoring = rewards.Rewards(run, rewards.build(run, args, args.scorer), background=args.async_rewards)
     evaluator = rewards.Evaluator(run, args, actor.model, texts, found.evaluation, log, scoring.mixture, average=average)
-    parts = actor.parts() | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator}
+    parts = actor.parts(updates) | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator}
     parts |= {name: part for name, part in (("ema", average), ("old", old)) if part}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_epochs * updates, keep=args.checkpoints_total_limit,
                                     parts=parts, write_weights=actor.writer(average))  # fmt: skip

@@ -33,6 +33,8 @@ def check(args: argparse.Namespace) -> None:
     if args.full_weights:
         full.check_output(args.output_dir, args.pretrained_model_name_or_path)
         sharding.check(os.environ, pieces=False, train_text_encoder=False, optimizer=args.optimizer)
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("FSDP2 spreads weights that are trained as a whole: add --full_weights, or train the LoRA with --multi_gpu")
 
 
 def check_steps(args: argparse.Namespace) -> None:
@@ -138,11 +140,11 @@ class Policy:
                 stack.enter_context(lora.disabled(self.transformer))
             yield self._copy or self.transformer
 
-    def parts(self) -> dict[str, Any]:
-        """What a checkpoint holds of it."""
-        if self.args.full_weights:
-            return {"weights": full.State({"transformer": self.transformer})}
-        return {"lora": lora.State(self.transformer)} | ({"reference": self._start} if self._start else {})
+    def parts(self, updates: int) -> dict[str, Any]:
+        """What a checkpoint holds of it, and that an epoch has so many `updates`."""
+        weights = full.State({"transformer": self.transformer}) if self.args.full_weights else lora.State(self.transformer)
+        parts = {"weights" if self.args.full_weights else "lora": weights, "pace": Pace(updates)}
+        return parts | ({"reference": self._start} if self._start else {})
 
     def save(self, folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
         """Write the weights to `folder`, and their moving average, if one is kept, to `folder`/ema; every process calls it."""
@@ -170,6 +172,20 @@ class Policy:
             full.complete_pipeline(self.model.path, args.output_dir, trained=["transformer"], revision=args.revision, variant=args.variant)
         if args.export_merged and self.run.is_main:
             lora.export_merged(self.transformer, args.output_dir / "merged_transformer")
+
+
+class Pace:
+    """Optimizer steps per epoch, a part of a checkpoint: its number counts steps, so a resumed run has to keep them."""
+
+    def __init__(self, updates: int):
+        self.updates = updates
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["updates"] != self.updates:
+            raise ValueError(f"saved with {state['updates']} optimizer steps an epoch, this run has {self.updates}")
 
 
 class _Start:

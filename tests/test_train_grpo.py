@@ -360,7 +360,7 @@ def whole(world, tmp_path_factory):
 
 def assert_same(whole, parts):
     ended = runs.state(whole / "checkpoint-8")
-    assert ended.keys() == {"step", "kinds", "lora", "optimizer", "ema", "schedule", "log", "evaluator"}
+    assert ended.keys() == {"step", "kinds", "lora", "pace", "optimizer", "ema", "schedule", "log", "evaluator"}
     runs.assert_identical(ended, runs.state(parts / "checkpoint-8"))
     for folder in (".", "ema", "checkpoint-8"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))
@@ -403,6 +403,13 @@ def test_sigterm_inside_an_epoch_goes_back_to_its_start(train, whole, monkeypatc
     assert checkpoint.find_latest(parts).name == f"checkpoint-{2 * epoch}" and not (parts / runs.WEIGHTS).exists()
     assert "--resume_from_checkpoint latest" in capsys.readouterr().out
     assert_same(whole, train("parts", **LONG, resume_from_checkpoint="latest"))
+
+
+def test_a_resumed_run_keeps_the_updates_of_an_epoch(train):
+    """A checkpoint's number counts optimizer steps: with others an epoch, the run would go on in the wrong place."""
+    train(checkpointing_epochs=1)
+    with pytest.raises(ValueError, match="saved with 2 optimizer steps an epoch, this run has 1.*--updates_per_epoch 2 -> 1"):
+        train(updates_per_epoch=1, num_epochs=8, resume_from_checkpoint="latest")
 
 
 def test_a_non_finite_loss_stops_the_run_before_it_is_saved(train, tmp_path, monkeypatch):

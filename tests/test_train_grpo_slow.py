@@ -148,3 +148,10 @@ def test_a_few_epochs_on_the_shipped_model_through_the_wrapper(tmp_path):
     evaluated = runs.values(out, "eval/shapes_strict")
     assert len(evaluated) == 2 and abs(evaluated[1] - evaluated[0]) <= 0.1 and 0.2 < evaluated[0] < 0.8
     assert len(runs.values(out, "reward")) == 3
+
+
+def test_sharded_weights_draw_and_learn_as_whole_ones(tiny_sd3_folder, tmp_path):
+    """FSDP2 over two processes: log-ratio 0 right after sampling, the gradient of one process, and back to the start of an epoch."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded_rollout.py"]
+    said = runs.finish(runs.start([*command, str(tiny_sd3_folder)], tmp_path / "log"), tmp_path / "log")
+    assert said.count("as one process") == 2
