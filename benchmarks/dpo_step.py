@@ -72,10 +72,11 @@ class Loop:
         self.alphas = self.model.alphas_cumprod.to(self.device)
         unet = sd15.load(path, parts=("unet",), device=self.device, dtype=torch.float32 if args.full else DTYPES[args.dtype]).unet
         torch.manual_seed(0)
-        self.frozen = copy.deepcopy(unet) if args.full else unet
-        self.unet = unet.requires_grad_(True) if args.full else unet
-        if not args.full:
+        if args.full:
+            unet.requires_grad_(True)
+        else:
             lora.add(unet, rank=16)
+        self.unet, self.frozen = unet, copy.deepcopy(unet) if args.full else unet
         weights = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=self.device == "cuda")
 

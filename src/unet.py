@@ -74,11 +74,15 @@ def load(run: runtime.Run, args: argparse.Namespace) -> sd15.SD15:
 
 
 def load_frozen(run: runtime.Run, args: argparse.Namespace, source: str | None) -> nn.Module:
-    """Another UNet beside the trained one, of `source` or, if None, of the base model; in fp32 as that is, so that equal weights agree."""
+    """Another UNet beside the trained one, of `source` or, if None, of the base model; use it without gradient.
+
+    All that decides on kernels is as in the trained one, so that equal weights give equal bits: fp32, `requires_grad` (torch's matmul
+    folds its operands in another way for a frozen weight), and compilation.
+    """
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     path, options = (source, {}) if source else (path, options)
-    unet = sd15.load(path, **options, dtype=torch.float32, device=run.device, parts=("unet",)).unet
-    if args.compile:  # as the trained one: compiled kernels round otherwise
+    unet = sd15.load(path, **options, dtype=torch.float32, device=run.device, parts=("unet",)).unet.requires_grad_(True)
+    if args.compile:
         sd15.compile_blocks(unet)
     return unet
 

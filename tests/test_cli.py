@@ -31,7 +31,7 @@ def reads(tree: ast.AST) -> set[str]:
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node.args[0]) == "args":
-            found.add(f"?{node.args[1].value}")
+            found |= {f"?{name.value}" for name in node.args[1:2] if isinstance(name, ast.Constant)}
         if isinstance(node, ast.Attribute):
             owner = node.value
             if (isinstance(owner, ast.Name) and owner.id == "args") or (isinstance(owner, ast.Attribute) and owner.attr == "args"):
