@@ -231,6 +231,7 @@ def main(args: argparse.Namespace) -> None:
 
         # 5. update
         grad_norm = run.clip_gradients(weights, args.max_grad_norm)
+        # twin: update
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -238,6 +239,7 @@ def main(args: argparse.Namespace) -> None:
             average.update()
 
         done = step + 1
+        # end twin
         log.add(grad_norm=grad_norm, **{name: torch.stack([measures[name] for measures in found]).mean() for name in found[0]})
         log.write(done, lr=schedule.get_last_lr()[0], epoch=done / data.plan.steps_per_epoch)
         validator.run_if_due(done)

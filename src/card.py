@@ -29,6 +29,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
 image = pipeline({prompt!r}).images[0]"""
+UNETS = ("Diffusion-DPO", "SFT", "ReFL", "DRaFT", "DRaFT-LV")  # what the SD1.5 scripts train, each as a LoRA, too
 LOADING = {
     "LoRA": """import torch
 from diffusers import StableDiffusion3Pipeline
@@ -41,7 +42,7 @@ from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
 image = pipeline({prompt!r}).images[0]""",
-    **dict.fromkeys(("Diffusion-DPO LoRA", "SFT LoRA"), ANY_LORA), **dict.fromkeys(("Diffusion-DPO", "SFT"), ANY_PIPELINE),
+    **{f"{kind} LoRA": ANY_LORA for kind in UNETS}, **dict.fromkeys(UNETS, ANY_PIPELINE),
     "Fine-tuned transformer": """import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -82,7 +83,7 @@ def write(
     folder = Path(args.output_dir)
     where = (args.hub_model_id or folder.name) if args.push_to_hub else str(folder)
     readme = folder / "README.md"
-    trained_on = trained_on or f"{images} pictures of `{args.dataset_name}`, {args.max_train_steps} optimizer steps"
+    trained_on = trained_on or f"{images} pictures of `{getattr(args, 'dataset_name', '')}`, {args.max_train_steps} optimizer steps"
     readme.write_text(text(args, kind=kind, trained_on=trained_on, prompt=prompt, where=where), encoding="utf-8")
     if not args.push_to_hub:
         return
@@ -105,10 +106,11 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
     folder, base = Path(args.output_dir), hub_name(args.pretrained_model_name_or_path)
     lines = metrics.read(folder / "metrics.jsonl")
     rows = []
-    for name, meaning in metrics.NAMES.items():
+    of_scorers = sorted({name for line in lines for name in line} - metrics.NAMES.keys())
+    for name in (*metrics.NAMES, *of_scorers):
         values = [line[name] for line in lines if line.get(name) is not None]  # null: it was not finite
         if values and name != "step":
-            rows.append(f"| `{name}` | {values[0]:.4g} | {values[-1]:.4g} | {meaning} |")
+            rows.append(f"| `{name}` | {values[0]:.4g} | {values[-1]:.4g} | {metrics.meaning(name)} |")
     grids = sorted((folder / "samples").glob("step-*.png"))
     picture = f"\n![validation pictures, before and after](samples/{grids[-1].name})\n" if grids else ""
     curves = "\n![curves and samples from first to last](summary.png)\n" if (folder / "summary.png").exists() else ""
@@ -151,15 +153,16 @@ def front_matter(args: argparse.Namespace, kind: str) -> str:
     if base.startswith(SD35):
         fields |= {"license": "other", "license_name": "stabilityai-ai-community",
                    "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE.md"}  # fmt: skip
+    data = getattr(args, "dataset_name", "")  # a run on a reward has none
     if base in OPENRAIL.values():
         fields["license"] = "openrail++" if "xl" in base else "creativeml-openrail-m"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", args.dataset_name) and not Path(args.dataset_name).exists():
-        fields["datasets"] = [args.dataset_name]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).exists():
+        fields["datasets"] = [data]
     tags = [*kind.lower().split(), "template:sd-lora"] if kind.endswith("LoRA") else [kind.lower()]
     fields["tags"] = ["text-to-image", "diffusers", *tags]
     steps = sorted(path for path in (folder / "samples").glob("step-*") if path.is_dir())
     widget = []
-    for number, prompt in enumerate(args.validation_prompt or []):  # they come first among the validation prompts
+    for number, prompt in enumerate(getattr(args, "validation_prompt", None) or []):  # they come first among the validation prompts
         pictures = sorted(steps[-1].glob(f"{number:02d}-*.png")) if steps else []
         widget += [{"text": prompt, "output": {"url": pictures[0].relative_to(folder).as_posix()}}] if pictures else []
     if widget:

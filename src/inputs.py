@@ -1,4 +1,4 @@
-"""What a trainer feeds on, from its arguments: captioned pictures or preference pairs, buckets, the text and latent caches, batches.
+"""What a trainer feeds on, from its arguments: captioned pictures, preference pairs or prompts, with buckets, caches and batches.
 
 `family` is the module of the model: `pipelines.sd3`, or `pipelines.sd15` for Stable Diffusion 1.x, 2.x and XL.
 Encoders are loaded only when something is missing from a cache, and leave memory as soon as it is filled: T5-XXL alone is 9.5 GB.
@@ -7,6 +7,7 @@ Encoders are loaded only when something is missing from a cache, and leave memor
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,7 @@ class Inputs:
         """Embeddings of prompts, from the cache or from the resident encoders: embeds (b, L, D), pooled (b, P)."""
         if self.text is None:
             return self.family.encode_prompts(self.model, prompts, self.sequence_length)
-        entries = [self.text.read(prompt) for prompt in prompts]
-        embeds, pooled = (torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled"))
-        return self.family.Conditioning(embeds, pooled).to(self.run.device)
+        return _cached(self.text, prompts, self.run.device, self.family)
 
 
 def check(args: argparse.Namespace, family: ModuleType = sd3) -> None:
@@ -107,12 +106,43 @@ def check_pairs(args: argparse.Namespace, family: ModuleType) -> None:
 def _check_model(args: argparse.Namespace, family: ModuleType) -> None:
     family.check_folder(args.pretrained_model_name_or_path)
     family.check_resolution(args.pretrained_model_name_or_path, args.resolution)
-    if args.validation_prompts_file and not validation_prompts(args):
-        raise ValueError(f"--validation_prompts_file {args.validation_prompts_file} holds no prompt; one per line")
+    file = getattr(args, "validation_prompts_file", None)
+    if file and not validation_prompts(args):
+        raise ValueError(f"--validation_prompts_file {file} holds no prompt; one per line")
 
 
 def _columns(args: argparse.Namespace) -> preferences.Columns:
     return preferences.Columns(args.chosen_column, args.rejected_column, args.label_column, args.caption_column)
+
+
+def check_pretraining(args: argparse.Namespace, family: ModuleType) -> None:
+    """As `check`, of captioned pictures that may be left out: those of --pretrain_dataset_name."""
+    _check_model(args, family)
+    if args.pretrain_dataset_name:
+        with _flag_renamed():
+            captions.check_source(args.pretrain_dataset_name, image_column=args.image_column, caption_column=args.caption_column)
+
+
+def open_pretraining(args: argparse.Namespace, *, progress: bool) -> captions.CaptionedImages | None:
+    """The pictures of --pretrain_dataset_name, None without; raises as `open_images`."""
+    if args.pretrain_dataset_name is None:
+        return None
+    with _flag_renamed():
+        return open_images(args, progress=progress)[0]
+
+
+def _dataset(args: argparse.Namespace) -> str:
+    """The captioned pictures: of --dataset_name, or in a script that can do without them of --pretrain_dataset_name."""
+    return getattr(args, "dataset_name", None) or getattr(args, "pretrain_dataset_name", None)
+
+
+@contextlib.contextmanager
+def _flag_renamed() -> Iterator[None]:
+    """Refusals inside name the flag that the pictures were given by."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--dataset_name", "--pretrain_dataset_name")) from error
 
 
 def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
@@ -122,10 +152,10 @@ def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.C
         ValueError: the data set cannot be read, or nothing is left to train on.
     """
     images = captions.open_captioned(
-        args.dataset_name, image_column=args.image_column, caption_column=args.caption_column, cache_dir=args.cache_dir,
+        _dataset(args), image_column=args.image_column, caption_column=args.caption_column, cache_dir=args.cache_dir,
         max_train_samples=args.max_train_samples, strict=args.strict_data, revision=args.dataset_revision, progress=progress,
     )  # fmt: skip
-    wanted = args.num_validation_loss_images
+    wanted = getattr(args, "num_validation_loss_images", 0)
     count = min(MAX_HELD_OUT, len(images) // 20) if wanted is None else wanted
     if count == 0:
         return images, None
@@ -153,9 +183,9 @@ def open_pairs(args: argparse.Namespace, *, progress: bool) -> tuple[preferences
 
 def validation_prompts(args: argparse.Namespace) -> list[str]:
     """Prompts of --validation_prompt and --validation_prompts_file, in order, each once."""
-    prompts = list(args.validation_prompt or [])
-    if args.validation_prompts_file:
-        prompts += [line.strip() for line in Path(args.validation_prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts, file = list(getattr(args, "validation_prompt", None) or []), getattr(args, "validation_prompts_file", None)
+    if file:
+        prompts += [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
     return list(dict.fromkeys(prompts))
 
 
@@ -169,6 +199,14 @@ def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3
         train, held_out = open_images(args, progress=run.is_main)
     parts = [train, held_out or train.subset([])]
     return _assemble(run, args, family, samples.Samples, parts, parts, "pictures")
+
+
+def prepare_pretraining(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs | None:
+    """The same for the pictures of --pretrain_dataset_name, all of which are trained on; None without."""
+    if args.pretrain_dataset_name is None:
+        return None
+    with _flag_renamed():
+        return prepare(run, args, family)
 
 
 def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs:
@@ -205,7 +243,7 @@ def _assemble(
     path, length = args.pretrained_model_name_or_path, getattr(args, "max_sequence_length", None)
     length = family.default_sequence_length(path, args.revision) if length is None else length
     prompts = ["", *validation_prompts(args), *(record.prompt for part in parts for record in part.records)]
-    text = _text_cache(run, args, family, prompts, length) if args.cache_text else None
+    text = _text_cache(run, args, family, prompts, length) if getattr(args, "cache_text", True) else None
     resident = ("vae",) if text else ("vae", "text")
     model = family.load(path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device, parts=resident)
     picture_sizes = [[size for size in part for _ in range(each)] for part in sizes]
@@ -218,6 +256,32 @@ def _assemble(
         ),
         held_out=kind(parts[1], sizes[1], **common),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Embeddings of prompts that were encoded before; no text encoder is in memory any more."""
+
+    cache: cache.TensorCache
+    device: torch.device
+    family: ModuleType
+
+    def condition(self, prompts: list[str]) -> sd3.Conditioning:
+        """embeds (b, L, D), pooled (b, P), read from the disk, which is little beside a denoising step."""
+        return _cached(self.cache, prompts, self.device, self.family)
+
+
+def prepare_texts(run: runtime.Run, args: argparse.Namespace, prompts: list[str], family: ModuleType = sd3) -> Texts:
+    """Encode every prompt that no earlier run has encoded."""
+    path, length = args.pretrained_model_name_or_path, getattr(args, "max_sequence_length", None)
+    length = family.default_sequence_length(path, args.revision) if length is None else length
+    return Texts(_text_cache(run, args, family, prompts, length), run.device, family)
+
+
+def _cached(text: cache.TensorCache, prompts: list[str], device: torch.device, family: ModuleType) -> sd3.Conditioning:
+    entries = {prompt: text.read(prompt) for prompt in dict.fromkeys(prompts)}  # a group has one prompt, many times
+    embeds, pooled = (torch.stack([entries[prompt][name] for prompt in prompts]) for name in ("embeds", "pooled"))
+    return family.Conditioning(embeds, pooled).to(device)
 
 
 def _fingerprint(args: argparse.Namespace, *folders: str) -> str:

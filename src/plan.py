@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import inputs, optim
+from src import inputs, optim, policy, rewards
 from src.data import buckets
 from src.pipelines import sd3
 
@@ -69,22 +69,121 @@ def show(
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     flops = sample_flops(family, denoiser, args, tokens, preference) * batch
 
-    rows = [("model", args.pretrained_model_name_or_path)]
-    for part, count in counts.items():
-        rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {_residence(args, part)}"))
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
     if reference:
-        rows.append(("  reference", f"{counts[family.DENOISER]:>15,} parameters  {_size(reference):>9}"))
+        rows.insert(-1, ("  reference", f"{counts[family.DENOISER]:>15,} parameters  {_size(reference):>9}"))
     kind, epochs = "pairs" if preference else "pictures", args.max_train_steps * batch / len(samples)
     rows += [
-        ("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}"),
         ("memory", _memory(args, weights, trained_bytes + reference)),
         (kind, _samples(samples, held_out)),
         ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(flops)} per step, {_flops(flops * args.max_train_steps)} in all, at {tokens} text tokens"),
     ]
-    for name, (entries, size) in cache_bytes(args, samples, held_out, denoiser, tokens, family).items():
-        rows.append((f"{name} cache", f"{entries:,} entries, {_size(size)} in {args.cache_dir} (what is there already is used again)"))
+    rows += [_cache_row(args, name, *found) for name, found in cache_bytes(args, samples, held_out, denoiser, tokens, family).items()]
+    _print(rows)
+
+
+def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int, reference: bool, other_passes: int = 0) -> None:
+    """Print the plan of a run that learns from its own pictures.
+
+    Args:
+        updates: optimizer steps per epoch. trained_steps: denoising steps, or noise levels, that each picture is trained at.
+        reference: whether each of them takes a forward pass of the reference, too. other_passes: further ones without gradient.
+
+    Raises:
+        ValueError: the prompts cannot be read.
+    """
+    path, found = args.pretrained_model_name_or_path, rewards.read_prompts(args)
+    transformer = sd3.transformer_from_config(path, args.revision)
+    policy.adapt(transformer, args)
+    trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
+    counts = sd3.parameter_counts(path, args.revision)
+    whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
+    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision])
+    if whole:  # the reference is a frozen copy
+        copy = weights["transformer"] if reference else 0
+        weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"] + copy
+    trained_bytes = trained * per_trained_parameter(args, whole)
+
+    extra = reference + other_passes
+    pictures, passes = args.sample_batch_size * args.sample_num_batches_per_epoch, 2 if args.guidance_scale > 1 else 1
+    step = step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing)
+    forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
+    each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
+    prompts = {"", args.negative_prompt, *found.texts}
+    entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
+        ("memory", _memory(args, weights, trained_bytes) + "; scorers, too"),
+        ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
+        ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
+        ("  sampling", f"{pictures * args.num_inference_steps * passes:,} forward passes"),
+        ("  training", f"{pictures * trained_steps * passes:,} forward and backward passes, each beside {extra} without gradient"),
+        ("steps", f"{args.num_epochs * updates:,} in {args.num_epochs:,} epochs, {args.num_epochs * pictures:,} pictures"),
+        ("compute", f"{each / forward:.1f} forward passes' worth a picture, {_flops(each * pictures)} an epoch, "
+                    f"{_flops(each * pictures * args.num_epochs)} in all, at {tokens} text tokens"),
+        _cache_row(args, "text", len(prompts), len(prompts) * (entry + ENTRY_BYTES)),
+    ]  # fmt: skip
+    _print(rows)
+
+
+def show_reward_gradient(
+    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None, family: ModuleType, rollout_steps: float,
+    trained_steps: int, recomputed: bool,
+) -> None:  # fmt: skip
+    """Print the plan of a run that follows the gradient of a reward.
+
+    Args:
+        adapt, whole: as for `show`.
+        rollout_steps: denoising steps of a picture without gradient, on average; trained_steps: with gradient; recomputed: these once more.
+
+    Raises:
+        ValueError: the prompts, or the pictures of the pre-training loss, cannot be read.
+    """
+    path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args, progress=True)
+    denoiser = family.denoiser_from_config(path, args.revision)
+    adapt(denoiser)
+    trained, tokens = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), text_tokens(args, family)
+    counts, batch = family.parameter_counts(path, args.revision), args.train_batch_size * args.gradient_accumulation_steps
+    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER) | {"vae": counts["vae"] * 4}
+    if whole:
+        weights |= weight_bytes({part: counts[part] for part in whole.parts}, denoiser, whole.weight, family.DENOISER)
+    trained_bytes = trained * per_trained_parameter(args, whole)
+
+    passes = 2 if args.guidance_scale > 1 else 1
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=args.gradient_checkpointing, family=family)
+    forward = _passes(denoiser, args.resolution, tokens, family)[0]
+    each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
+    rate, texts = optim.learning_rate(args.learning_rate, args.scale_lr, batch), {"", *found.texts}
+    width, pooled = family.text_width(denoiser.config)
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
+        ("memory", _memory(args, weights, trained_bytes) + "; scorers, too"),
+        ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_steps} steps"),
+        ("pictures", f"{len(pretraining or []):,} for the pre-training loss"),
+        ("steps", f"{args.max_train_steps:,} of {batch} drawn picture(s), one process"),
+        ("  a picture", f"{rollout_steps:g} denoising steps without gradient, {trained_steps} with, {passes} pass(es) each"),
+        ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
+        ("compute", f"{_flops(each * batch)} per step, {_flops(each * batch * args.max_train_steps)} in all, at {tokens} text tokens; "
+                    "decoding and scoring come on top"),
+        _cache_row(args, "text", len(texts), len(texts) * ((tokens * width + pooled) * BYTES[args.mixed_precision] + ENTRY_BYTES)),
+    ]  # fmt: skip
+    _print(rows)
+
+
+def _model_rows(
+    args: argparse.Namespace, counts: dict[str, int], weights: dict[str, int], trained: int, trained_bytes: float, whole: Whole | None
+) -> list[tuple[str, str]]:
+    rows = [("model", args.pretrained_model_name_or_path)]
+    for part, count in counts.items():
+        rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {_residence(args, part)}"))
+    return rows + [("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}")]
+
+
+def _cache_row(args: argparse.Namespace, name: str, entries: int, size: int) -> tuple[str, str]:
+    return f"{name} cache", f"{entries:,} entries, {_size(size)} in {args.cache_dir} (what is there already is used again)"
+
+
+def _print(rows: list[tuple[str, str]]) -> None:
     wide = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{wide}}  {value}".rstrip() for name, value in rows))
     print("dry run: no weights were read, nothing was trained")
@@ -121,15 +220,19 @@ def _state(args: argparse.Namespace, whole: Whole | None) -> str:
     return ", ".join([*held, f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")])
 
 
+def _text_is_cached(args: argparse.Namespace) -> bool:
+    return getattr(args, "cache_text", True)  # without the flag there is no other way
+
+
 def _residence(args: argparse.Namespace, part: str) -> str:
-    return "only while the text cache is filled" if part.startswith("text") and args.cache_text else ""
+    return "only while the text cache is filled" if part.startswith("text") and _text_is_cached(args) else ""
 
 
 def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float) -> str:
     """What is certain to be held at the two high points; activations depend on kernels and are left to a trial of a few steps."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
-    training = sum(weights.values()) + trained - (text if args.cache_text else 0)
-    filling = f"{_size(text)} while the text cache is filled, " if args.cache_text else ""
+    training = sum(weights.values()) + trained - (text if _text_is_cached(args) else 0)
+    filling = f"{_size(text)} while the text cache is filled, " if _text_is_cached(args) else ""
     return f"{filling}{_size(training)} while training; activations come on top"
 
 

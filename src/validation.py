@@ -28,9 +28,6 @@ LIGHT, DARK = "#9bb7d4", "#1f5fa8"  # curves: as measured, and smoothed
 class Validator:
     """Validates at step 0, every --validation_steps, and at the end.
 
-    A run that is continued makes the same pictures again; samples of later steps, which an earlier run left, are removed as they are
-    superseded, so that `samples` always tells one story.
-
     Args:
         model: the family's, of which the denoiser is used.
         loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises; or
@@ -48,7 +45,9 @@ class Validator:
         self.log, self.loss, self.average = log, loss, average
         self.measure, self.panels = measure or self._losses, panels
         self.prompts = inputs.validation_prompts(args)
-        self.folder = Path(args.output_dir) / "samples"
+        seeds_of = [args.validation_seed + n for n in range(args.num_validation_images)]
+        names = [[f"{p:02d}-{seed}.png" for seed in seeds_of] for p in range(len(self.prompts))]
+        self.album = Album(run, Path(args.output_dir), self.prompts, names)
 
     def run_if_due(self, step: int) -> None:
         if step % self.args.validation_steps == 0 and step < self.args.max_train_steps:
@@ -64,7 +63,7 @@ class Validator:
                 if len(self.data.held_out):
                     self.log.record(step, **self.measure())
                 if self.prompts:
-                    self._save(step, self._render())
+                    self.album.save(step, self._render())
         finally:
             self.denoiser.train(training)
 
@@ -113,17 +112,30 @@ class Validator:
             rendered.append((pictures * 255).round().to(torch.uint8))  # a quarter of the memory, and of the traffic
         return run.gather(torch.cat(rendered))[: len(jobs)].cpu().float() / 255  # (jobs, 3, H, W)
 
-    def _save(self, step: int, rendered: Tensor) -> None:
-        """PNGs under samples/step-N, and a grid with the pictures from before training beside them."""
-        if not self.run_.is_main:
+
+class Album:
+    """The pictures of each validation: PNGs under samples/step-N, and a grid with those from before training beside them.
+
+    A run that is continued makes the same pictures again; samples of later steps, which an earlier run left, are removed as they are
+    superseded, so that `samples` always tells one story.
+
+    Args:
+        names: file names of each prompt's pictures, equally many for all.
+    """
+
+    def __init__(self, run: runtime.Run, output_dir: Path, prompts: list[str], names: list[list[str]]):
+        self.run, self.folder, self.prompts, self.names = run, output_dir / "samples", prompts, names
+
+    def save(self, step: int, rendered: Tensor) -> None:
+        """Writes pictures (n, 3, H, W) in [0, 1], prompt by prompt; the main process does."""
+        if not self.run.is_main:
             return
         for stale in self.folder.glob(STEPS):
             if _step_of(stale) >= step:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        folder, count = self.folder / f"step-{step:06d}", self.args.num_validation_images
+        folder, count = self.folder / f"step-{step:06d}", len(self.names[0])
         folder.mkdir(parents=True)
-        pictures = images.to_pil(rendered)
-        names = [f"{p:02d}-{self.args.validation_seed + n}.png" for p in range(len(self.prompts)) for n in range(count)]
+        pictures, names = images.to_pil(rendered), [name for row in self.names for name in row]
         for name, picture in zip(names, pictures, strict=True):
             picture.save(folder / name)
 
@@ -131,11 +143,11 @@ class Validator:
         earlier = [self.folder / "step-000000" / name for name in names]
         if step > 0 and all(path.exists() for path in earlier):  # a run that was resumed in another folder has none
             columns.insert(0, ("before", [images.open_rgb(path) for path in earlier]))
-        cells = [picture for p in range(len(self.prompts)) for _, part in columns for picture in part[p * count : (p + 1) * count]]
+        cells = [picture for p in range(len(self.names)) for _, part in columns for picture in part[p * count : (p + 1) * count]]
         above = [label for label, _ in columns for _ in range(count)]
         grid = images.grid(cells, columns=count * len(columns), row_labels=self.prompts, column_labels=above)
         grid.save(self.folder / f"step-{step:06d}.png")
-        self.run_.log_image("samples", grid, step)
+        self.run.log_image("samples", grid, step)
 
 
 # --------------------------------------------------------------------------- summary.png

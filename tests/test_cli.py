@@ -27,15 +27,18 @@ def source_of(thing) -> ast.AST:
 
 
 def reads(tree: ast.AST) -> set[str]:
-    """X of every `args.X`, `run.args.X`, `self.args.X` in a piece of code, and "?X" of `getattr(args, "X", default)`."""
+    """X of every `args.X`, `run.args.X`, `self.args.X` in a piece of code; "?X" where it is read only if the script has it, by
+    `getattr(args, "X", default)`, or stands in for a value that was not given, as in `total or args.X`."""
     found = set()
+    choices = [node for node in ast.walk(tree) if isinstance(node, (ast.IfExp, ast.BoolOp))]
+    chosen = {id(inner) for node in choices for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node.args[0]) == "args":
-            found |= {f"?{name.value}" for name in node.args[1:2] if isinstance(name, ast.Constant)}
+            found |= {f"?{key.value}" for key in node.args[1:2] if isinstance(key, ast.Constant)}
         if isinstance(node, ast.Attribute):
             owner = node.value
             if (isinstance(owner, ast.Name) and owner.id == "args") or (isinstance(owner, ast.Attribute) and owner.attr == "args"):
-                found.add(node.attr)
+                found.add(f"?{node.attr}" if id(node) in chosen else node.attr)
     return found
 
 
@@ -60,7 +63,9 @@ def reached(tree: ast.AST, names: dict, seen: set) -> set[str]:
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and hands_on(node)):
         target = resolve(call.func, names)
         module = getattr(target, "__module__", "") or ""
-        if target is None or id(target) in seen or not module.startswith("src.") or module in ("src.cli", "src.plan"):
+        if target is None or id(target) in seen or not module.startswith("src."):
+            continue
+        if module in ("src.cli", "src.plan") and target.__name__ != "scorer_options":  # which hands them on to the scorers
             continue
         if target.__name__.startswith("check"):
             continue

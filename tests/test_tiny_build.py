@@ -159,10 +159,12 @@ def test_training_lowers_the_flow_loss(tmp_path, offline):
 
 
 def test_random_blots_are_pictures_in_many_colours():
-    pictures = autoencoder.vae_pictures(8, seed=0)
+    pictures = autoencoder.vae_pictures(8, seed=0, blots=4)
     assert pictures.shape == (8, 3, 64, 64) and pictures.dtype == torch.uint8
-    assert torch.equal(pictures, autoencoder.vae_pictures(8, seed=0))
+    assert torch.equal(pictures, autoencoder.vae_pictures(8, seed=0, blots=4))
     assert len(pictures[3].flatten(1).unique(dim=1).T) >= 2
+    drawings = autoencoder.vae_pictures(8, seed=0, blots=0)  # pictures 3 and 7, every fourth, are blots above and drawings here
+    assert [torch.equal(*both) for both in zip(pictures, drawings, strict=True)] == [True, True, True, False] * 2
 
 
 def test_evaluate_prints_the_figures(built, capsys):

@@ -229,10 +229,11 @@ def scale_latents(model: SD15, latents: Tensor) -> Tensor:
 
 
 def decode_pixels(model: SD15, latents: Tensor, batch_size: int = 4) -> Tensor:
-    """The UNet's latents (b, 4, h, w) -> pixels (b, 3, H, W) float32, about [-1, 1] and not clamped; gradients may flow."""
+    """The UNet's latents (b, 4, h, w) -> pixels (b, 3, H, W) float32 at least, about [-1, 1] and not clamped; gradients may flow."""
     latents = latents.to(model.vae.device) / model.vae.config.scaling_factor
     decoded = [model.vae.decode(part.to(model.vae.dtype), return_dict=False)[0] for part in latents.split(batch_size)]
-    return torch.cat(decoded).float()
+    pixels = torch.cat(decoded)
+    return pixels if pixels.dtype == torch.float64 else pixels.float()
 
 
 def decode_latents(model: SD15, latents: Tensor, batch_size: int = 4) -> Tensor:

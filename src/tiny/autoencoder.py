@@ -47,11 +47,11 @@ def random_blots(rng: random.Random, resolution: int) -> torch.Tensor:
     return picture
 
 
-def vae_pictures(n: int, seed: int) -> torch.Tensor:
-    """Return (n, 3, H, W) uint8: three drawings of any shape to one of random blots."""
+def vae_pictures(n: int, seed: int, blots: int) -> torch.Tensor:
+    """Return (n, 3, H, W) uint8: drawings of any shape, every `blots`-th picture random blots instead (0: none)."""
     pictures = torch.empty(n, 3, RESOLUTION, RESOLUTION, dtype=torch.uint8)
     for i in range(n):
-        if i % 4 == 3:
+        if blots and i % blots == blots - 1:
             picture = random_blots(random.Random(f"blots {seed}/{i}"), RESOLUTION)
         else:
             picture = shapes.draw(shapes.drawing(i, seed, "all", shapes.ALL_SHAPES), RESOLUTION)
@@ -80,7 +80,7 @@ def train_vae(vae, args: argparse.Namespace, name: str) -> None:
     """Train in place, with AdamW and a cosine schedule: the whole autoencoder ("vae"), or its decoder alone ("decoder")."""
     frozen_encoder = name == "decoder"
     steps = args.decoder_steps if frozen_encoder else args.vae_steps
-    pictures = vae_pictures(args.vae_pictures, args.seed)
+    pictures = vae_pictures(args.vae_pictures, args.seed, args.vae_blots)
     parameters = list(vae.decoder.parameters() if frozen_encoder else vae.parameters())
     logger.info("%s: %d parameters, %d pictures", name, sum(parameter.numel() for parameter in parameters), len(pictures))
     generator = torch.Generator().manual_seed(args.seed)

@@ -112,23 +112,25 @@ def build_parser() -> argparse.ArgumentParser:
                         help="one stage alone, from the checkpoints before it; decoder and transformer, or unet, may run side by side")
     parser.add_argument("--evaluate", metavar="PATH", help="only print the figures of the model folder PATH")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the drawings and the noise")
-    parser.add_argument("--vae_steps", type=int, default=4000, help="optimizer steps of the autoencoder")
-    parser.add_argument("--decoder_steps", type=int, default=8500, help="optimizer steps of its decoder alone, after that")
+    parser.add_argument("--vae_steps", type=int, help="optimizer steps of the autoencoder; sd3 4000, sd15 10000 when unset")
+    parser.add_argument("--decoder_steps", type=int, help="optimizer steps of its decoder alone; sd3 14000, sd15 4000 when unset")
     parser.add_argument("--vae_batch_size", type=int, default=8, help="pictures in a step of the autoencoder, over all processes")
     parser.add_argument("--vae_pictures", type=int, default=24000, help="pictures that the autoencoder learns from")
+    parser.add_argument("--vae_blots", type=int,
+                        help="every so many-th of them is random blots, so that new shapes survive; 0: none; sd3 4, sd15 0 when unset")
     parser.add_argument("--vae_channels", type=int, nargs=4, default=[16, 16, 32, 64], help="channels of the autoencoder's four levels")
-    parser.add_argument("--stop_at", type=float, default=0.8, help="stop once this share of held-out prompts is right")
+    parser.add_argument("--stop_at", type=float, default=0.85, help="stop once this share of held-out prompts is right")
     parser.add_argument("--batch_size", type=int, default=64, help="drawings in a step of the denoiser, over all processes")
     parser.add_argument("--drawings", type=int, default=24000, help="captioned drawings that the denoiser learns from")
     parser.add_argument("--evaluation_steps", type=int, default=500, help="optimizer steps between evaluations and checkpoints")
     parser.add_argument("--evaluation_prompts", type=int, default=128, help="held-out prompts in an evaluation")
     parser.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance in evaluations")
     sd3 = parser.add_argument_group("sd3")
-    sd3.add_argument("--transformer_steps", type=int, help="optimizer steps of transformer and text encoders, at most; 6200 when unset")
+    sd3.add_argument("--transformer_steps", type=int, help="optimizer steps of transformer and text encoders, at most; 10000 when unset")
     sd3.add_argument("--layers", type=int, help="blocks of the transformer; 6 when unset")
     sd3.add_argument("--heads", type=int, help="attention heads of the transformer, 32 wide each; 4 when unset")
     sd15 = parser.add_argument_group("sd15")
-    sd15.add_argument("--unet_steps", type=int, help="optimizer steps of UNet and text encoder, at most; 9000 when unset")
+    sd15.add_argument("--unet_steps", type=int, help="optimizer steps of UNet and text encoder, at most; 5000 when unset")
     sd15.add_argument("--unet_channels", type=int, nargs="+", help="channels of the UNet's levels, multiples of 8; 64 64 96 when unset")
     return parser
 
@@ -140,6 +142,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.output_dir = args.output_dir or f"models/tiny-{args.only}"
     args.checkpoint_dir = args.checkpoint_dir or f"outputs/build-{args.only}"
     family = FAMILIES[args.only]
+    for name, value in family.AUTOENCODER.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for other in FAMILIES.values():
         for name, value in other.DEFAULTS.items():
             if other is family and getattr(args, name) is None:

@@ -11,7 +11,8 @@ from src.tiny.loop import RESOLUTION
 DENOISER = "transformer"
 SHIFT = 3.0  # of the timestep schedule, as in Stable Diffusion 3.5
 PIPELINE_OPTIONS = {"max_sequence_length": 16}  # of T5: 256 by default, which its tokenizer here does not have
-DEFAULTS = {"transformer_steps": 6200, "layers": 6, "heads": 4}  # of the flags that only this model has
+AUTOENCODER = {"vae_steps": 4000, "decoder_steps": 14000, "vae_blots": 4}  # of the flags that both models have
+DEFAULTS = {"transformer_steps": 10000, "layers": 6, "heads": 4}  # of the flags that only this model has
 
 
 def make_vae(channels: tuple[int, ...] = (16, 16, 32, 64)):
