@@ -267,6 +267,17 @@ def test_nothing_is_left_to_train_and_no_dropout(mixtures):
             assert not any(weight.requires_grad for weight in module.parameters()) and not module.training
 
 
+def test_loading_prints_nothing_and_leaves_transformers_as_it_was(capfd):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    before = logging.get_verbosity()
+    scorers.build("aesthetic_v25,clip")
+    printed = capfd.readouterr()
+    assert printed.out == printed.err == ""
+    assert logging.is_progress_bar_enabled() and logging.get_verbosity() == before
+
+
 def test_autocast_around_a_scorer_changes_nothing(mixtures):
     images = scorer_runs.batch(scorer_runs.photos())
     exact = mixtures["pickscore"](images, scorer_runs.PROMPTS).total

@@ -87,7 +87,7 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
     from safetensors import SafetensorError
 
     source = weights.source
-    with _quiet():
+    with _quiet(bars=not (weights.local or weights.cached)):  # a download of gigabytes should be seen
         try:
             model, report = getattr(transformers, class_name).from_pretrained(source, dtype=loader.dtype, output_loading_info=True)
         except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
@@ -106,16 +106,20 @@ def _such_as(names: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers from printing its report on loading; `pretrained` reads it."""
+def _quiet(bars: bool) -> Iterator[None]:
+    """Keeps transformers from printing its report on loading, which `pretrained` reads; and its progress, unless `bars`."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity, restore = logging.get_verbosity(), not bars and logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if restore:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if restore:
+            logging.enable_progress_bar()
 
 
 def mlp(width: int, *, activation: bool = False) -> nn.Sequential:
