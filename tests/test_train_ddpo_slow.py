@@ -89,7 +89,7 @@ def test_two_processes_are_one_with_batches_twice_as_large(world, tmp_path):
                  adam_epsilon=1e-3, checkpointing_epochs=1)  # fmt: skip  # epsilon: or the sign of a gradient of nearly 0 decides
     one, two = tmp_path / "one", tmp_path / "two"
     runs.finish(launch(world, one, "log", sample_batch_size=8, **flags), one.with_suffix(".log"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "train_ddpo_sd3.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpo_sd3.py"]
     runs.finish(launch(world, two, "log", command=command, sample_batch_size=4, **flags), two.with_suffix(".log"))
     for name, tensor in runs.weights(one).items():
         torch.testing.assert_close(runs.weights(two)[name], tensor, rtol=0, atol=1e-5)
