@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
-    log = metrics.Log(run, every=args.logging_steps, passes=2 if prior else 1)
+    log = metrics.Log(run, every=args.logging_steps, images_per_add=data.plan.global_batch * (2 if prior else 1))
     parts = {name: lora.State(module) for name, module in modules.items()} | {"optimizer": optimizer, "schedule": schedule, "log": log}
     parts |= {"ema": average} if average else {}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,

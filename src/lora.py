@@ -1,9 +1,10 @@
-"""LoRA and DoRA on an SD3 transformer, LoRA on its CLIP text encoders: choose layers, add, switch off, save, load, export.
+"""LoRA and DoRA on an SD3 transformer or a UNet (SD1.x, 2.x, XL), LoRA on SD3's CLIP text encoders: choose layers, add, switch off
+(= the reference), save, load, export.
 
 LoRA adds scale * B A to a frozen weight W (out, in), with A (rank, in), B (out, rank), scale = alpha / rank; B starts at zero, so training
 starts at the base model. DoRA also learns the length of each row: m * (W + scale * B A) / |W + scale * B A|.
 
-Every function takes the transformer bare or wrapped (DDP, torch.compile); those that say `module` take a text encoder as well.
+Every function takes the transformer (or UNet) bare or wrapped (DDP, torch.compile); those that say `module` take a text encoder as well.
 diffusers and peft are imported inside the functions.
 Source: Hu et al., arXiv 2106.09685; Liu et al., arXiv 2402.09353.
 """
@@ -26,6 +27,7 @@ _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v
 _DUAL = ("to_q", "to_k", "to_v", "to_out.0")
 # Every attention projection. diffusers' scripts name only those of `attn`: 191 of SD3.5-medium's 243, the dual attention is never trained.
 DEFAULT_LAYERS = tuple(f"attn.{name}" for name in _JOINT) + tuple(f"attn2.{name}" for name in _DUAL)
+UNET_LAYERS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in _DUAL)  # self- and cross-attention
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of every attention of a CLIP text encoder, as in diffusers' scripts
 TEXT_PARTS = ("text_encoder", "text_encoder_2")  # CLIP-L and CLIP-G by their names in a pipeline and in a LoRA file
 
@@ -39,12 +41,17 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def part_of(module: nn.Module) -> str:
+    """`transformer` (SD3) or `unet`: the module's name in a pipeline, and before every name in a LoRA file."""
+    return "transformer" if hasattr(unwrap(module), "transformer_blocks") else "unet"
+
+
 # --------------------------------------------------------------------------- which layers
 
 
 def _dead(transformer: nn.Module) -> set[str]:
     """Layers whose gradient is always zero: the last block drops its text tokens, so the queries that they ask have no reader."""
-    blocks = transformer.transformer_blocks
+    blocks = transformer.transformer_blocks if part_of(transformer) == "transformer" else ()
     return {f"transformer_blocks.{i}.attn.add_q_proj" for i, block in enumerate(blocks) if block.context_pre_only}
 
 
@@ -64,29 +71,35 @@ def block_numbers(blocks: str, count: int, flag: str = "--lora_blocks") -> set[i
     return numbers
 
 
+_CONTAINERS = r"\.(transformer_blocks|resnets|attentions|downsamplers|upsamplers)"  # what a layer's short name comes after
+
+
 def targets(transformer: nn.Module, layers: str | None = None, blocks: str | None = None) -> list[str]:
-    """Full names of the linear layers that get a LoRA, in the model's order, without those that never get a gradient.
+    """Full names of the layers that get a LoRA, in the model's order, without those that never get a gradient.
 
     Args:
-        layers: comma-separated ends of module names ("attn.to_q,ff.net.2"); None: every attention projection, `attn2` included.
-        blocks: comma-separated numbers and ranges of transformer blocks ("0-11,23"); None: all, and layers outside the blocks too.
+        layers: comma-separated ends of module names ("attn.to_q,ff.net.2"), of linear layers, in a UNet of convolutions too
+            ("conv1,conv2"); None: every attention projection, `attn2` included.
+        blocks: comma-separated numbers and ranges of SD3's transformer blocks ("0-11,23"); None: all, and layers outside the blocks too.
 
     Raises:
         ValueError: naming --lora_layers or --lora_blocks and what exists, if a name or number matches nothing.
     """
     transformer = unwrap(transformer)
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    kinds = nn.Linear if part_of(transformer) == "transformer" else (nn.Linear, nn.Conv2d)
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, kinds)]
     alive = [name for name in linears if name not in _dead(transformer)]
     if blocks is not None:
         prefixes = tuple(f"transformer_blocks.{i}." for i in block_numbers(blocks, len(transformer.transformer_blocks)))
         alive = [name for name in alive if name.startswith(prefixes)]
-    wanted = DEFAULT_LAYERS if layers is None else [name.strip() for name in layers.split(",")]
+    default = DEFAULT_LAYERS if part_of(transformer) == "transformer" else UNET_LAYERS
+    wanted = default if layers is None else [name.strip() for name in layers.split(",")]
     matches = {end: [name for name in alive if name == end or name.endswith(f".{end}")] for end in wanted}
     unmatched = [end for end, names in matches.items() if not names] if layers is not None else []
     if unmatched:
-        ends = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in alive})
+        ends = sorted({re.sub(rf"^.*{_CONTAINERS}\.\d+\.", "", f".{name}").removeprefix(".") for name in alive})
         where = "" if blocks is None else f" with --lora_blocks {blocks}"
-        raise ValueError(f"--lora_layers: no trainable linear layer{where} ends in {', '.join(unmatched)}; there are {', '.join(ends)}")
+        raise ValueError(f"--lora_layers: no trainable layer{where} ends in {', '.join(unmatched)}; there are {', '.join(ends)}")
     chosen = {name for names in matches.values() for name in names}
     return [name for name in alive if name in chosen]
 
@@ -103,10 +116,11 @@ def add(
     A is drawn from torch's global generator, N(0, 1/rank^2) as peft's "gaussian"; B is zero.
 
     Raises:
-        ValueError: what `targets` refuses.
+        ValueError: what `targets` and `check_layers` refuse.
     """
     transformer = unwrap(transformer)
     names = targets(transformer, layers, blocks)
+    check_layers(use_dora, names, transformer)
     _attach(transformer, names, rank=rank, alpha=alpha, dropout=dropout, use_dora=use_dora)
 
 
@@ -232,6 +246,17 @@ def _metadata(module: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_layers(use_dora: bool, names: list[str], module: nn.Module) -> None:
+    """Refuse DoRA on convolutions, whose rows it does not define.
+
+    Raises:
+        ValueError: naming --use_dora.
+    """
+    convolutions = [name for name in names if isinstance(unwrap(module).get_submodule(name), nn.Conv2d)]
+    if use_dora and convolutions:
+        raise ValueError(f"--use_dora works on linear layers, and {convolutions[0]} is a convolution; leave one of both out")
+
+
 def check_export(export_format: str, use_dora: bool) -> None:
     """Refuse, before training, a format that the adapter cannot be written in.
 
@@ -258,14 +283,15 @@ def save(
     Raises:
         ValueError: what `check_export` refuses, before anything is written.
     """
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
     check_export(export_format, _metadata(transformer)["use_dora"])
-    parts = {}
-    for name, module in {"transformer": transformer, **(encoders or {})}.items():
+    denoiser, parts = part_of(transformer), {}
+    for name, module in {denoiser: transformer, **(encoders or {})}.items():
         parts[f"{name}_lora_layers"] = {key: tensor.cpu().contiguous() for key, tensor in state(module).items()}
         parts[f"{name}_lora_adapter_metadata"] = _metadata(module)
-    StableDiffusion3Pipeline.save_lora_weights(str(folder), weight_name=WEIGHTS_NAME, **parts)
+    writer = StableDiffusion3Pipeline if denoiser == "transformer" else StableDiffusionPipeline  # whose files XL's pipeline reads as well
+    writer.save_lora_weights(str(folder), weight_name=WEIGHTS_NAME, **parts)
     if export_format == "kohya":
         export_kohya(transformer, Path(folder) / KOHYA_NAME, encoders=encoders)
 
@@ -283,20 +309,21 @@ def check_init(path: str | Path) -> Path:
     return file
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a saved LoRA; raises ValueError naming --init_lora."""
-    from diffusers import StableDiffusion3Pipeline
+def _read(path: str | Path, denoiser: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a saved LoRA that has one of this denoiser; raises ValueError naming --init_lora."""
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
     from safetensors import SafetensorError
 
     flag, file = f"--init_lora {path}", check_init(path)
     try:
-        tensors, metadata = StableDiffusion3Pipeline.lora_state_dict(
-            str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
-        )
+        reader = StableDiffusion3Pipeline if denoiser == "transformer" else StableDiffusionPipeline
+        options = dict(weight_name=file.name, use_safetensors=True, return_lora_metadata=True)
+        tensors, *_, metadata = reader.lora_state_dict(str(file.parent), **options)  # between them may be alphas of kohya's format
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{flag}: cannot be read as safetensors ({error}); is the file complete?") from error
-    if not any(key.startswith("transformer.") and key.endswith("lora_A.weight") for key in tensors):
-        raise ValueError(f"{flag}: holds no LoRA of an SD3 transformer in diffusers' format (no transformer.*.lora_A.weight)")
+    if not any(key.startswith(f"{denoiser}.") and key.endswith("lora_A.weight") for key in tensors):
+        raise ValueError(f"{flag}: holds no LoRA of {'an SD3 transformer' if denoiser == 'transformer' else 'a UNet'} in diffusers' format "
+                         f"(no {denoiser}.*.lora_A.weight)")
     return tensors, metadata or {}
 
 
@@ -319,17 +346,16 @@ def load(transformer: nn.Module, path: str | Path, *, encoders: Mapping[str, nn.
     Raises:
         ValueError: naming --init_lora, and the flag to change, for another rank, alpha, DoRA, shape or layers that this run leaves out.
     """
-    tensors, metadata = _read(path)
-    encoders = encoders or {}
+    denoiser, encoders = part_of(transformer), encoders or {}
+    tensors, metadata = _read(path, denoiser)
     lost = [part for part in TEXT_PARTS if _part(tensors, part) and part not in encoders]
     if lost:
-        raise ValueError(
-            f"--init_lora {path}: adapts {' and '.join(lost)} too, which this run would drop; "
-            "train_dreambooth_lora_sd3.py --train_text_encoder keeps them"
-        )
+        keeps = "train_dreambooth_lora_sd3.py --train_text_encoder keeps them"
+        cure = keeps if denoiser == "transformer" else "start from a LoRA of the UNet alone"
+        raise ValueError(f"--init_lora {path}: adapts {' and '.join(lost)} too, which this run would drop; {cure}")
     fresh = []
-    for part, module in {"transformer": transformer, **encoders}.items():
-        if part == "transformer" or _part(tensors, part):
+    for part, module in {denoiser: transformer, **encoders}.items():
+        if part == denoiser or _part(tensors, part):
             fresh += _load_part(module, _part(tensors, part), _part(metadata, part), path, part)
         else:
             fresh += [f"{part}.{name}" for name in adapted(module)]
@@ -338,16 +364,15 @@ def load(transformer: nn.Module, path: str | Path, *, encoders: Mapping[str, nn.
 
 def _load_part(module: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, Any], path: str | Path, part: str) -> list[str]:
     flag = f"--init_lora {path}"
-    named = "--rank" if part == "transformer" else "--text_encoder_rank"
+    named = "--text_encoder_rank" if part in TEXT_PARTS else "--rank"
     own, ours = _named(module), _metadata(module)
-    dead = _dead(unwrap(module)) if part == "transformer" else set()
-    tensors = {key: tensor for key, tensor in tensors.items() if key.split(".lora_")[0] not in dead}
+    tensors = {key: tensor for key, tensor in tensors.items() if key.split(".lora_")[0] not in _dead(unwrap(module))}
     rank = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
     if rank != {ours["r"]}:
         raise ValueError(f"{flag}: has rank {', '.join(map(str, sorted(rank)))}, this run {named} {ours['r']}; pass {named} {max(rank)}")
     alpha = metadata.get("lora_alpha", ours["r"])  # diffusers' rule for files without metadata: alpha = rank
     if alpha != ours["lora_alpha"]:
-        if part != "transformer":
+        if part in TEXT_PARTS:
             raise ValueError(f"{flag}: has alpha {alpha:g} in {part}, this run {ours['lora_alpha']:g}; it scales all parts by alpha / rank")
         raise ValueError(f"{flag}: has alpha {alpha:g}, this run --lora_alpha {ours['lora_alpha']:g}; pass --lora_alpha {alpha:g}")
     if metadata.get("use_rslora") or metadata.get("alpha_pattern"):
@@ -438,18 +463,19 @@ def export_kohya(transformer: nn.Module, file: str | Path, *, encoders: Mapping[
 
 def _merged_weight(layer: Any) -> Tensor:
     """The weight that acts as base and adapter together, computed in fp32, in the base's dtype."""
-    weight = layer.base_layer.weight.detach().float()
+    weight = layer.base_layer.weight.detach().float()  # (out, in), of a convolution (out, in, height, width)
     tensors = _tensors(layer)
-    merged = weight + layer.scaling[ADAPTER] * (tensors["lora_B.weight"].detach() @ tensors["lora_A.weight"].detach())
+    update = tensors["lora_B.weight"].detach().flatten(1) @ tensors["lora_A.weight"].detach().flatten(1)
+    merged = weight + layer.scaling[ADAPTER] * update.view_as(weight)
     if "lora_magnitude_vector" in tensors:
         merged = merged * (tensors["lora_magnitude_vector"].detach() / merged.norm(dim=1))[:, None]
     return merged.to(layer.base_layer.weight.dtype)
 
 
 def export_merged(transformer: nn.Module, folder: str | Path) -> None:
-    """Write base and adapter as one ordinary transformer: config.json and one safetensors file; the live model is not touched.
+    """Write base and adapter as one ordinary transformer or UNet: config.json and one safetensors file; the live model is not touched.
 
-    `SD3Transformer2DModel.from_pretrained(folder)` reads it. In the base's dtype, so bf16 rounds the sum once.
+    `SD3Transformer2DModel.from_pretrained(folder)`, or `UNet2DConditionModel`'s, reads it. In the base's dtype: bf16 rounds the sum once.
     """
     from safetensors.torch import save_file
 

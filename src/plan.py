@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
-from src import inputs, lora, optim
+from src import inputs, lora, optim, policy, rewards
 from src.data import buckets, captions
 from src.pipelines import sd3
 
@@ -29,6 +31,14 @@ class Whole:
     parts: tuple[str, ...]
     weight: int
     gradient: int
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What a preference run adds: pairs instead of pictures, and a reference model."""
+
+    reference: bool  # it is consulted
+    copy: bool  # and lies in memory beside the trained one
 
 
 @dataclass(frozen=True)
@@ -58,65 +68,175 @@ class Subject:
 
 
 def show(
-    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None, subject: Subject | None = None
-) -> None:
-    """Print the plan of a flow-matching run.
+    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None, family: ModuleType = sd3,
+    preference: Preference | None = None, subject: Subject | None = None,
+) -> None:  # fmt: skip
+    """Print the plan of a supervised or a preference run.
 
     Args:
-        adapt: applied to the transformer on the meta device; leaves exactly the parameters trainable that the run trains.
-        whole: None for adapters; subject: None but for DreamBooth.
+        adapt: applied to the denoiser on the meta device; leaves exactly the parameters trainable that the run trains.
+        whole: None for adapters; preference: None for captioned pictures; subject: None but for DreamBooth.
 
     Raises:
         ValueError: the data set cannot be read.
     """
-    images, held_out = (subject.images, subject.held_out) if subject else inputs.open_images(args, progress=True)
-    passes = 2 if subject and subject.class_images else 1
-    transformer = sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision)
-    adapt(transformer)
-    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    tokens, batch = text_tokens(args), args.train_batch_size * args.gradient_accumulation_steps
-    counts = sd3.parameter_counts(args.pretrained_model_name_or_path, args.revision)
-    trained += sum(counts[part] for part in whole.parts if part != "transformer") if whole else 0
+    if subject:
+        samples, held_out = subject.images, subject.held_out
+    else:
+        samples, held_out = inputs.open_pairs(args, progress=True) if preference else inputs.open_images(args, progress=True)
+    denoiser = family.denoiser_from_config(args.pretrained_model_name_or_path, args.revision)
+    adapt(denoiser)
+    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    tokens, batch = text_tokens(args, family), args.train_batch_size * args.gradient_accumulation_steps
+    counts = family.parameter_counts(args.pretrained_model_name_or_path, args.revision)
+    trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
     trained += subject.adapters if subject else 0
-    freed = _freed(args, counts, subject)
-    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision])
+    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER)
     if whole:
-        weights |= {part: size for part, size in weight_bytes(counts, transformer, whole.weight).items() if part in whole.parts}
+        trainable = {part: counts[part] for part in whole.parts}
+        weights |= weight_bytes(trainable, denoiser, whole.weight, family.DENOISER)
+    reference = weights[family.DENOISER] if preference and preference.copy else 0
     trained_bytes = trained * per_trained_parameter(args, whole)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
-    flops = step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing) * batch * passes
+    flops = sample_flops(family, denoiser, args, tokens, preference) * batch * (2 if subject and subject.class_images else 1)
 
-    rows = [("model", args.pretrained_model_name_or_path)]
-    for part, count in counts.items():
-        when = "only while the text cache is filled" if part in freed else ""
-        rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {when}"))
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
+    if reference:
+        rows.insert(-1, ("  reference", f"{counts[family.DENOISER]:>15,} parameters  {_size(reference):>9}"))
+    kind, epochs = "pairs" if preference else "pictures", args.max_train_steps * batch / len(samples)
     rows += [
-        ("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}"),
-        ("memory", _memory(weights, trained_bytes, freed)),
-        ("pictures", f"{len(images):,} to train on, {len(held_out or [])} held out, {len(images.skipped)} skipped"),
+        ("memory", _memory(args, weights, trained_bytes + reference)),
+        (kind, _samples(samples, held_out)),
         *(subject.rows if subject else []),
-        ("steps", f"{args.max_train_steps:,} of {batch} picture(s), one process: {args.max_train_steps * batch / len(images):.1f} epochs"),
+        ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(flops)} per step, {_flops(flops * args.max_train_steps)} in all, at {tokens} text tokens"),
     ]
-    for name, (entries, size) in cache_bytes(args, images, held_out, transformer, tokens, subject).items():
-        rows.append((f"{name} cache", f"{entries:,} entries, {_size(size)} in {args.cache_dir} (what is there already is used again)"))
+    cached = cache_bytes(args, samples, held_out, denoiser, tokens, family, subject)
+    _print(rows + [_cache_row(args, name, *found) for name, found in cached.items()])
+
+
+def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int, reference: bool, other_passes: int = 0) -> None:
+    """Print the plan of a run that learns from its own pictures.
+
+    Args:
+        updates: optimizer steps per epoch. trained_steps: denoising steps, or noise levels, that each picture is trained at.
+        reference: whether each of them takes a forward pass of the reference, too. other_passes: further ones without gradient.
+
+    Raises:
+        ValueError: the prompts cannot be read.
+    """
+    path, found = args.pretrained_model_name_or_path, rewards.read_prompts(args)
+    transformer = sd3.transformer_from_config(path, args.revision)
+    policy.adapt(transformer, args)
+    trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
+    counts = sd3.parameter_counts(path, args.revision)
+    whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
+    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision])
+    if whole:  # the reference is a frozen copy
+        copy = weights["transformer"] if reference else 0
+        weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"] + copy
+    trained_bytes = trained * per_trained_parameter(args, whole)
+
+    extra = reference + other_passes
+    pictures, passes = args.sample_batch_size * args.sample_num_batches_per_epoch, 2 if args.guidance_scale > 1 else 1
+    step = step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing)
+    forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
+    each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
+    prompts = {"", args.negative_prompt, *found.texts}
+    entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
+        ("memory", _memory(args, weights, trained_bytes) + "; scorers, too"),
+        ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
+        ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
+        ("  sampling", f"{pictures * args.num_inference_steps * passes:,} forward passes"),
+        ("  training", f"{pictures * trained_steps * passes:,} forward and backward passes, each beside {extra} without gradient"),
+        ("steps", f"{args.num_epochs * updates:,} in {args.num_epochs:,} epochs, {args.num_epochs * pictures:,} pictures"),
+        ("compute", f"{each / forward:.1f} forward passes' worth a picture, {_flops(each * pictures)} an epoch, "
+                    f"{_flops(each * pictures * args.num_epochs)} in all, at {tokens} text tokens"),
+        _cache_row(args, "text", len(prompts), len(prompts) * (entry + ENTRY_BYTES)),
+    ]  # fmt: skip
+    _print(rows)
+
+
+def show_reward_gradient(
+    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None, family: ModuleType, rollout_steps: float,
+    trained_steps: int, recomputed: bool,
+) -> None:  # fmt: skip
+    """Print the plan of a run that follows the gradient of a reward.
+
+    Args:
+        adapt, whole: as for `show`.
+        rollout_steps: denoising steps of a picture without gradient, on average; trained_steps: with gradient; recomputed: these once more.
+
+    Raises:
+        ValueError: the prompts, or the pictures of the pre-training loss, cannot be read.
+    """
+    path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args, progress=True)
+    denoiser = family.denoiser_from_config(path, args.revision)
+    adapt(denoiser)
+    trained, tokens = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), text_tokens(args, family)
+    counts, batch = family.parameter_counts(path, args.revision), args.train_batch_size * args.gradient_accumulation_steps
+    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER) | {"vae": counts["vae"] * 4}
+    if whole:
+        weights |= weight_bytes({part: counts[part] for part in whole.parts}, denoiser, whole.weight, family.DENOISER)
+    trained_bytes = trained * per_trained_parameter(args, whole)
+
+    passes = 2 if args.guidance_scale > 1 else 1
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=args.gradient_checkpointing, family=family)
+    forward = _passes(denoiser, args.resolution, tokens, family)[0]
+    each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
+    rate, texts = optim.learning_rate(args.learning_rate, args.scale_lr, batch), {"", *found.texts}
+    width, pooled = family.text_width(denoiser.config)
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
+        ("memory", _memory(args, weights, trained_bytes) + "; scorers, too"),
+        ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_steps} steps"),
+        ("pictures", f"{len(pretraining or []):,} for the pre-training loss"),
+        ("steps", f"{args.max_train_steps:,} of {batch} drawn picture(s), one process"),
+        ("  a picture", f"{rollout_steps:g} denoising steps without gradient, {trained_steps} with, {passes} pass(es) each"),
+        ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
+        ("compute", f"{_flops(each * batch)} per step, {_flops(each * batch * args.max_train_steps)} in all, at {tokens} text tokens; "
+                    "decoding and scoring come on top"),
+        _cache_row(args, "text", len(texts), len(texts) * ((tokens * width + pooled) * BYTES[args.mixed_precision] + ENTRY_BYTES)),
+    ]  # fmt: skip
+    _print(rows)
+
+
+def _model_rows(
+    args: argparse.Namespace, counts: dict[str, int], weights: dict[str, int], trained: int, trained_bytes: float, whole: Whole | None
+) -> list[tuple[str, str]]:
+    rows = [("model", args.pretrained_model_name_or_path)]
+    for part, count in counts.items():
+        rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {_residence(args, part)}"))
+    return rows + [("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}")]
+
+
+def _cache_row(args: argparse.Namespace, name: str, entries: int, size: int) -> tuple[str, str]:
+    return f"{name} cache", f"{entries:,} entries, {_size(size)} in {args.cache_dir} (what is there already is used again)"
+
+
+def _print(rows: list[tuple[str, str]]) -> None:
     wide = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{wide}}  {value}".rstrip() for name, value in rows))
     print("dry run: no weights were read, nothing was trained")
 
 
+def _samples(samples: Any, held_out: Any) -> str:
+    ties = f", {samples.ties:,} ties dropped" if hasattr(samples, "ties") else ""
+    return f"{len(samples):,} to train on, {len(held_out or [])} held out, {len(samples.skipped)} skipped{ties}"
+
+
 # --------------------------------------------------------------------------- what it holds
 
 
-def weight_bytes(counts: dict[str, int], transformer: nn.Module, number: int) -> dict[str, int]:
-    """Bytes of each frozen part at `number` bytes a weight; the transformer's position embeddings, a buffer, included.
+def weight_bytes(counts: dict[str, int], denoiser: nn.Module, number: int, name: str = "transformer") -> dict[str, int]:
+    """Bytes of each frozen part at `number` bytes a weight; the position embeddings of SD3's transformer, a buffer, included.
 
     Args:
-        counts: parameters of each part; transformer: with or without adapters, on the meta device.
+        counts: parameters of each part; denoiser: with or without adapters, on the meta device; name: its own among them.
     """
-    buffers = sum(buffer.numel() for buffer in transformer.buffers())
-    return {part: (count + (buffers if part == "transformer" else 0)) * number for part, count in counts.items()}
+    buffers = sum(buffer.numel() for buffer in denoiser.buffers())
+    return {part: (count + (buffers if part == name else 0)) * number for part, count in counts.items()}
 
 
 def per_trained_parameter(args: argparse.Namespace, whole: Whole | None = None) -> int:
@@ -132,84 +252,99 @@ def _state(args: argparse.Namespace, whole: Whole | None) -> str:
     return ", ".join([*held, f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")])
 
 
-def _freed(args: argparse.Namespace, parts: Iterable[str], subject: Subject | None) -> list[str]:
-    """The text encoders that leave memory when their work is in the cache: all, or T5 alone where both CLIPs are trained."""
-    stay = lora.TEXT_PARTS if subject and subject.adapters else ()
-    return [part for part in parts if args.cache_text and part.startswith("text") and part not in stay]
+def _leaves(args: argparse.Namespace, part: str) -> bool:
+    """Whether memory is rid of a part once the text cache is filled: of the text encoders, but for the two CLIPs where they are trained."""
+    stays = getattr(args, "train_text_encoder", False) and part in lora.TEXT_PARTS
+    return part.startswith("text") and getattr(args, "cache_text", True) and not stays  # without the flag text is always cached
 
 
-def _memory(weights: dict[str, int], trained: float, freed: list[str]) -> str:
-    """What is certain to be held at the two high points; activations depend on kernels and are left to a trial of a few steps.
+def _residence(args: argparse.Namespace, part: str) -> str:
+    return "only while the text cache is filled" if _leaves(args, part) else ""
 
-    Args:
-        freed: text encoders that leave memory when the text cache is filled.
-    """
+
+def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float) -> str:
+    """What is certain to be held at the two high points; activations depend on kernels and are left to a trial of a few steps."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
-    training = sum(size for part, size in weights.items() if part not in freed) + trained
-    filling = f"{_size(text)} while the text cache is filled, " if freed else ""
+    training = sum(size for part, size in weights.items() if not _leaves(args, part)) + trained
+    filling = f"{_size(text)} while the text cache is filled, " if any(_leaves(args, part) for part in weights) else ""
     return f"{filling}{_size(training)} while training; activations come on top"
 
 
 def cache_bytes(
-    args: argparse.Namespace, images: captions.CaptionedImages, held_out: captions.CaptionedImages | None, transformer: nn.Module,
-    tokens: int, subject: Subject | None = None,
+    args: argparse.Namespace, samples: Any, held_out: Any, denoiser: nn.Module, tokens: int, family: ModuleType = sd3,
+    subject: Subject | None = None,
 ) -> dict[str, tuple[int, int]]:  # fmt: skip
-    """Entries and bytes of the latent and the text cache, those that the flags ask for; class pictures count as squares."""
-    config, width, found = transformer.config, BYTES[args.mixed_precision], {}
+    """Entries and bytes of the latent and the text cache, those that the flags ask for.
+
+    Args:
+        samples, held_out: opened pictures or pairs; subject: its class pictures count as squares.
+    """
+    config, number, found = denoiser.config, BYTES[args.mixed_precision], {}
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     if args.cache_latents:
         keyed = {}  # pictures that are in the data set twice are cached once; only what is trained on is mirrored
-        for part, copies in ((images, 1 if args.no_hflip else 2), (held_out, 1)):
+        for part, copies in ((samples, 1 if args.no_hflip else 2), (held_out, 1)):
             for record in part.records if part else ():
-                size = buckets.assign(record.width, record.height, shapes)
-                keyed[record.key, size] = max(copies, keyed.get((record.key, size), 0))
-        for number in range(subject.class_images if subject else 0):
-            keyed[f"class {number}", (args.resolution, args.resolution)] = 1 if args.no_hflip else 2
-        value = 2 * config.in_channels * width  # bytes per latent: mean and standard deviation
-        sizes = [copies * (value * h * w // sd3.VAE_SCALE**2 + ENTRY_BYTES) for (_, (h, w)), copies in keyed.items()]
+                first, *others = (record.winner, record.loser) if hasattr(record, "winner") else (record,)  # a pair has one size
+                size = buckets.assign(first.width, first.height, shapes)
+                for picture in (first, *others):
+                    keyed[picture.key, size] = max(copies, keyed.get((picture.key, size), 0))
+        for i in range(subject.class_images if subject else 0):
+            keyed[f"class {i}", (args.resolution, args.resolution)] = 1 if args.no_hflip else 2
+        value = 2 * config["in_channels"] * number  # bytes per latent: mean and standard deviation
+        sizes = [copies * (value * h * w // family.VAE_SCALE**2 + ENTRY_BYTES) for (_, (h, w)), copies in keyed.items()]
         found["latent"] = (sum(keyed.values()), sum(sizes))
     if args.cache_text:
         prompts = {"", *inputs.validation_prompts(args), *(subject.class_prompts if subject else ())}
-        prompts |= {record.prompt for part in (images, held_out) if part for record in part.records}
-        entry = (tokens * config.joint_attention_dim + config.pooled_projection_dim) * width + ENTRY_BYTES
-        found["text"] = (len(prompts), len(prompts) * entry)
+        prompts |= {record.prompt for part in (samples, held_out) if part for record in part.records}
+        width, pooled = family.text_width(config)
+        found["text"] = (len(prompts), len(prompts) * ((tokens * width + pooled) * number + ENTRY_BYTES))
     return found
 
 
-def text_tokens(args: argparse.Namespace) -> int:
-    """L: CLIP's tokens plus T5's."""
-    path = args.pretrained_model_name_or_path
-    clip = sd3.read_config(path, "tokenizer/tokenizer_config.json", args.revision)["model_max_length"]
-    return clip + (args.max_sequence_length or sd3.default_sequence_length(path, args.revision))
+def text_tokens(args: argparse.Namespace, family: ModuleType = sd3) -> int:
+    """L, of all text encoders."""
+    return family.text_tokens(args.pretrained_model_name_or_path, args.revision, getattr(args, "max_sequence_length", None))
 
 
 # --------------------------------------------------------------------------- what it costs
 
 
-def step_flops(transformer: nn.Module, resolution: int, tokens: int, *, checkpointing: bool) -> int:
+def sample_flops(
+    family: ModuleType, denoiser: nn.Module, args: argparse.Namespace, tokens: int, preference: Preference | None
+) -> int:
+    """Of one sample in an optimizer step: a picture; or a pair, with the reference's forward passes (without one, its winner alone)."""
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=args.gradient_checkpointing, family=family)
+    if preference is None or not preference.reference:
+        return step
+    return 2 * (step + _passes(denoiser, args.resolution, tokens, family)[0])
+
+
+def step_flops(denoiser: nn.Module, resolution: int, tokens: int, *, checkpointing: bool, family: ModuleType = sd3) -> int:
     """Floating-point operations (a multiply-add is two) of one picture's forward and backward pass, counted on the meta device.
 
     Counted, because no fixed multiple of the forward pass is right: frozen weights need no gradient, so the backward pass of a linear
     layer costs one forward, but that of attention costs 2.5. A LoRA of SD3.5-medium comes to 2.13 forwards at 512 px and 2.37 at 1024.
 
     Args:
-        transformer: on the meta device, with the parameters trainable that are trained.
-        tokens: L, CLIP's tokens plus T5's.
+        denoiser: on the meta device, with the parameters trainable that are trained.
+        tokens: L, of all text encoders.
         checkpointing: adds the second forward pass (but for its few layers outside the blocks).
     """
+    forward, both = _passes(denoiser, resolution, tokens, family)
+    return both + (forward if checkpointing else 0)
+
+
+def _passes(denoiser: nn.Module, resolution: int, tokens: int, family: ModuleType) -> tuple[int, int]:
+    """FLOPs of one picture's forward pass, and of forward and backward pass together."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config, side = transformer.config, resolution // sd3.VAE_SCALE
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        prediction = transformer(
-            hidden_states=torch.empty(1, config.in_channels, side, side), timestep=torch.empty(1),
-            encoder_hidden_states=torch.empty(1, tokens, config.joint_attention_dim),
-            pooled_projections=torch.empty(1, config.pooled_projection_dim), return_dict=False,
-        )[0]  # fmt: skip
+        prediction = denoiser(**family.example_inputs(denoiser.config, resolution // family.VAE_SCALE, tokens), return_dict=False)[0]
         forward = counter.get_total_flops()
         prediction.sum().backward()
-    transformer.zero_grad()
-    return counter.get_total_flops() + (forward if checkpointing else 0)
+    denoiser.zero_grad()
+    return forward, counter.get_total_flops()
 
 
 # --------------------------------------------------------------------------- how it reads

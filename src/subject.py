@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from src import inputs, lora, plan, runtime
-from src.data import cache, captions, dreambooth, sources
+from src.data import cache, captions, dreambooth, samples, sources
 from src.pipelines import sd3
 
 CAPTION_COLUMN = "text"  # the default of --caption_column; another one was asked for, so it has to be there
@@ -30,7 +30,7 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.instance_data_dir and not args.instance_data_dir.is_dir():
         raise ValueError(f"--instance_data_dir {args.instance_data_dir}: no such folder; give one with the pictures of your subject")
-    with dreambooth.naming(_flag(args)):
+    with sources.naming(_flag(args)):
         inputs.check(args, captioned=args.instance_prompt is None or args.caption_column != CAPTION_COLUMN)
         _check_captions(args)
     if args.with_prior_preservation:
@@ -75,7 +75,7 @@ def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.C
     Raises:
         ValueError: the pictures cannot be read, or none is left to train on.
     """
-    with dreambooth.naming(_flag(args)):
+    with sources.naming(_flag(args)):
         train, held_out = inputs.open_images(args, progress=progress, default_prompt=args.instance_prompt)
     return train.subset(list(range(len(train))) * args.repeats), held_out
 
@@ -96,20 +96,24 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
         train, held_out = open_images(args, progress=run.is_main)
     there = _class_folder(args) if args.with_prior_preservation else None
     prompts = [record.prompt for part in (train, held_out) if part for record in part.records]
-    length, text = inputs.text_inputs(run, args, [*prompts, *(_known_prompts(there) if there else [])])
+    text = inputs.encode_texts(run, args, [*prompts, *(_known_prompts(there) if there else [])])
 
     if there:
-        _render_class(run, args, there, text, length)
+        _render_class(run, args, there, text)
         with run.accelerator.main_process_first():
             pictures = dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data, progress=run.is_main)
     resident = "text" if text is None else "clip" if args.train_text_encoder else None  # with a cache T5 is never needed again
     model = _load(run, args, tuple(part for part in ("vae", resident) if part))
-    common = dict(model=model, text=text, sequence_length=length)
-    mask = functools.partial(dreambooth.masks, folder=args.mask_data_dir, factor=sd3.VAE_SCALE)
-    data = inputs.assemble(run, args, train, held_out, masks=mask if args.mask_from_alpha or args.mask_data_dir else None, **common)
+
+    def assemble(*parts: captions.CaptionedImages, name: str, **options: Any) -> inputs.Inputs:
+        return inputs.assemble(run, args, sd3, samples.Samples, parts, parts, name, model=model, text=text, **options)
+
+    masks = functools.partial(dreambooth.masks, folder=args.mask_data_dir, factor=sd3.VAE_SCALE)
+    masked = args.mask_from_alpha or args.mask_data_dir
+    data = assemble(train, held_out or train.subset([]), name="pictures", masks=masks if masked else None)
     if there is None:
         return data, None
-    return data, inputs.assemble(run, args, pictures, first_position=data.plan.global_batch, kind="class pictures", **common)
+    return data, assemble(pictures, pictures.subset([]), name="class pictures", first_position=data.plan.global_batch)
 
 
 def planned(args: argparse.Namespace, *, adapt_text: Callable[[nn.Module], None]) -> plan.Subject:
@@ -169,15 +173,13 @@ def _known_prompts(there: dreambooth.ClassFolder) -> list[str]:
     return [*there.prompts, *filter(None, (captions.caption_text(row.caption) for row in rows if row.name in there.own))]
 
 
-def _render_class(
-    run: runtime.Run, args: argparse.Namespace, there: dreambooth.ClassFolder, text: cache.TensorCache | None, length: int
-) -> None:
+def _render_class(run: runtime.Run, args: argparse.Namespace, there: dreambooth.ClassFolder, text: cache.TensorCache | None) -> None:
     """Render this process's share of the missing class pictures with the base model, which is loaded if there are any."""
     missing = there.missing()
     run.barrier()  # every process has looked before one of them writes
     if missing:
         run.print(f"{len(missing)} of {there.count} class pictures are missing: rendering them into {there.folder}")
-        render = _renderer(run, args, text, length)
+        render = _renderer(run, args, text)
         share = dict(batch_size=args.sample_batch_size, rank=run.rank, world=run.world, progress=run.is_main)
         dreambooth.render_missing(there, render, settings=_class_settings(args), **share)
         del render
@@ -187,15 +189,15 @@ def _render_class(
     run.barrier()
 
 
-def _renderer(
-    run: runtime.Run, args: argparse.Namespace, text: cache.TensorCache | None, length: int
-) -> Callable[[list[str], list[int]], Tensor]:
+def _renderer(run: runtime.Run, args: argparse.Namespace, text: cache.TensorCache | None) -> Callable[[list[str], list[int]], Tensor]:
     """`render(prompts, seeds) -> (b, 3, H, W)` with the base model, its text from the cache if there is one."""
     model = _load(run, args, ("transformer", "vae") if text else ("transformer", "vae", "text"))
 
     @torch.no_grad()
     def condition(prompts: list[str]) -> sd3.Conditioning:
-        return inputs.cached_condition(text, prompts) if text else sd3.encode_prompts(model, prompts, length)
+        if text:
+            return inputs.Texts(text, run.device, sd3).condition(prompts)
+        return sd3.encode_prompts(model, prompts, inputs.sequence_length(args))
 
     def render(prompts: list[str], seeds: list[int]) -> Tensor:
         negative = condition([""]) if args.class_guidance_scale > 1 else None

@@ -117,12 +117,12 @@ def open_captioned(
     columns = {"image_column": image_column, "caption_column": caption_column, "captioned": default_prompt is None}
     check_source(dataset_name, **columns)
     source = open_source(dataset_name, **columns, cache_dir=cache_dir, revision=revision)
-    memo = _Memo(cache_dir / "scans" / f"{_key(os.path.abspath(dataset_name).encode())}.json")
+    memo = Memo.of(dataset_name, cache_dir)
     rows: list[int] = []
     records: list[Record] = []
     skipped: list[str] = []
     try:
-        for row, found in _scan(source, memo, default_prompt, progress):
+        for row, found in scan(source, memo, progress, default_prompt):
             if isinstance(found, Record):
                 rows.append(row)
                 records.append(found)
@@ -156,7 +156,7 @@ def _report(usable: str, skipped: list[str], ignored: int) -> None:
 # --------------------------------------------------------------------------- the scan
 
 
-def _scan(source: Source, memo: _Memo, default_prompt: str | None, progress: bool) -> Iterator[tuple[int, Record | str]]:
+def scan(source: Source, memo: Memo, progress: bool, default_prompt: str | None = None) -> Iterator[tuple[int, Record | str]]:
     """(row, record or what is wrong with it) in order; a thread pool works at most a block ahead."""
     from tqdm import tqdm
 
@@ -169,7 +169,7 @@ def _scan(source: Source, memo: _Memo, default_prompt: str | None, progress: boo
                 yield row, found
 
 
-def _inspect(source: Source, number: int, memo: _Memo, default_prompt: str | None) -> Record | str:
+def _inspect(source: Source, number: int, memo: Memo, default_prompt: str | None) -> Record | str:
     from src.images import measure
 
     row: Row = source.rows[number]
@@ -202,7 +202,7 @@ def caption_text(caption: Any) -> str | None:
     return caption.strip() or None if isinstance(caption, str) else None
 
 
-class _Memo:
+class Memo:
     """Sizes of pictures that were decoded before, by content. Only an accelerator: unreadable, it starts empty."""
 
     def __init__(self, file: Path):
@@ -212,6 +212,11 @@ class _Memo:
             self._before = {key: (int(w), int(h)) for key, (w, h) in json.loads(file.read_text()).items()}
         except (FileNotFoundError, ValueError, TypeError, AttributeError):
             self._before = {}
+
+    @classmethod
+    def of(cls, dataset_name: str, cache_dir: Path) -> Memo:
+        """That of a data set, wherever it is opened from."""
+        return cls(cache_dir / "scans" / f"{_key(os.path.abspath(dataset_name).encode())}.json")
 
     def size(self, key: str) -> tuple[int, int] | None:
         return self._before.get(key) or self._now.get(key)

@@ -11,10 +11,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +21,9 @@ from torch import Tensor
 from src import images
 from src.data import buckets, captions, sources
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 NOTE = "generated.json"
 _GENERATED = re.compile(r"generated-(\d{5,})\.png")
 _LARGEST_SKEW = 0.02  # share by which a mask's aspect ratio may differ from its picture's: both were rounded to whole pixels
-
-
-@contextmanager
-def naming(flag: str) -> Iterator[None]:
-    """The readers of data sets speak of --dataset_name; inside, what they refuse names this flag."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("--dataset_name", flag)) from error
 
 
 # --------------------------------------------------------------------------- the class: what there is
@@ -83,7 +70,7 @@ def class_folder(folder: Path, count: int, prompts: Sequence[str]) -> ClassFolde
     flag = f"--class_data_dir {folder}"
     rows: list[sources.Row] = []
     if folder.is_dir() and any(_is_source(file) for file in folder.iterdir()):
-        with naming("--class_data_dir"):
+        with sources.naming("--class_data_dir"):
             rows = sources.open_source(str(folder), image_column="image", caption_column="text", cache_dir=folder, captioned=False).rows
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{flag} is a file; give a folder of pictures, or one to render them into")
@@ -112,7 +99,7 @@ def open_class(there: ClassFolder, *, cache_dir: Path, strict: bool, progress: b
     Raises:
         ValueError: naming --class_data_dir, if nothing in it can be used.
     """
-    with naming("--class_data_dir"):
+    with sources.naming("--class_data_dir"):
         opened = captions.open_captioned(
             str(there.folder), cache_dir=cache_dir, default_prompt=there.prompts[0] if there.prompts else None, strict=strict,
             progress=progress,

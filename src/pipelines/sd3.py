@@ -4,11 +4,8 @@ Shapes: b batch, h w latent side (pixels / 8), H W pixels, L text tokens (CLIP's
 `pixels` lie in [-1, 1], `images` in [0, 1]. diffusers and transformers are imported inside the functions that need them.
 """
 
-import gc
 import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,15 @@ from torch import Tensor, nn
 
 from src import flow
 from src.lora import unwrap
+from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
+from src.pipelines.common import sample_posterior as sample_posterior  # every family offers it under its own name
+from src.pipelines.common import unload_text_encoders as unload_text_encoders
 
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
 PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 transformer)
 MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
-PARTS = ("transformer", "vae", "text", "clip")
+PARTS = ("transformer", "vae", "text", "clip")  # clip: the text encoders without T5
+DENOISER = "transformer"  # the denoiser's name in a pipeline
 
 # Geometry of stabilityai/stable-diffusion-3.5-medium. Source: transformer/config.json of that repository.
 SD35_MEDIUM = {
@@ -32,37 +33,6 @@ SD35_MEDIUM = {
     "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
     "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the transformer sees of the prompts: embeds (b, L, D), CLIP's tokens then T5's, and pooled (b, P), CLIP only."""
-
-    embeds: Tensor
-    pooled: Tensor
-
-    def __len__(self) -> int:
-        return self.embeds.shape[0]
-
-    def __getitem__(self, index: slice | Tensor | list[int]) -> "Conditioning":
-        """Some of the prompts, as a batch: a slice, a mask or a list of numbers (not one number, which would drop the batch axis)."""
-        return Conditioning(self.embeds[index], self.pooled[index])
-
-    def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
-        """Like `Tensor.to`: device, dtype, non_blocking."""
-        return Conditioning(self.embeds.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
-
-    def expand(self, batch: int) -> "Conditioning":
-        """One prompt repeated to (batch, ...) without copying; a condition that already has that many is returned as it is."""
-        return Conditioning(self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1))
-
-    def chunk(self, size: int) -> list["Conditioning"]:
-        """Pieces of at most `size` prompts, in order."""
-        return [self[start : start + size] for start in range(0, len(self), size)]
-
-    @staticmethod
-    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        return Conditioning(torch.cat([p.embeds for p in parts]), torch.cat([p.pooled for p in parts]))
 
 
 @dataclass
@@ -78,6 +48,11 @@ class SD3:
     transformer_config: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def denoiser(self) -> nn.Module | None:
+        """The transformer, by the name that all model families share."""
+        return self.transformer
+
+    @property
     def shift(self) -> float:
         """The timestep shift of the model's own schedule (3.0 in SD3.5)."""
         return float(self.scheduler.config.shift)
@@ -91,13 +66,6 @@ class SD3:
 # --------------------------------------------------------------------------- checking and loading
 
 
-def _is_hub_id(path: str) -> bool:
-    """owner/name, unless `owner` is a folder here or one of ours: then it is a local path that is missing."""
-    owner = path.split("/")[0]
-    local = Path(path).exists() or owner in ("models", "outputs", "datas") or Path(owner).is_dir()
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not local
-
-
 def check_folder(path: str | Path) -> None:
     """Refuse a base model that cannot be loaded, reading only small files; a Hub id passes.
 
@@ -106,7 +74,7 @@ def check_folder(path: str | Path) -> None:
     """
     flag = f"--pretrained_model_name_or_path {path}"
     folder = Path(path).expanduser()
-    if _is_hub_id(str(path)):
+    if is_hub_id(str(path)):
         return
     if not folder.exists():
         raise ValueError(
@@ -122,7 +90,7 @@ def check_folder(path: str | Path) -> None:
         raise ValueError(f"{flag}: model_index.json is damaged ({error}); download the model again") from error
     if not name.startswith("StableDiffusion3"):
         raise ValueError(f"{flag}: holds a {name or 'nameless model'}, this program takes a StableDiffusion3Pipeline (SD3 or SD3.5)")
-    named = {part for part, kind in index.items() if isinstance(kind, list) and _has(index, part)}
+    named = {part for part, kind in index.items() if isinstance(kind, list) and has_part(index, part)}
     missing = [part for part in sorted(named | {"transformer", "vae", "scheduler"}) if not (folder / part).is_dir()]
     if missing:
         raise ValueError(
@@ -137,7 +105,7 @@ def check_resolution(path: str | Path, *sides: int) -> None:
     Raises:
         ValueError: naming --resolution and the largest side that the model can take.
     """
-    if _is_hub_id(str(path)):
+    if is_hub_id(str(path)):
         return
     limit = read_config(path, "transformer/config.json")["pos_embed_max_size"] * PATCH * VAE_SCALE
     if max(sides) > limit:
@@ -146,21 +114,7 @@ def check_resolution(path: str | Path, *sides: int) -> None:
 
 def block_count(path: str | Path) -> int | None:
     """Transformer blocks of a local model folder; None for a Hub id, which nothing is downloaded of."""
-    return None if _is_hub_id(str(path)) else read_config(path, "transformer/config.json")["num_layers"]
-
-
-def read_config(path: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
-    """A small JSON file of the model, from the local folder or from the Hub (where only that file is downloaded)."""
-    if _is_hub_id(str(path)):
-        from huggingface_hub import hf_hub_download
-
-        return json.loads(Path(hf_hub_download(str(path), name, revision=revision)).read_text())
-    return json.loads((Path(path).expanduser() / name).read_text())
-
-
-def _has(index: dict[str, Any], component: str) -> bool:
-    """Whether model_index.json names the component; [null, null] stands for one that was left out, as T5 often is."""
-    return index.get(component, [None, None])[1] is not None
+    return None if is_hub_id(str(path)) else read_config(path, "transformer/config.json")["num_layers"]
 
 
 def load(
@@ -179,13 +133,14 @@ def load(
 
     check_folder(path)
     assert set(parts) <= set(PARTS), f"parts must be among {PARTS}, got {tuple(parts)}"
-    source = str(path) if _is_hub_id(str(path)) else str(Path(path).expanduser())
+    source = str(path) if is_hub_id(str(path)) else str(Path(path).expanduser())
     encoders, tokenizers = ("text_encoder", "text_encoder_2", "text_encoder_3"), ("tokenizer", "tokenizer_2", "tokenizer_3")
     count = 3 if "text" in parts else 2 if "clip" in parts else 0
     absent = dict.fromkeys(("image_encoder", "feature_extractor"))  # IP-adapters, which nothing here uses
     absent |= {part: None for part in ("transformer", "vae") if part not in parts}
     index = read_config(source, "model_index.json", revision)
-    absent |= {name: None for name in encoders + tokenizers if name not in encoders[:count] + tokenizers[:count] or not _has(index, name)}
+    wanted = encoders[:count] + tokenizers[:count]
+    absent |= {name: None for name in encoders + tokenizers if name not in wanted or not has_part(index, name)}
     pipe = StableDiffusion3Pipeline.from_pretrained(source, revision=revision, variant=variant, dtype=dtype, **absent)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if part is not None:
@@ -218,14 +173,6 @@ def reload_clips(model: SD3, *, revision: str | None = None, variant: str | None
     return clips
 
 
-def unload_text_encoders(model: SD3) -> None:
-    """Drop the text encoders (9.5 GB of T5 in bf16) once every prompt is encoded."""
-    model.text_encoders.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 # --------------------------------------------------------------------------- text
 
 
@@ -236,17 +183,12 @@ def default_sequence_length(source: Any, revision: str | None = None) -> int:
         source: a local folder, a Hub id, or the tokenizer itself. A model without T5 gets 256, the stock pipeline's zeros.
     """
     if isinstance(source, str | Path):
-        if not _has(read_config(source, "model_index.json", revision), "tokenizer_3"):
+        if not has_part(read_config(source, "model_index.json", revision), "tokenizer_3"):
             return MAX_SEQUENCE_LENGTH
         length = read_config(source, "tokenizer_3/tokenizer_config.json", revision).get("model_max_length", MAX_SEQUENCE_LENGTH)
     else:
         length = MAX_SEQUENCE_LENGTH if source is None else source.model_max_length
     return int(min(MAX_SEQUENCE_LENGTH, length))
-
-
-def _token_ids(tokenizer: Any, prompts: list[str], length: int, device: torch.device) -> Tensor:
-    """(b, length) token numbers, padded; what does not fit is cut off without a word (the stock pipeline warns at every batch)."""
-    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
 
 
 def clip_length(model: SD3) -> int:
@@ -271,7 +213,7 @@ def encode_prompts(
     prompts, dtype, device = list(prompts), model.text_encoders[0].dtype, model.text_encoders[0].device
     hidden, pooled = [], []
     for encoder, tokenizer in zip(model.text_encoders[:2], model.tokenizers[:2], strict=True):
-        out = encoder(_token_ids(tokenizer, prompts, clip_length(model), device), output_hidden_states=True)
+        out = encoder(token_ids(tokenizer, prompts, clip_length(model), device), output_hidden_states=True)
         hidden.append(out.hidden_states[-2].to(dtype))
         pooled.append(out[0])
     t5_hidden = _encode_t5(model, prompts, max_sequence_length) if t5_tokens is None else t5_tokens.to(device, dtype)  # (b, length, D)
@@ -286,7 +228,7 @@ def _encode_t5(model: SD3, prompts: list[str], length: int | None) -> Tensor:
     length = default_sequence_length(tokenizer) if length is None else length
     if t5 is None:
         return torch.zeros(len(prompts), length, model.transformer_config["joint_attention_dim"], device=clip.device, dtype=clip.dtype)
-    return t5(_token_ids(tokenizer, prompts, length, clip.device))[0].to(t5.dtype)
+    return t5(token_ids(tokenizer, prompts, length, clip.device))[0].to(t5.dtype)
 
 
 # --------------------------------------------------------------------------- images
@@ -300,11 +242,6 @@ def encode_images(model: SD3, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """
     posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
     return posterior.mean, posterior.std
-
-
-def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """mean + std * noise in fp32; all (b, 16, h, w)."""
-    return mean.float() + std.float() * noise.float()
 
 
 def scale_latents(model: SD3, latents: Tensor) -> Tensor:
@@ -367,17 +304,6 @@ def compile_blocks(transformer: nn.Module, **options: Any) -> None:
         block.compile(**options)
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside (no LoRA dropout), the former mode after, also after an exception."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
-
-
 def _check_skip_layers(skip_layers: Sequence[int], layers: int, guidance_scale: float, steps: int, start: float, stop: float) -> None:
     """Raises ValueError where the stock pipeline would ignore skip-layer guidance in silence."""
     if not set(skip_layers) <= set(range(layers)):
@@ -426,7 +352,7 @@ def render(
     pipe.set_progress_bar_config(disable=True)
     device, dtype = _device_and_dtype(bare)
     images = []
-    with _evaluating(transformer):
+    with evaluating(transformer):
         for start in range(0, len(condition), batch_size):
             rows = slice(start, start + batch_size)
             part = condition[rows].to(device, dtype)
@@ -454,6 +380,9 @@ def transformer_from_config(source: str | Path | dict[str, Any], revision: str |
         return SD3Transformer2DModel.from_config(config)
 
 
+denoiser_from_config = transformer_from_config  # by the name that all model families share
+
+
 def text_encoder_from_config(path: str | Path, name: str, revision: str | None = None) -> nn.Module:
     """`text_encoder` (CLIP-L), `text_encoder_2` (CLIP-G) or `text_encoder_3` (T5) on the meta device, without weights."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -474,9 +403,27 @@ def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str,
     with torch.device("meta"):
         parts["vae"] = AutoencoderKL.from_config(read_config(path, "vae/config.json", revision))
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        if _has(index, name):
+        if has_part(index, name):
             parts[name] = text_encoder_from_config(path, name, revision)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def text_tokens(path: str | Path, revision: str | None = None, max_sequence_length: int | None = None) -> int:
+    """L of a model: CLIP's tokens plus T5's, which are `max_sequence_length` or, if None, the model's own."""
+    clip = read_config(path, "tokenizer/tokenizer_config.json", revision)["model_max_length"]
+    return clip + (max_sequence_length or default_sequence_length(path, revision))
+
+
+def text_width(config: dict[str, Any]) -> tuple[int, int]:
+    """(D, P) from the transformer's config: width of a text token, and of the pooled embedding."""
+    return config["joint_attention_dim"], config["pooled_projection_dim"]
+
+
+def example_inputs(config: dict[str, Any], side: int, tokens: int) -> dict[str, Tensor]:
+    """Empty inputs of one picture of latents (side, side) with L = `tokens`, on the default device: for counting FLOPs."""
+    width, pooled = text_width(config)
+    return dict(hidden_states=torch.empty(1, config["in_channels"], side, side), timestep=torch.empty(1),
+                encoder_hidden_states=torch.empty(1, tokens, width), pooled_projections=torch.empty(1, pooled))  # fmt: skip
 
 
 def forward_flops(transformer: nn.Module, height: int, width: int, text_tokens: int) -> int:

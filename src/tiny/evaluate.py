@@ -1,6 +1,7 @@
 """How well a tiny model follows prompts, by the verifier: `python -m src.tiny.evaluate --lora_weights_path outputs/quickstart`.
 
-Draws held-out prompts of the known shapes and of the new one, each from a fixed seed, and reads the pictures back from their pixels.
+Draws held-out prompts of the known shapes and of a new one, each from a fixed seed, and reads the pictures back from their pixels; before
+and after training, if a LoRA or a whole trained pipeline is given.
 With --subject it is a DreamBooth's subject instead of the new shape, drawn from prompts with its word; the known shapes are its class:
 
     python -m src.tiny.evaluate --lora_weights_path outputs/tiny_dreambooth_sd3 --subject purple
@@ -21,6 +22,7 @@ from src import cli
 from src.tiny import shapes
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers and our trainers write into a folder
+SUBJECT_IMAGES = 32  # of a DreamBooth's subject, unless --num_subject_images says another number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,10 +30,11 @@ def build_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("evaluation")
     g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd3", help="tiny pipeline folder")
     g.add_argument("--lora_weights_path", type=Path, help="LoRA to measure, after the base model without it")
-    g.add_argument("--new_shape", choices=shapes.NEW_SHAPES, default="heart", help="the shape that the base model does not know")
+    g.add_argument("--trained_model", type=Path, help="pipeline folder to measure, after the base model")
+    g.add_argument("--new_shape", choices=(*shapes.NEW_SHAPES, "none"), default="heart", help="the shape that the base model does not know")
     g.add_argument("--subject", choices=shapes.COLORS, metavar="COLOUR",
                    help=f"measure prompts with {shapes.SUBJECT_WORD} instead: how many show the new shape in this colour")
-    g.add_argument("--num_subject_images", type=cli.positive_int, default=32, help="pictures of the subject, on every background in turn")
+    g.add_argument("--num_subject_images", type=cli.positive_int, default=SUBJECT_IMAGES, help="pictures of the subject")
     g.add_argument("--num_prompts", type=cli.positive_int, default=64, help="held-out prompts of the new and as many of the known shapes")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
     g.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance weight; 1 turns it off")
@@ -41,12 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def draw(pipeline, prompts: list[str], *, num_inference_steps: int, guidance_scale: float) -> Tensor:
     """Pictures (n, 3, H, W) in [0, 1]. Prompt i is drawn from seed i, in batches of 64: two models are compared on the same noise."""
-    rendered, length = [], pipeline.tokenizer_3.model_max_length
+    rendered, t5 = [], getattr(pipeline, "tokenizer_3", None)
+    options = {"max_sequence_length": t5.model_max_length} if t5 else {}  # SD3 alone has one
     for start in range(0, len(prompts), 64):
         part = prompts[start : start + 64]
         rendered.append(pipeline(
             prompt=part, generator=[torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))], output_type="pt",
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, max_sequence_length=length,
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **options,
         ).images.float())
     return torch.cat(rendered)
 
@@ -75,7 +79,8 @@ def measures(args: argparse.Namespace) -> dict[str, tuple[Callable[..., float], 
 
     of = f"of {args.num_prompts} held-out prompts drawn wholly right (shape, colour, background)"
     if not args.subject:
-        return {f"new shape ({args.new_shape})": (held_out(args.new_shape), of), "known shapes": (held_out(*shapes.SHAPES), of)}
+        new = {} if args.new_shape == "none" else {f"new shape ({args.new_shape})": (held_out(args.new_shape), of)}
+        return new | {"known shapes": (held_out(*shapes.SHAPES), of)}
     look = {"shape": args.new_shape, "color": args.subject}
     return {
         f"subject ({args.subject} {args.new_shape})": (
@@ -94,23 +99,31 @@ def check(args: argparse.Namespace) -> None:
     """
     if not (Path(args.pretrained_model_name_or_path) / "model_index.json").is_file():
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: no pipeline there; try models/tiny-sd3")
+    if args.trained_model and not (args.trained_model / "model_index.json").is_file():
+        raise ValueError(f"--trained_model {args.trained_model}: no pipeline there; give the output folder of a full fine-tuning run")
+    if args.trained_model and args.lora_weights_path:
+        raise ValueError("--trained_model contradicts --lora_weights_path: there is one figure after training; give one of them")
     lora = args.lora_weights_path
     if lora and not (lora / LORA_NAME if lora.is_dir() else lora).is_file():
         raise ValueError(f"--lora_weights_path {lora}: no {LORA_NAME} there; give a run's output folder or a .safetensors file")
+    if not args.subject and args.num_subject_images != SUBJECT_IMAGES:
+        raise ValueError(f"--num_subject_images {args.num_subject_images} has no effect without --subject")
+    if args.subject and args.new_shape == "none":
+        raise ValueError("--subject needs a shape that the base model does not know: leave out --new_shape none")
     if args.output:
         cli.check_writable(args.output.parent, "output")
 
 
 def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    pipeline = StableDiffusion3Pipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     scores = measures(args)
     figures = {name: {"before": score(pipeline)} for name, (score, _) in scores.items()}
@@ -118,6 +131,10 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         lora = args.lora_weights_path  # the file by its name: a folder may hold kohya's besides
         file = lora / LORA_NAME if lora.is_dir() else lora
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    elif args.trained_model:
+        pipeline = DiffusionPipeline.from_pretrained(args.trained_model, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+    if args.lora_weights_path or args.trained_model:
         for name, (score, _) in scores.items():
             figures[name]["after"] = score(pipeline)
     for name, values in figures.items():
