@@ -14,7 +14,7 @@ source "$(dirname "$0")/launch.sh"
 if [ "${TINY:-}" = 1 ]; then
   launch train_dpo_sd15.py \
     --pretrained_model_name_or_path models/tiny-sd15 --dataset_name datas/pairs --resolution 64 --no_hflip --mixed_precision no \
-    --beta_dpo 1000 --learning_rate 2e-4 --lr_scheduler constant_with_warmup --lr_warmup_steps 20 --caption_dropout 0.1 \
+    --beta_dpo 1000 --learning_rate 2e-4 --lr_scheduler constant_with_warmup --caption_dropout 0.1 \
     --train_batch_size 32 --dataloader_num_workers 0 --max_train_steps 300 --checkpointing_steps 150 --validation_steps 100 \
     --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
     --validation_prompt "a red star on a blue background" --validation_prompt "a green circle on a white background" \
@@ -22,7 +22,7 @@ if [ "${TINY:-}" = 1 ]; then
 else
   launch train_dpo_sd15.py \
     --pretrained_model_name_or_path models/stable-diffusion-v1-5 --dataset_name yuvalkirstain/pickapic_v2 --resolution 512 \
-    --mixed_precision bf16 --beta_dpo 5000 --learning_rate 1e-8 --scale_lr --lr_scheduler constant_with_warmup --lr_warmup_steps 500 \
+    --mixed_precision bf16 --beta_dpo 5000 --learning_rate 1e-8 --scale_lr --lr_scheduler constant_with_warmup \
     --train_batch_size 4 --gradient_accumulation_steps 512 --max_train_steps 2000 --checkpointing_steps 250 --checkpoints_total_limit 2 \
     --validation_steps 250 --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/dpo_sd15 "$@"
 fi

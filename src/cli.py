@@ -310,7 +310,7 @@ def add_optimization_args(
     """Optimizer, schedule, clipping and the moving average of the weights.
 
     Args:
-        lora_learning_rate: where --use_lora is a choice; warmup: a quarter of the steps by default, then constant.
+        lora_learning_rate: where --use_lora is a choice; warmup: whether the schedule starts with a warm-up by default.
     """
     peaks = f"{learning_rate:g}" + (f"; with --use_lora {lora_learning_rate:g}" if lora_learning_rate else "")
     g = parser.add_argument_group("optimization")
@@ -319,10 +319,9 @@ def add_optimization_args(
     g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the global batch; the result is printed")
     default = "constant_with_warmup" if warmup else "constant"
     g.add_argument("--lr_scheduler", choices=SCHEDULES, default=default, help="shape of the learning rate over the run")
-    unset = "; unset: with constant_with_warmup a quarter of the run" if warmup else ""
     g.add_argument(
-        "--lr_warmup_steps", type=non_negative_int, default=None if warmup else 0,
-        help=f"optimizer steps of linear warm-up (not with constant{unset})",
+        "--lr_warmup_steps", type=non_negative_int,
+        help="optimizer steps of linear warm-up (not with constant; unset: 0, with constant_with_warmup 500 or a quarter of a shorter run)",
     )
     g.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     g.add_argument("--lr_power", type=positive_float, default=1.0, help="power of polynomial")
@@ -339,9 +338,11 @@ def add_optimization_args(
             return 1.0
         return lora_learning_rate if lora_learning_rate and args.use_lora else learning_rate
 
+    def warmup_steps(args: argparse.Namespace) -> int:
+        return min(500, getattr(args, "max_train_steps", 0) // 4) if args.lr_scheduler == "constant_with_warmup" else 0
+
     parser.when_unset["learning_rate"] = usual
-    if warmup:
-        parser.when_unset["lr_warmup_steps"] = lambda a: a.max_train_steps // 4 if a.lr_scheduler == "constant_with_warmup" else 0
+    parser.when_unset["lr_warmup_steps"] = warmup_steps
 
 
 def add_budget_args(parser: Parser, *, max_train_steps: int, train_batch_size: int = 1) -> None:
@@ -960,7 +961,7 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
         yield "--text_encoder_learning_rate contradicts --optimizer prodigy, which finds one step size for all; leave it out"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
-    short = "lr_warmup_steps" in has and parser.get_default("lr_warmup_steps") is None and has["max_train_steps"] < 4  # a quarter: 0 steps
+    short = has.get("max_train_steps", 4) < 4  # a quarter of it: 0 steps
     if has.get("lr_warmup_steps") == 0 and has["lr_scheduler"] == "constant_with_warmup" and not short:
         yield "--lr_scheduler constant_with_warmup needs --lr_warmup_steps of at least 1"
     if has.get("lr_warmup_steps") and has.get("max_train_steps") and has["lr_warmup_steps"] >= has["max_train_steps"]:

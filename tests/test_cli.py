@@ -226,11 +226,18 @@ def test_right_values_of_the_special_types(parse):
     assert parse("--logit_mean", "-0.5").logit_mean == -0.5
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 25), (2000, 500), (4000, 500), (3, 0)])
+def test_warm_up_is_500_steps_or_a_quarter_of_a_shorter_run(parse, steps, warmup):
+    """Any --max_train_steps goes with a wrapper that asks for constant_with_warmup."""
+    assert parse("--lr_scheduler", "constant_with_warmup", "--max_train_steps", str(steps)).lr_warmup_steps == warmup
+    assert parse("--max_train_steps", str(steps)).lr_warmup_steps == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["--lr_warmup_steps", "5"], "--lr_warmup_steps 5 has no effect with --lr_scheduler constant; use constant_with_warmup"),
-        (["--lr_scheduler", "constant_with_warmup"], "needs --lr_warmup_steps"),
+        (["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "0"], "needs --lr_warmup_steps"),
         (["--lr_scheduler", "cosine", "--lr_warmup_steps", "100"], "must be less than --max_train_steps 100"),
         (["--lr_num_cycles", "3", "--lr_scheduler", "cosine"], "--lr_num_cycles 3 has no effect without"),
         (["--lr_power", "2"], "--lr_power 2.0 has no effect without --lr_scheduler polynomial"),

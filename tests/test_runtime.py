@@ -161,9 +161,16 @@ def test_gradients_are_clipped_to_the_norm_and_zero_leaves_them(tmp_path):
     run.finish()
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, also where a shell started the tests in the background, with Ctrl-C ignored."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, found)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(tmp_path, number, capfd):
-    before = signal.getsignal(signal.SIGINT)
+def test_the_first_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(tmp_path, number, capfd, ctrl_c):
     run = runtime.start(arguments(tmp_path))
     assert not run.stop_requested()
     os.kill(os.getpid(), number)
@@ -174,7 +181,7 @@ def test_the_first_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(tmp_path
         for _ in range(10_000):  # until Python runs the handler
             pass
     run.finish()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is ctrl_c
 
 
 def test_only_the_main_process_prints(tmp_path, capsys):

@@ -164,6 +164,9 @@ def test_every_tag_of_the_public_format_is_accepted():
         ([{"class": "dog", "count": 1, "position": ["right of", 0]}], "the number of an earlier"),
         ([{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["near", 0]}], '"position" of dog must be .*near'),
         ([{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": []}], '"position" of dog'),
+        ([{"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": 0}], '"position" of dog'),
+        (["dog"], "must be lists of objects .*got 'dog'"),
+        ({"class": "dog"}, "must be lists of objects .*got 'class'"),
     ],
 )
 def test_metadata_outside_the_format_is_refused_with_the_prompt(include, message):

@@ -130,7 +130,7 @@ def test_sixteen_on_one_process_are_eight_on_each_of_two(world, tmp_path):
     changed = max(value.abs().max() for name, value in here.items() if ".lora_B." in name)  # B starts at zero
     assert changed > 1e-3  # else nothing was compared
     for name, value in here.items():
-        torch.testing.assert_close(there[name], value, rtol=1e-5, atol=1e-5 * changed.item())
+        torch.testing.assert_close(there[name], value, rtol=1e-5, atol=1e-5)
     assert (two / "checkpoint-4/state.pt").is_file()
 
 

@@ -138,7 +138,9 @@ def check_metadata(prompt: str, metadata: dict | None) -> str | None:
     if not metadata or not metadata.get("include"):
         return ('its metadata has no "include"; give JSON lines in GenEval\'s format, such as {"tag": "counting", "include": '
                 '[{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}], "prompt": "two dogs"}')  # fmt: skip
-    for position, wanted in enumerate([*metadata["include"], *metadata.get("exclude", [])]):
+    for number, wanted in enumerate([*metadata["include"], *metadata.get("exclude", [])]):
+        if not isinstance(wanted, dict):
+            return f'"include" and "exclude" must be lists of objects such as {{"class": "dog", "count": 1}}, got {wanted!r}'
         name, count, color = wanted.get("class"), wanted.get("count"), wanted.get("color", COLORS[0])
         if name not in CLASSES:
             return f'"class" must be one of COCO\'s 80, as in geneval.CLASSES, got {name!r}'
@@ -146,12 +148,18 @@ def check_metadata(prompt: str, metadata: dict | None) -> str | None:
             return f'"count" of {name} must be a whole number from 1 to {MAX_OBJECTS}, got {count!r}'
         if color not in COLORS:
             return f'"color" of {name} must be one of {", ".join(COLORS)}, got {color!r}'
-        if "position" in wanted:
-            relation, index = (*wanted["position"], None, None)[:2]
-            if relation not in RELATIONS or type(index) is not int or not 0 <= index < position:
-                return (f'"position" of {name} must be [one of {", ".join(RELATIONS)}; the number of an earlier "include", from 0], '
-                        f"got {wanted['position']!r}")  # fmt: skip
+        if "position" in wanted and not _sound_position(wanted["position"], number):
+            return (f'"position" of {name} must be [one of {", ".join(RELATIONS)}; the number of an earlier "include", from 0], '
+                    f"got {wanted['position']!r}")  # fmt: skip
     return None
+
+
+def _sound_position(position: Any, number: int) -> bool:
+    """Whether the `number`-th of the objects may be asked for at this position."""
+    if not isinstance(position, (list, tuple)) or len(position) != 2:
+        return False
+    relation, index = position
+    return relation in RELATIONS and type(index) is int and 0 <= index < number
 
 
 # ---------------------------------------------------------------------------------------------- detector and colours
