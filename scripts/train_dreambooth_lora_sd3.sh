@@ -26,7 +26,7 @@ if [ "${TINY:-}" = 1 ]; then
 else
   launch train_dreambooth_lora_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --resolution 1024 --mixed_precision bf16 --no_hflip \
-    --with_prior_preservation --num_class_images 100 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup --lr_warmup_steps 20 \
+    --with_prior_preservation --num_class_images 100 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup \
     --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 --checkpointing_steps 250 --checkpoints_total_limit 2 \
     --validation_steps 100 --output_dir outputs/dreambooth_sd3 "$@"
 fi
