@@ -102,16 +102,17 @@ def test_memory_counts_what_stays(arguments):
     args = arguments(use_ema=True, rank=2)
     assert plan.per_trained_parameter(args) == 20
     weights = {"transformer": 4_000_000_000, "vae": 500_000_000, "text_encoder": 1_000_000_000, "text_encoder_3": 9_000_000_000}
-    freed = plan._freed(args, weights, None)
-    assert freed == ["text_encoder", "text_encoder_3"]
-    assert plan._memory(weights, 100_000_000, freed) == (
+    assert plan._memory(args, weights, 100_000_000) == (
         "10.00 GB while the text cache is filled, 4.60 GB while training; activations come on top"
     )
-    clips_stay = plan._freed(args, weights, plan.Subject(None, None, adapters=1))
-    assert clips_stay == ["text_encoder_3"] and "5.60 GB while training" in plan._memory(weights, 100_000_000, clips_stay)
     args = argparse.Namespace(**(vars(args) | {"cache_text": False}))
-    assert plan._freed(args, weights, None) == []
-    assert plan._memory(weights, 100_000_000, []) == "14.60 GB while training; activations come on top"
+    assert plan._memory(args, weights, 100_000_000) == "14.60 GB while training; activations come on top"
+    assert plan._residence(args, "text_encoder_3") == ""
+    args.cache_text = True
+    assert plan._residence(args, "text_encoder_3") == "only while the text cache is filled" and plan._residence(args, "vae") == ""
+    args.train_text_encoder = True  # both CLIPs have to stay, T5's part is cached
+    assert [plan._leaves(args, part) for part in weights] == [False, False, False, True]
+    assert plan._memory(args, weights, 100_000_000).startswith("10.00 GB while the text cache is filled, 5.60 GB while training")
 
 
 # ---------------------------------------------------------------------------------------------- caches
