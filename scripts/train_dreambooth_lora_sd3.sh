@@ -6,7 +6,8 @@
 #     bash scripts/train_dreambooth_lora_sd3.sh --instance_data_dir datas/mine --instance_prompt "a photo of sks dog" \
 #       --class_prompt "a photo of a dog" --validation_prompt "sks dog on the beach"
 #
-#   override  any argument; --train_text_encoder --text_encoder_learning_rate 5e-6 adapts both CLIPs, too
+#   override  any argument: --no-with_prior_preservation does without class pictures,
+#             --train_text_encoder --text_encoder_learning_rate 5e-6 adapts both CLIPs, too
 #   try it    TINY=1 bash scripts/train_dreambooth_lora_sd3.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
 #   plan it   bash scripts/train_dreambooth_lora_sd3.sh --dry_run with the arguments above
 set -euo pipefail

@@ -385,7 +385,7 @@ def add_dreambooth_args(parser: Parser) -> None:
     )
     g.add_argument("--mask_data_dir", type=Path, help="the same with masks: a folder with a picture of the same name, white is the subject")
     g.add_argument(
-        "--with_prior_preservation", action="store_true",
+        "--with_prior_preservation", action=argparse.BooleanOptionalAction, default=False,
         help="train on as many pictures of the class as of the subject, in a forward pass of their own, so that the class stays as it is",
     )
     g.add_argument(
