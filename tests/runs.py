@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from PIL import Image
 from torch import Tensor
 
@@ -187,13 +188,18 @@ def environment(**changes: str) -> dict[str, str]:
     return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"} | changes
 
 
+def fork(command: list[str], log: Path, ranks: int = 1, **env: str) -> Forked:
+    """Starts `python SCRIPT.py ARGUMENT...` as one process or several, without the ten seconds of imports; output goes to a file."""
+    return Forked([str(word) for word in command], log, environment(**env), ROOT, ranks)
+
+
 def start(command: list[str], log: Path, **env: str) -> subprocess.Popen:
-    """Starts a process whose output goes to a file: a full pipe would block it."""
+    """Starts a program as a shell would; its output goes to a file: a full pipe would block it."""
     with open(log, "w") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(**env))
 
 
-def wait_for(process: subprocess.Popen, condition: Any, log: Path, seconds: float = 400) -> None:
+def wait_for(process: subprocess.Popen | Forked, condition: Any, log: Path, seconds: float = 400) -> None:
     """Waits until the condition holds while the process lives."""
     end = time.monotonic() + seconds
     while not condition():
@@ -202,7 +208,7 @@ def wait_for(process: subprocess.Popen, condition: Any, log: Path, seconds: floa
         time.sleep(0.01)
 
 
-def finish(process: subprocess.Popen, log: Path, seconds: float = 400) -> str:
+def finish(process: subprocess.Popen | Forked, log: Path, seconds: float = 400) -> str:
     """Output of a process that has to end well."""
     code = process.wait(seconds)
     text = log.read_text()

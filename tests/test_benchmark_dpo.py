@@ -15,6 +15,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_both_loops_have_the_same_losses(benchmark, tiny_sd15_folder, tmp_path, full):
     argv = ["--pretrained_model_name_or_path", tiny_sd15_folder, "--dataset_name", make_pairs(tmp_path / "pairs"), "--resolution", 32,
@@ -27,6 +28,7 @@ def test_both_loops_have_the_same_losses(benchmark, tiny_sd15_folder, tmp_path, 
     assert losses[0][0] == pytest.approx(0.693147, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_reports_pairs_per_second(benchmark, tiny_sd15_folder, tmp_path, capsys):
     argv = ["--pretrained_model_name_or_path", tiny_sd15_folder, "--dataset_name", make_pairs(tmp_path / "pairs"), "--resolution", 32,
             "--train_batch_size", 2, "--rounds", 1, "--steps_per_round", 1, "--output", tmp_path / "result.json"]  # fmt: skip

@@ -22,6 +22,7 @@ def arguments(benchmark, tiny_sd3_folder):
     return benchmark.build_parser().parse_args(argv)
 
 
+@pytest.mark.slow
 def test_every_way_lowers_the_same_loss(benchmark, arguments):
     losses = {}
     for way, (_, optimizer, _) in benchmark.WAYS.items():

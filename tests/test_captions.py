@@ -396,6 +396,7 @@ def test_what_is_wrong_is_said_in_one_line_with_the_flag(tmp_path):
             open_captioned(str(path), caption_column=column, cache_dir=tmp_path / "cache", progress=False)
 
 
+@pytest.mark.slow
 def test_the_check_is_quick_and_imports_nothing_heavy(tmp_path):
     """5,000 pictures with text files in well under half a second, without torch, PIL or datasets."""
     folder = tmp_path / "d"

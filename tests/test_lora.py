@@ -273,6 +273,7 @@ def test_disabled_leaves_a_live_graph_and_requires_grad_alone(transformer):
 # --------------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(alpha=10), dict(), dict(alpha=2, use_dora=True), dict(alpha=6, layers=EVERY_LAYER)])
 def test_stock_diffusers_loads_the_file_to_the_same_output(tiny_sd3_folder, transformer, tmp_path, options):
     """Alpha other than the rank must survive: without it in the metadata diffusers assumes alpha = rank."""

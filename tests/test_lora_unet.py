@@ -52,11 +52,13 @@ def test_an_unknown_layer_is_refused_with_those_that_exist(model):
         lora.targets(model.unet, "attn.to_q")
 
 
+@pytest.mark.slow
 def test_dora_on_a_convolution_is_refused(model):
     with pytest.raises(ValueError, match="--use_dora .*conv1 is a convolution"):
         adapted(model, layers="conv1", use_dora=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"layers": CONVOLUTIONS, "alpha": 8.0}, {"use_dora": True}], ids=["attention", "layers", "dora"])
 def test_stock_diffusers_draws_with_the_saved_file(model, tmp_path, options):
     from diffusers import DiffusionPipeline

@@ -56,6 +56,7 @@ def meta_medium():
 # ---------------------------------------------------------------------------------------------- parameters
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_the_loaded_model(arguments, world, capsys):
     rows = shown(arguments(rank=8), capsys)
     model = sd3.load(world.model)

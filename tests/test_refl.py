@@ -143,6 +143,7 @@ def test_nothing_flows_through_earlier_steps(unet):
     assert (ours - whole).norm() > 1e-2 * whole.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "eta"), [(1, 0.0), (3, 0.0), (3, 1.0), (STEPS, 0.0)])
 def test_draft_follows_the_last_k_real_steps(unet, k, eta):
     """Recomputed in the backward pass or kept: the same gradient as plain autograd through the same steps."""

@@ -63,6 +63,7 @@ def test_forward_passes_are_counted_by_what_they_are_for(benchmark):
     assert clock.passes == {"sample": 4, "train": 4, "reference": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "changes", "expected"),
     [

@@ -472,6 +472,7 @@ def epoch(world, batches):
     return memory.peak, waiting
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_pictures_of_an_epoch_but_for_the_waiting_latents(world):
     """A picture of D = 256 numbers waits as 1 finished latent, 3 states and 2 means in fp32, and 2 log-probs in fp64."""
     epoch(world, 1)  # what is made once

@@ -61,6 +61,7 @@ def test_a_thousand_small_updates_move_the_mean_as_in_fp32():
     assert torch.equal(nearest, start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 def test_many_small_optimizer_steps_move_bf16_weights_as_fp32_ones(name):
     """Adam with a constant gradient steps by the learning rate: 1e-5 of weights about 1, with moments in fp32 or in 8 bits.

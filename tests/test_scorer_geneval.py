@@ -285,6 +285,7 @@ def test_colours_are_named_by_the_mean_of_three_phrasings(loader):
     assert named == expected
 
 
+@pytest.mark.slow
 def test_the_scorer_runs_from_files_and_judges_each_picture_by_its_metadata(loader):
     """Random weights find nothing above 0.3, so that what must not be there is all that is right."""
     mixture = scorers.build("geneval,geneval_strict", batch_size=2)

@@ -77,6 +77,7 @@ def test_photographs_are_resized_as_pil_does(size):
         assert_pil(preprocess.squash(images.from_pil(image)[None], 224)[0], image.resize((224, 224), Image.BICUBIC))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_shorter_side_is_torchvisions_resize_and_centre_crop(size):
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
@@ -88,6 +89,7 @@ def test_shorter_side_is_torchvisions_resize_and_centre_crop(size):
     assert_pil(preprocess.shorter_side(images.from_pil(image)[None], 32, "torchvision")[0], reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_clip_pixels_are_transformers_processor(size):
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

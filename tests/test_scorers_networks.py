@@ -85,6 +85,7 @@ def test_clip_and_pickscore_equal_transformers_own_logits(mixtures, name, source
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_clips_vocabulary_is_that_of_open_clip():
     from open_clip.tokenizer import SimpleTokenizer
 

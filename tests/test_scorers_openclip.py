@@ -93,6 +93,7 @@ def test_clip_and_pickscore_equal_open_clips_own_network(mixtures, name, source)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "transform"), [("hps", hps_transform), ("openclip", clip_transform)])
 @pytest.mark.parametrize("size", [(45, 61), (32, 32), (90, 20)], ids=str)
 def test_hps_and_openclip_equal_transformers_own_cosines(mixtures, name, transform, size):

@@ -176,6 +176,7 @@ def test_the_prediction_is_fp32_at_least(folders, dtype):
     assert predicted.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and predicted.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_pictures_are_those_of_the_stock_pipeline(models, stock, family, guidance):

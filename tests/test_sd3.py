@@ -218,6 +218,7 @@ def test_timestep_shift_by_hand(model):
     assert sd3.timestep_shift(model, "2.5", 32, 32) == sd3.timestep_shift(model, 2.5, 64, 64) == 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 def test_render_is_the_stock_pipeline_bit_for_bit(tiny_sd3_folder, dtype, guidance_scale):
@@ -402,6 +403,7 @@ def test_counts_agree_with_the_loaded_model(tiny_sd3_folder, model):
     assert sd3.parameter_counts(tiny_sd3_folder) == {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 
+@pytest.mark.slow
 def test_forward_flops_of_the_published_model():
     """2.14 TF at 512 pixels and 154 tokens. By hand, with d = 1536 and n = 1024 + 154 tokens: a joint block does 12 d^2 multiply-adds per
     token (qkv, out, MLP) and 2 d n^2 for attention; a dual block 4 d^2 per image token and 2 d 1024^2 more."""

@@ -198,6 +198,7 @@ def test_reads_its_own_drawings(pictures, drawn):
     assert accuracy(pictures, drawn) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("std", [0.05, 0.1])
 def test_reads_through_noise(pictures, drawn, std):
     noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(0))
@@ -213,6 +214,7 @@ def test_reads_through_jpeg(pictures, drawn):
     assert accuracy(torch.stack(compressed), drawn) >= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resolution", [32, 96, 512])
 def test_reads_any_resolution(drawn, resolution):
     assert accuracy(torch.stack([shapes.draw(drawing, resolution) for drawing in drawn[:48]]), drawn[:48]) >= 0.97

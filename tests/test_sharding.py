@@ -1,7 +1,6 @@
 """Weights spread over two processes by FSDP2 itself (on a CPU accelerate would quietly use plain data parallelism instead)."""
 
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,8 +51,8 @@ def test_two_sharded_processes_train_as_one_and_each_continues_the_other(tiny_sd
     (tmp_path / "again/checkpoint-2").symlink_to(tmp_path / "two/checkpoint-2")
     (tmp_path / "spread/checkpoint-2").symlink_to(whole / "checkpoint-2")
     jobs = [f"{tmp_path}/{job}" for job in ("two,0,4,fp32", "again,2,4,fp32", "spread,2,4,fp32", "bf16,0,4,bf16")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded.py"]
-    runs.finish(runs.start([*command, str(tiny_sd3_folder), *jobs], tmp_path / "log"), tmp_path / "log", seconds=300)
+    log = tmp_path / "log"
+    runs.finish(runs.fork(["tests/sharded.py", tiny_sd3_folder, *jobs], log, ranks=2), log, seconds=300)
     assert_close(tmp_path / "two", whole)
 
     for part in ("transformer", "ema/transformer"):

@@ -91,6 +91,7 @@ def test_a_finished_build_that_is_resumed_writes_the_same_weights(built):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_the_same_seed_builds_the_same_weights(built, tmp_path):
     build.main(tiny_args(tmp_path))
     before, after = weights(built / "model"), weights(tmp_path / "model")
@@ -142,6 +143,7 @@ def test_two_processes_share_a_batch_without_overlap(pipe):
     assert torch.allclose(mean, build_sd3.loss(pipe, batch), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_flow_loss(tmp_path, offline):
     """On two fixed batches of random latents: a loss of about 2 (noise and latents of variance 1) falls by a tenth in 20 steps."""
     pytest.importorskip("open_clip")
@@ -167,6 +169,7 @@ def test_random_blots_are_pictures_in_many_colours():
     assert [torch.equal(*both) for both in zip(pictures, drawings, strict=True)] == [True, True, True, False] * 2
 
 
+@pytest.mark.slow
 def test_evaluate_prints_the_figures(built, capsys):
     build.main(tiny_args(built, "--evaluate", str(built / "model")))
     printed = capsys.readouterr().out

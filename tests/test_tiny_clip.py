@@ -165,6 +165,7 @@ def test_the_shipped_folder_is_small_and_names_no_path():
     assert config["architectures"] == ["CLIPModel"] and not str(config.get("_name_or_path", "")).startswith("/")
 
 
+@pytest.mark.slow
 @needs_shipped
 def test_the_shipped_model_prefers_the_right_caption(monkeypatch):
     """What models/README.md promises, on 256 drawings: at least 95 % less two standard errors of 0.8 %."""

@@ -195,6 +195,7 @@ def test_an_update_makes_good_steps_likelier_than_bad_ones(train, monkeypatch):
     assert len(trained) == 4 and gain > 0
 
 
+@pytest.mark.slow
 def test_resumed_it_ends_like_an_uninterrupted_run(train, monkeypatch):
     """Everything that has a state: optimizer, schedule, average, statistics that are used already, a random window."""
     flags = dict(num_epochs=4, checkpointing_epochs=2, use_ema=True, lr_scheduler="cosine", num_inner_epochs=2, window_size=1,
@@ -211,6 +212,7 @@ def test_resumed_it_ends_like_an_uninterrupted_run(train, monkeypatch):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(cut / folder))
 
 
+@pytest.mark.slow
 def test_smaller_training_batches_draw_the_same_pictures(train):
     """Drawn 1 at a time they differ by rounding alone; so do the updates, if these take the same pictures: one update an epoch does."""
     one = train("4", num_epochs=1, train_gradient_accumulation_steps=2)
@@ -222,6 +224,7 @@ def test_smaller_training_batches_draw_the_same_pictures(train):
         assert (tensor - runs.weights(other)[name]).abs().gt(1e-3).float().mean() < 0.02
 
 
+@pytest.mark.slow
 def test_statistics_change_the_update_only_once_they_are_used(train):
     """With 6 prompts and 8 pictures an epoch, no prompt has 16 rewards in 2 epochs: tracking must not matter yet."""
     off = train("off", per_prompt_stat_tracking=False)
@@ -270,6 +273,7 @@ def test_a_replay_that_is_not_the_sampled_step_stops_the_run(train, monkeypatch)
     assert changed
 
 
+@pytest.mark.slow
 def test_the_first_ratio_of_every_epoch_is_checked(train, monkeypatch):
     checked = []
     monkeypatch.setattr(sd3_rollout, "check_on_policy", lambda step, tolerance: checked.append((step.log_ratio.abs().max(), tolerance)))

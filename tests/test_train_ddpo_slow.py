@@ -3,7 +3,6 @@
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,9 +37,9 @@ def whole(world, tmp_path_factory):
     return out
 
 
-def launch(world, out: Path, log: str, command: list[str] | None = None, env: dict | None = None, **flags) -> subprocess.Popen:
-    command = command or [sys.executable, "train_ddpo_sd3.py"]
-    return runs.start(command + world.argv(out, **flags), out.with_suffix(f".{log}"), **(env or {}))
+def launch(world, out: Path, log: str, ranks: int = 1, **flags) -> runs.Forked:
+    """Starts the script as one process or several; prints to `out`.LOG."""
+    return runs.fork(["train_ddpo_sd3.py", *world.argv(out, **flags)], out.with_suffix(f".{log}"), ranks)
 
 
 def step_of(out: Path) -> int:
@@ -89,8 +88,7 @@ def test_two_processes_are_one_with_batches_twice_as_large(world, tmp_path):
                  adam_epsilon=1e-3, checkpointing_epochs=1)  # fmt: skip  # epsilon: or the sign of a gradient of nearly 0 decides
     one, two = tmp_path / "one", tmp_path / "two"
     runs.finish(launch(world, one, "log", sample_batch_size=8, **flags), one.with_suffix(".log"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_ddpo_sd3.py"]
-    runs.finish(launch(world, two, "log", command=command, sample_batch_size=4, **flags), two.with_suffix(".log"))
+    runs.finish(launch(world, two, "log", ranks=2, sample_batch_size=4, **flags), two.with_suffix(".log"))
     for name, tensor in runs.weights(one).items():
         torch.testing.assert_close(runs.weights(two)[name], tensor, rtol=0, atol=1e-5)
     for a, b in zip(runs.lines(one), runs.lines(two), strict=True):

@@ -148,6 +148,7 @@ def test_a_lora_run_trains_the_adapter_alone_and_stock_diffusers_reads_it(train,
     assert runs.values(out, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(mixed_precision="bf16"), dict(mixed_precision="bf16", **LORA)], ids=["full", "lora"])
 def test_in_bf16_the_start_is_log_2_too(train, flags):
     """All of it through accelerate's autocast, reference included; and at the start of an accumulated step."""
@@ -155,6 +156,7 @@ def test_in_bf16_the_start_is_log_2_too(train, flags):
     assert runs.values(out, "loss") == pytest.approx([math.log(2)], abs=1e-6) and runs.values(out, "accuracy") == [0.5]
 
 
+@pytest.mark.slow
 def test_training_prefers_the_winners(train, tmp_path):
     """Winners are bright, losers dark: after 40 steps most pairs, seen or held out, are told apart."""
     data = make_pairs(tmp_path / "bright")
@@ -284,6 +286,7 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, way):
 # --------------------------------------------------------------------------- dry run, bad input
 
 
+@pytest.mark.slow
 def test_dry_run_counts_pairs_and_the_reference(world, tmp_path, capsys):
     runs.train(script, world.argv(tmp_path / "out", dry_run=True))
     said = capsys.readouterr().out

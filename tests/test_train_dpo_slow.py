@@ -4,7 +4,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,10 +30,9 @@ def world(tiny_sd15_folder, tmp_path_factory):
     return World(tiny_sd15_folder, make_pairs(root / "pairs"), root / "cache")
 
 
-def launch(world, out: Path, log: str, command: list[str] | None = None, env: dict | None = None, **flags) -> subprocess.Popen:
-    """Starts the script, or the wrapper in `command`; prints to `out`.LOG."""
-    command = command or [sys.executable, "train_dpo_sd15.py"]
-    return runs.start(command + world.argv(out, **flags), out.with_suffix(f".{log}"), **(env or {}))
+def launch(world, out: Path, log: str, ranks: int = 1, **flags) -> runs.Forked:
+    """Starts the script as one process or several; prints to `out`.LOG."""
+    return runs.fork(["train_dpo_sd15.py", *world.argv(out, **flags)], out.with_suffix(f".{log}"), ranks)
 
 
 def step_of(out: Path) -> int:
@@ -70,8 +68,7 @@ def test_two_processes_are_one_with_twice_the_batch(world, tmp_path, way):
     flags = SHARED | (dict(use_lora=True, rank=4) if way == "lora" else {})
     runs.finish(launch(world, tmp_path / "one", "log", **flags, train_batch_size=4), tmp_path / "one.log")
     pair = World(world.model, world.data, tmp_path / "cache")  # empty: the two fill it together
-    env = {"TINY": "1", "NUM_PROCESSES": "2"}
-    said = runs.finish(launch(pair, tmp_path / "two", "log", WRAPPER, env, **flags, train_batch_size=2), tmp_path / "two.log")
+    said = runs.finish(launch(pair, tmp_path / "two", "log", ranks=2, **flags, train_batch_size=2), tmp_path / "two.log")
     assert "step(s) of 4" in said
     one, two = runs.lines(tmp_path / "one"), runs.lines(tmp_path / "two")
     assert [line.keys() for line in one] == [line.keys() for line in two]
@@ -91,5 +88,6 @@ def test_the_wrapper_trains_and_answers_a_wrong_flag_at_once(world, tmp_path):
     assert process.returncode == 2 and process.stderr.count("\n") == 1 and "try 496" in process.stderr
     assert end.children_user + end.children_system - start.children_user - start.children_system < 5
     out = tmp_path / "run"
-    runs.finish(launch(world, out, "log", WRAPPER, {"TINY": "1"}, lr_scheduler=None, validation_steps=2), out.with_suffix(".log"))
+    command = WRAPPER + world.argv(out, lr_scheduler=None, validation_steps=2)
+    runs.finish(runs.start(command, out.with_suffix(".log"), TINY="1"), out.with_suffix(".log"))
     assert (out / "model_index.json").exists() and all(torch.isfinite(value).all() for value in saved(out).values())

@@ -88,6 +88,7 @@ def test_every_weight_is_trained(finished, world):
         name for name in saved(world.model) if name.startswith(DEAD))}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "frozen"),
     [

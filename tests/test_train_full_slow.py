@@ -2,8 +2,6 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,10 +31,9 @@ def world(tiny_sd3_folder, tmp_path_factory):
     return runs.make_world(tiny_sd3_folder, tmp_path_factory.mktemp("full"))
 
 
-def launch(world, out: Path, log: str, command: list[str] | None = None, env: dict | None = None, **flags) -> subprocess.Popen:
-    """Starts the script, or the wrapper in `command`; prints to `out`.LOG."""
-    command = command or [sys.executable, "train_full_finetuning_sd3.py"]
-    return runs.start(command + world.argv(out, **flags), out.with_suffix(f".{log}"), **(env or {}))
+def launch(world, out: Path, log: str, ranks: int = 1, **flags) -> runs.Forked:
+    """Starts the script as one process or several; prints to `out`.LOG."""
+    return runs.fork(["train_full_finetuning_sd3.py", *world.argv(out, **flags)], out.with_suffix(f".{log}"), ranks)
 
 
 def step_of(out: Path) -> int:
@@ -85,8 +82,8 @@ def test_two_processes_are_one_with_twice_the_batch_and_one_continues_two(world,
     """
     flags = SHARED | dict(train_text_encoder=True, cache_text=False)
     runs.train(script, world.argv(tmp_path / "one", **flags, train_batch_size=4))
-    out, env = tmp_path / "two", {"TINY": "1", "NUM_PROCESSES": "2"}
-    said = runs.finish(launch(world, out, "log", WRAPPER, env, **flags, train_batch_size=2), out.with_suffix(".log"))
+    out = tmp_path / "two"
+    said = runs.finish(launch(world, out, "log", ranks=2, **flags, train_batch_size=2), out.with_suffix(".log"))
     assert "step(s) of 4" in said  # the global batch: two processes of two
     one, two = runs.lines(tmp_path / "one"), runs.lines(out)
     for expected, line in zip(one, two, strict=True):
@@ -95,8 +92,8 @@ def test_two_processes_are_one_with_twice_the_batch_and_one_continues_two(world,
     for name in ours:
         moved = (ours[name] - base[name]).abs().max()
         assert (ours[name] - theirs[name]).abs().max() <= 1e-4 * moved + 1e-8, name
-    names = {tmp_path / "one": "00-0.png", out: "02-0.png"}  # the wrapper has two prompts of its own, before ours
-    pictures = [np.asarray(Image.open(folder / "samples/step-000012" / name)).astype(int) for folder, name in names.items()]
+    files = [folder / "samples/step-000012/00-0.png" for folder in (tmp_path / "one", out)]
+    pictures = [np.asarray(Image.open(file)).astype(int) for file in files]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
     folder = out / "checkpoint-6"  # written by two processes
@@ -120,6 +117,5 @@ def test_two_processes_round_bf16_weights_alike(world, tmp_path):
     flags = SHARED | dict(mixed_precision="bf16", weights_dtype="bf16", max_train_steps=8)
     runs.train(script, world.argv(tmp_path / "one", **flags, train_batch_size=4))
     out = tmp_path / "two"
-    process = launch(world, out, "log", WRAPPER, {"TINY": "1", "NUM_PROCESSES": "2"}, **flags, train_batch_size=2)
-    runs.finish(process, out.with_suffix(".log"))
+    runs.finish(launch(world, out, "log", ranks=2, **flags, train_batch_size=2), out.with_suffix(".log"))
     assert runs.values(out, "loss") == pytest.approx(runs.values(tmp_path / "one", "loss"), rel=1e-2)  # bf16: 3 digits

@@ -172,6 +172,7 @@ def test_only_finished_pictures_are_scored_each_once(train, judge):
 # --------------------------------------------------------------------------- the algorithm, in the script
 
 
+@pytest.mark.slow
 def test_a_constant_added_to_all_rewards_changes_nothing(train, judge):
     """Raw rewards as advantages would; a power of two, so that nothing is rounded."""
     judge(lambda images, texts: (brightness(images, texts) * 256).round())
@@ -193,6 +194,7 @@ def test_equal_rewards_skip_the_update_as_a_whole(train, judge, live):
     assert runs.values(out, "skipped_updates") == [2, 2] and runs.values(out, "no_signal") == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_pictures_that_cannot_be_judged_are_left_out(train, judge):
     """NaN for 2 pictures of a batch of 4: counted, and the weights stay finite; all of them: said so."""
     judge(lambda images, texts: torch.where(torch.arange(len(images)) < 2, torch.nan, brightness(images, texts)))
@@ -285,6 +287,7 @@ def test_kl_to_the_reference_by_hand(world, tmp_path):
     torch.testing.assert_close(scaled.detach().float(), expected * dt, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_an_initial_lora_belongs_to_the_reference(train, world, tmp_path):
     """At its start the policy is the reference, KL 0, though both differ from the base model; later it is not. Files may change since."""
     first = train("first", lora_alpha=8.0)
@@ -319,12 +322,14 @@ def test_a_policy_that_does_not_replay_what_it_sampled_stops_the_run(train, monk
 # --------------------------------------------------------------------------- the same tensors
 
 
+@pytest.mark.slow
 def test_rewards_on_a_thread_change_nothing(train):
     one, other = train("one"), train("other", async_rewards=True)
     runs.assert_identical(weights(one), weights(other))
     assert runs.lines(one) == runs.lines(other)
 
 
+@pytest.mark.slow
 def test_same_command_gives_the_same_lora_and_another_seed_another(train):
     first = runs.saved(train("first"))
     runs.assert_identical(runs.saved(train("again")), first)
@@ -332,12 +337,14 @@ def test_same_command_gives_the_same_lora_and_another_seed_another(train):
     assert not any(torch.equal(value, other[0][name]) for name, value in first[0].items())
 
 
+@pytest.mark.slow
 def test_args_json_repeats_the_run(train, tmp_path):
     first = train("first", seed=None)  # drawn
     runs.train(script, ["--config", str(first / "args.json"), "--output_dir", str(tmp_path / "again")])
     runs.assert_identical(runs.saved(tmp_path / "again"), runs.saved(first))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(train):
     runs.assert_identical(weights(train("one")), weights(train("other", gradient_checkpointing=True)))
 
@@ -368,6 +375,7 @@ def assert_same(whole, parts):
     assert runs.lines(whole) == runs.lines(parts)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(train, whole, monkeypatch):
     """Killed while epoch 3 is written down, after the checkpoint of epoch 2."""
     with monkeypatch.context() as patch, pytest.raises(runs.Interrupted):
@@ -376,6 +384,7 @@ def test_resumed_equals_uninterrupted(train, whole, monkeypatch):
     assert_same(whole, train("parts", **LONG, resume_from_checkpoint="latest"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "epoch"), [("sample", 0), ("sample", 3), ("update", 2)])
 def test_sigterm_inside_an_epoch_goes_back_to_its_start(train, whole, monkeypatch, capsys, where, epoch):
     """Stopped after a batch, or after the first of two updates: the checkpoint is that of the epoch's beginning, to the bit."""
@@ -405,6 +414,7 @@ def test_sigterm_inside_an_epoch_goes_back_to_its_start(train, whole, monkeypatc
     assert_same(whole, train("parts", **LONG, resume_from_checkpoint="latest"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_updates_of_an_epoch(train):
     """A checkpoint's number counts optimizer steps: with others an epoch, the run would go on in the wrong place."""
     train(checkpointing_epochs=1)
@@ -476,6 +486,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_trains_every_weight(train, live, name):
     out = train(**VARIANTS[name], adam_weight_decay=0.0)
@@ -515,6 +526,7 @@ def test_a_negative_prompt_is_one_text_and_counts(train):
     assert not torch.equal(*(list(weights(out).values())[0] for out in (one, other)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_adapters_and_optimizer_stay_fp32_under_bf16(train, live, precision):
     """The ratio is 1 in bf16, too: sampling and training run the same kernels (asserted in every epoch)."""

@@ -2,8 +2,6 @@
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -38,10 +36,9 @@ def whole(world, tmp_path_factory):
     return out
 
 
-def launch(world, out: Path, log: str, command: list[str] | None = None, env: dict | None = None, **flags) -> subprocess.Popen:
-    """Starts the script, or the wrapper in `command`; prints to `out`.LOG."""
-    command = command or [sys.executable, "train_grpo_sd3.py"]
-    return runs.start(command + world.argv(out, **flags), out.with_suffix(f".{log}"), **(env or {}))
+def launch(world, out: Path, log: str, ranks: int = 1, **flags) -> runs.Forked:
+    """Starts the script as one process or several; prints to `out`.LOG."""
+    return runs.fork(["train_grpo_sd3.py", *world.argv(out, **flags)], out.with_suffix(f".{log}"), ranks)
 
 
 def step_of(out: Path) -> int:
@@ -75,15 +72,15 @@ def test_killed_twice_at_random_moments_it_ends_like_an_uninterrupted_run(world,
     assert_same_run(whole, out)
 
 
-def test_sigterm_to_the_wrapper_saves_exits_0_and_resumes_exactly(world, whole, tmp_path):
-    out, env = tmp_path / "run", {"TINY": "1"}
-    process = launch(world, out, "stopped", WRAPPER, env, **LONG)
+def test_sigterm_saves_exits_0_and_resumes_exactly(world, whole, tmp_path):
+    out = tmp_path / "run"
+    process = launch(world, out, "stopped", **LONG)
     runs.wait_for(process, lambda: step_of(out) >= 6, out.with_suffix(".stopped"))
-    process.send_signal(signal.SIGTERM)  # to the shell alone: it has to reach the trainer
+    process.send_signal(signal.SIGTERM)
     said = runs.finish(process, out.with_suffix(".stopped"))
     stopped = int(checkpoint.find_latest(out).name.split("-")[1])
     assert 6 <= stopped < 2 * EPOCHS and stopped % 2 == 0 and f"checkpoint-{stopped}" in said and "Traceback" not in said
-    runs.finish(launch(world, out, "resumed", WRAPPER, env, **LONG, resume_from_checkpoint="latest"), out.with_suffix(".resumed"))
+    runs.finish(launch(world, out, "resumed", **LONG, resume_from_checkpoint="latest"), out.with_suffix(".resumed"))
     assert_same_run(whole, out)
 
 
@@ -115,13 +112,10 @@ def test_sixteen_on_one_process_are_eight_on_each_of_two(world, tmp_path):
     """Noise, groups and steps by position: metrics after two epochs agree to 1e-5, and both leave checkpoints (no process waits alone)."""
     (tmp_path / "smooth.py").write_text(SMOOTH)
     one, two = tmp_path / "one", tmp_path / "two"
-    single = [sys.executable, str(tmp_path / "smooth.py"), *world.argv(one, **SHARED, sample_batch_size=16, checkpointing_epochs=2)]
-    runs.finish(runs.start(single, one.with_suffix(".log"), PYTHONPATH=str(runs.ROOT)), one.with_suffix(".log"))
-    flags = world.argv(two, **SHARED, sample_batch_size=8, checkpointing_epochs=2)
-    launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                "--dynamo_backend", "no", str(tmp_path / "smooth.py"), *flags]  # fmt: skip
-    process = runs.start(launcher, two.with_suffix(".log"), ACCELERATE_USE_CPU="true", PYTHONPATH=str(runs.ROOT))
-    runs.finish(process, two.with_suffix(".log"))
+    for out, ranks in ((one, 1), (two, 2)):
+        argv = world.argv(out, **SHARED, sample_batch_size=16 // ranks, checkpointing_epochs=2)
+        log = out.with_suffix(".log")
+        runs.finish(runs.fork([tmp_path / "smooth.py", *argv], log, ranks, PYTHONPATH=str(runs.ROOT)), log)
     ours, theirs = runs.lines(one), runs.lines(two)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for expected, line in zip(ours, theirs, strict=True):
@@ -152,6 +146,6 @@ def test_a_few_epochs_on_the_shipped_model_through_the_wrapper(tmp_path):
 
 def test_sharded_weights_draw_and_learn_as_whole_ones(tiny_sd3_folder, tmp_path):
     """FSDP2 over two processes: log-ratio 0 right after sampling, the gradient of one process, and back to the start of an epoch."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "tests/sharded_rollout.py"]
-    said = runs.finish(runs.start([*command, str(tiny_sd3_folder)], tmp_path / "log"), tmp_path / "log")
+    command, log = ["tests/sharded_rollout.py", tiny_sd3_folder], tmp_path / "log"
+    said = runs.finish(runs.fork(command, log, ranks=2, PYTHONPATH=str(runs.ROOT)), log)
     assert said.count("as one process") == 2

@@ -143,6 +143,7 @@ def test_text_encoders_are_gone_while_training(train, monkeypatch):
 # --------------------------------------------------------------------------- the same tensors
 
 
+@pytest.mark.slow
 def test_same_command_gives_the_same_lora_and_another_seed_another(train):
     hard = dict(lora_dropout=0.3, caption_dropout=0.5, gradient_accumulation_steps=2, train_batch_size=2)
     first = runs.saved(train("first", **hard))
@@ -151,6 +152,7 @@ def test_same_command_gives_the_same_lora_and_another_seed_another(train):
     assert other[1] == first[1] and not any(torch.equal(value, other[0][name]) for name, value in first[0].items())
 
 
+@pytest.mark.slow
 def test_args_json_repeats_the_run(train, tmp_path):
     first = train("first", lora_dropout=0.3, seed=None, validation_prompt=["-- a dash", "two\nlines"])  # the seed is drawn
     runs.train(script, ["--config", str(first / "args.json"), "--output_dir", str(tmp_path / "again")])
@@ -210,6 +212,7 @@ def whole(world, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6])  # before the first checkpoint; two steps after it, in the middle of a window of metrics
 def test_resumed_equals_uninterrupted(train, whole, monkeypatch, step):
     with monkeypatch.context() as patch, pytest.raises(runs.Interrupted):
@@ -229,6 +232,7 @@ def test_resumed_equals_uninterrupted(train, whole, monkeypatch, step):
     assert steps == {8.0} and runs.lines(parts)[-1]["step"] == 8
 
 
+@pytest.mark.slow
 def test_killed_while_it_ends_a_run_resumes_to_the_same_files(train, whole, summaries, monkeypatch):
     """The last checkpoint and the last metrics are there, the last files are not."""
 
@@ -290,6 +294,7 @@ def nan_gradient(loss):
     return loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_loss", "logging", "checkpointing"),
     [(nan_loss, 1, 2), (nan_loss, 2, 2), (nan_loss, 10, 1), (nan_gradient, 10, 1)],
@@ -303,6 +308,7 @@ def test_a_non_finite_step_stops_the_run_before_it_is_saved(train, tmp_path, mon
     assert not (tmp_path / "run" / runs.WEIGHTS).exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(train, tmp_path):
     """No file may grow beyond 20 kB: metrics and pictures fit, a checkpoint does not (Python turns the signal into an OSError)."""
     steps = dict(checkpointing_steps=2, resume_from_checkpoint="latest")
@@ -337,6 +343,7 @@ def test_stock_diffusers_draws_the_last_validation_picture(train, world):
     assert np.abs(ours[6] - ours[0]).mean() > 1  # and the LoRA shows
 
 
+@pytest.mark.slow
 def test_init_lora_starts_where_that_lora_ended(train):
     scored = dict(num_validation_loss_images=2, lora_alpha=2.0, learning_rate=0.1)
     first = train("first", **scored)
@@ -373,6 +380,7 @@ def test_exports_say_the_same_as_the_lora(train, live):
 # --------------------------------------------------------------------------- variants
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -399,6 +407,7 @@ def test_variant_trains_every_adapter(train, live, flags):
         assert {name.split(".lora_")[0] for name in trained} == layers
 
 
+@pytest.mark.slow
 def test_adapters_and_optimizer_stay_fp32_under_bf16(train, live, tmp_path):
     """Defect 6 of the public scripts; and defect 3: the latent cache crashed them in half precision."""
     out = train(mixed_precision="bf16", checkpointing_steps=4, num_validation_loss_images=1, **SHOWN)
@@ -422,6 +431,7 @@ def test_broken_pictures_are_named_and_skipped_or_stop_the_run(train, world, tmp
         train("strict", dataset_name=data, strict_data=True)
 
 
+@pytest.mark.slow
 def test_buckets_train_on_pictures_of_every_shape(train, tmp_path):
     data = runs.make_pictures(tmp_path / "wide", 3, (64, 32))
     for number, path in enumerate(sorted(runs.make_pictures(tmp_path / "tall", 3, (32, 64)).glob("*.png"))):
@@ -437,6 +447,7 @@ def test_buckets_train_on_pictures_of_every_shape(train, tmp_path):
 # --------------------------------------------------------------------------- trackers, dry run
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_curves_once_and_the_pictures(train, monkeypatch, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = dict(report_to="tensorboard", checkpointing_steps=2, num_validation_loss_images=1, validation_steps=2, **SHOWN)

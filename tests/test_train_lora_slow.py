@@ -7,7 +7,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -48,10 +47,10 @@ def whole(world, tmp_path_factory):
     return out
 
 
-def launch(world, out: Path, log: str, command: list[str] | None = None, env: dict | None = None, **flags) -> subprocess.Popen:
-    """Starts the script, or the wrapper in `command`; prints to `out`.LOG."""
-    command = command or [sys.executable, "train_text_to_image_lora_sd3.py"]
-    return runs.start(command + world.argv(out, **flags), out.with_suffix(f".{log}"), **(env or {}))
+def launch(world, out: Path, log: str, wrapper: dict[str, str] | None = None, **flags) -> subprocess.Popen | runs.Forked:
+    """Starts the script, or the wrapper with these variables; prints to `out`.LOG."""
+    argv, file = world.argv(out, **flags), out.with_suffix(f".{log}")
+    return runs.fork(["train_text_to_image_lora_sd3.py", *argv], file) if wrapper is None else runs.start(WRAPPER + argv, file, **wrapper)
 
 
 def step_of(out: Path) -> int:
@@ -95,7 +94,7 @@ def test_killed_twice_at_random_moments_it_ends_like_an_uninterrupted_run(world,
 
 def test_sigterm_to_the_wrapper_saves_exits_0_and_resumes_exactly(world, whole, tmp_path):
     out, env = tmp_path / "run", {"TINY": "1"}
-    process = launch(world, out, "stopped", WRAPPER, env, **LONG)
+    process = launch(world, out, "stopped", env, **LONG)
     runs.wait_for(process, lambda: step_of(out) >= 12, out.with_suffix(".stopped"))
     process.send_signal(signal.SIGTERM)  # to the shell alone: it has to reach the trainer
     said = runs.finish(process, out.with_suffix(".stopped"))
@@ -103,7 +102,7 @@ def test_sigterm_to_the_wrapper_saves_exits_0_and_resumes_exactly(world, whole, 
     assert 12 <= stopped < 60 and f"stopped after step {stopped}" in said
     assert "Traceback" not in said and not (out / runs.WEIGHTS).exists()
 
-    runs.finish(launch(world, out, "resumed", WRAPPER, env, **LONG, resume_from_checkpoint="latest"), out.with_suffix(".resumed"))
+    runs.finish(launch(world, out, "resumed", env, **LONG, resume_from_checkpoint="latest"), out.with_suffix(".resumed"))
     assert_same_run(whole, out)
 
 
@@ -123,14 +122,14 @@ def test_two_processes_are_one_with_twice_the_batch_also_when_stopped_in_between
     runs.train(script, world.argv(tmp_path / "one", **SHARED, train_batch_size=4))
     pair = runs.World(world.model, world.data, tmp_path / "cache")  # empty: the two fill it together
     out, env = tmp_path / "two", {"TINY": "1", "NUM_PROCESSES": "2"}
-    process = launch(pair, out, "stopped", WRAPPER, env, **SHARED, train_batch_size=2)
+    process = launch(pair, out, "stopped", env, **SHARED, train_batch_size=2)
     runs.wait_for(process, lambda: step_of(out) >= 5, out.with_suffix(".stopped"))
     process.send_signal(signal.SIGTERM)
     said = runs.finish(process, out.with_suffix(".stopped"))
     assert "step(s) of 4" in said  # the global batch: two processes of two
     assert said.count("stopped after step") == 1 and checkpoint.find_latest(out)
 
-    again = launch(pair, out, "resumed", WRAPPER, env, **SHARED, train_batch_size=2, resume_from_checkpoint="latest")
+    again = launch(pair, out, "resumed", env, **SHARED, train_batch_size=2, resume_from_checkpoint="latest")
     runs.finish(again, out.with_suffix(".resumed"))
     one, two = runs.lines(tmp_path / "one"), runs.lines(out)
     assert [line.keys() for line in one] == [line.keys() for line in two]

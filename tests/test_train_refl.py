@@ -131,6 +131,7 @@ def shown(out: Path, step: int) -> np.ndarray:
 # --------------------------------------------------------------------------- what it trains and writes
 
 
+@pytest.mark.slow
 def test_a_full_run_trains_every_weight_and_leaves_a_pipeline_that_stock_diffusers_draws_with(train, world, summaries):
     """With everything that may be switched on; the evaluation shows the average, the folder holds the raw weights."""
     summaries()
@@ -166,6 +167,7 @@ def test_a_lora_run_trains_the_adapter_alone_and_stock_diffusers_reads_it(train,
     assert f"# {script.KINDS[method]} LoRA of" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["refl", "draft_lv"])
 def test_the_reward_rises(train, judge, method):
     """Dark pictures are wanted. Saturated pixels go on learning, and better pictures than the threshold no longer do."""
@@ -182,6 +184,7 @@ def test_the_threshold_stops_learning(train, judge, world):
     assert runs.values(out, "loss") == [0.0] and runs.values(out, "grad_norm") == [0.0]
 
 
+@pytest.mark.slow
 def test_the_pre_training_loss_is_weighed_and_alone_it_is_the_denoising_loss(train, judge, world):
     """Without any reward's gradient, twice the weight is twice the gradient."""
     judge(lambda images: 0 * images.mean((1, 2, 3)))
@@ -190,6 +193,7 @@ def test_the_pre_training_loss_is_weighed_and_alone_it_is_the_denoising_loss(tra
     assert norms[0] > 0 and norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_text_encoders_are_gone_and_vae_and_scorer_compute_in_fp32(train, monkeypatch):
     seen, real = [], script.decode
 
@@ -231,6 +235,7 @@ def test_one_batch_of_four_equals_four_accumulated(train, world):
     assert max((one[name] - other[name]).abs().max() for name in one) < 1e-2 * changed
 
 
+@pytest.mark.slow
 def test_no_two_pictures_of_a_run_start_from_the_same_noise(train, monkeypatch):
     """On the public code every rank drew the same."""
     seen, real = [], script.sd15_rollout.rollout
@@ -245,6 +250,7 @@ LONG = dict(max_train_steps=5, checkpointing_steps=2, logging_steps=3, use_ema=T
             eval_scorers="jpeg_incompressibility", gradient_accumulation_steps=2)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["full", "lora"])
 def test_resumed_equals_uninterrupted(train, world, monkeypatch, way):
     flags = LONG | (LORA | dict(lora_dropout=0.2, method="draft", draft_k=2) if way == "lora" else world.pretraining)
@@ -260,6 +266,7 @@ def test_resumed_equals_uninterrupted(train, world, monkeypatch, way):
     assert runs.lines(whole) == runs.lines(parts)
 
 
+@pytest.mark.slow
 def test_xl_trains_too(world, tiny_sdxl_folder, tmp_path):
     out = tmp_path / "out"
     runs.train(script, replace(world, model=tiny_sdxl_folder, cache=tmp_path / "cache").argv(out, **LORA, max_train_steps=1))

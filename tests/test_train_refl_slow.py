@@ -1,8 +1,6 @@
 """ReFL as people start and stop it: killed and resumed, on two processes, by its wrapper on the shipped models."""
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,15 +25,9 @@ def program(tiny_sd15_folder, tmp_path_factory):
     return make_world(tiny_sd15_folder, root), file
 
 
-def launch(program, out: Path, log: str, *, processes: int = 1, **flags) -> subprocess.Popen:
+def launch(program, out: Path, log: str, *, ranks: int = 1, **flags) -> runs.Forked:
     world, file = program
-    command = [sys.executable, str(file)]
-    env = {"PYTHONPATH": str(runs.ROOT)}
-    if processes > 1:
-        command = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(file)]  # fmt: skip
-        env["ACCELERATE_USE_CPU"] = "true"
-    return runs.start(command + world.argv(out, **flags), out.with_suffix(f".{log}"), **env)
+    return runs.fork([file, *world.argv(out, **flags)], out.with_suffix(f".{log}"), ranks, PYTHONPATH=str(runs.ROOT))
 
 
 def test_killed_while_training_it_ends_like_an_uninterrupted_run(program, tmp_path):
@@ -60,7 +52,7 @@ def test_two_processes_are_one_with_twice_the_batch(program, tmp_path, method):
                  draft_k=2 if method == "draft" else None, eval_steps=2, **world.pretraining)  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     runs.finish(launch(program, one, "log", **flags, train_batch_size=4), one.with_suffix(".log"))
-    runs.finish(launch(program, two, "log", **flags, train_batch_size=2, processes=2), two.with_suffix(".log"))
+    runs.finish(launch(program, two, "log", **flags, train_batch_size=2, ranks=2), two.with_suffix(".log"))
     assert [line.keys() for line in runs.lines(one)] == [line.keys() for line in runs.lines(two)]
     for expected, line in zip(runs.lines(one), runs.lines(two), strict=True):
         assert line == pytest.approx(expected, rel=1e-3, abs=1e-5)
