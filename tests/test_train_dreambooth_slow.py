@@ -1,11 +1,9 @@
-"""DreamBooth as people start and stop it: killed processes, two processes through the wrapper, and what it learns."""
+"""DreamBooth as people start and stop it: killed processes, two processes, and what it learns."""
 
 import random
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import train_dreambooth_lora_sd3 as script
 from src import lora, metrics
 
 pytestmark = pytest.mark.slow
-WRAPPER = ["bash", "scripts/train_dreambooth_lora_sd3.sh"]
+WRAPPER = "scripts/train_dreambooth_lora_sd3.sh"
 SUBJECT = dict(dataset_name=None, instance_prompt="a photo of sks dog", lora_layers=",".join(lora.DEFAULT_LAYERS), rank=4)
 SHOWN = dict(validation_prompt=["sks dog"], validation_guidance_scale=3.0)
 
@@ -39,10 +37,9 @@ def argv(world, out: Path, **flags) -> list[str]:
     return world.argv(out, **(SUBJECT | SHOWN | prior | dict(instance_data_dir=world.data) | flags))
 
 
-def launch(world, out: Path, log: str, command: list[str] | None = None, env: dict | None = None, **flags) -> subprocess.Popen:
-    """Starts the script, or the wrapper in `command`; prints to `out`.LOG."""
-    command = command or [sys.executable, "train_dreambooth_lora_sd3.py"]
-    return runs.start(command + argv(world, out, **flags), out.with_suffix(f".{log}"), **(env or {}))
+def launch(world, out: Path, log: str, ranks: int = 1, **flags) -> runs.Forked:
+    """Starts the script as one process or several; prints to `out`.LOG."""
+    return runs.fork(["train_dreambooth_lora_sd3.py", *argv(world, out, **flags)], out.with_suffix(f".{log}"), ranks)
 
 
 def step_of(out: Path) -> int:
@@ -109,7 +106,7 @@ def test_two_processes_are_one_with_twice_the_batch(world, tmp_path):
     runs.train(script, argv(world, tmp_path / "one", **SHARED, train_batch_size=4, no_hflip=True, class_data_dir=tmp_path / "one class"))
     pair, out = runs.World(world.model, world.data, tmp_path / "cache"), tmp_path / "two"  # an empty cache: the two fill it together
     flags = dict(**SHARED, train_batch_size=2, class_data_dir=tmp_path / "two class")
-    said = runs.finish(launch(pair, out, "log", WRAPPER, {"TINY": "1", "NUM_PROCESSES": "2"}, **flags), out.with_suffix(".log"))
+    said = runs.finish(launch(pair, out, "log", ranks=2, **flags), out.with_suffix(".log"))
     assert "10 of 10 class pictures are missing" in said and said.count("class pictures to train on") == 1
     assert contents(tmp_path / "one class").keys() == contents(tmp_path / "two class").keys()
     for path in (tmp_path / "one class").glob("*.png"):
@@ -121,8 +118,7 @@ def test_two_processes_are_one_with_twice_the_batch(world, tmp_path):
         assert line == pytest.approx(expected, rel=1e-5)
     moved = runs.values(tmp_path / "one", "val_loss")
     assert abs(moved[-1] / moved[0] - 1) > 1e-3  # else the weights would not matter
-    pictures = [tmp_path / "one/samples/step-000012/00-0.png", out / "samples/step-000012/02-0.png"]  # the wrapper has two prompts before
-    here, there = (np.asarray(Image.open(path)).astype(int) for path in pictures)
+    here, there = (np.asarray(Image.open(folder / "samples/step-000012/00-0.png")).astype(int) for folder in (tmp_path / "one", out))
     assert np.abs(here - there).max() <= 1
 
 
@@ -143,7 +139,7 @@ def test_photographs_of_every_shape_train_in_buckets_beside_square_class_picture
 
 def recipe(prior: bool) -> list[str]:
     """Arguments of the wrapper's tiny recipe, with or without those of prior preservation."""
-    text = Path(runs.ROOT, WRAPPER[1]).read_text()
+    text = Path(runs.ROOT, WRAPPER).read_text()
     words = shlex.split(re.search(r"launch train_dreambooth_lora_sd3.py (.*?) \"\$@\"", text, re.S)[1])
     flags = []
     for word in words:
@@ -161,7 +157,7 @@ def test_five_pictures_teach_the_subject_and_prior_preservation_keeps_its_class(
 
     out, log = tmp_path / "run", tmp_path / "log"
     places = ["--output_dir", str(out), "--cache_dir", str(tmp_path / "cache"), "--report_to", "none", "--seed", "0"]
-    runs.finish(runs.start([sys.executable, "train_dreambooth_lora_sd3.py", *recipe(prior), *places], log), log, seconds=3600)
+    runs.finish(runs.fork(["train_dreambooth_lora_sd3.py", *recipe(prior), *places], log), log, seconds=3600)
     argv = ["--lora_weights_path", str(out), "--subject", "purple", "--num_prompts", "256"]
     subject, class_ = evaluate.main(cli.parse(evaluate.build_parser(), argv)).values()
     assert subject["before"] < 0.1 and subject["after"] >= 0.8
