@@ -141,6 +141,7 @@ def test_the_weight_of_the_prior_acts_on_its_own_gradient_alone(train, world):
     assert (part - (subject + 0.25 * (whole - subject))).norm() < 1e-4 * subject.norm()
 
 
+@pytest.mark.slow
 def test_any_batch_size_gives_the_same_losses(train):
     """Batches of 1, 2 and 4 with as many accumulated, one class prompt or two. Defect 4 of the public scripts: a crash at batch 2.
 
@@ -239,6 +240,7 @@ def test_kohyas_file_holds_the_text_encoders_under_its_names(finished):
     assert sum(name.startswith("lora_te") for name in kohya) == 2 * 2 * 4 * 3  # encoders x layers x projections x tensors
 
 
+@pytest.mark.slow
 def test_init_lora_starts_all_parts_where_that_lora_ended(train, finished, live):
     flags = dict(max_train_steps=1, init_lora=finished, lora_alpha=8.0, learning_rate=1e-9)
     train(**TEXT | flags | dict(text_encoder_learning_rate=1e-9), adam_weight_decay=0.0)
@@ -251,6 +253,7 @@ def test_init_lora_starts_all_parts_where_that_lora_ended(train, finished, live)
         train("ranks", train_text_encoder=True, **flags)
 
 
+@pytest.mark.slow
 def test_t5_is_read_from_the_cache_where_clip_is_trained(train, monkeypatch):
     """The same losses as with all three encoders in memory; with the cache T5 (9.5 GB) is gone."""
     resident, prepare = {}, script.subject.prepare
@@ -292,6 +295,7 @@ class SimpleSeen:
         self.batches, self.die_at = [], None
 
 
+@pytest.mark.slow
 def test_class_pictures_are_rendered_once_and_kept_for_other_runs(train, tmp_path, rendered):
     """A folder of their own for every setting that they depend on; other settings find them again."""
     flags = PRIOR | dict(cache_dir=tmp_path / "cache", max_train_steps=1, sample_batch_size=4)
@@ -308,6 +312,7 @@ def test_class_pictures_are_rendered_once_and_kept_for_other_runs(train, tmp_pat
     assert len(list((tmp_path / "cache").glob("class-*"))) == 4
 
 
+@pytest.mark.slow
 def test_killed_while_rendering_the_rest_is_made_the_next_time(train, tmp_path, rendered):
     flags = PRIOR | dict(max_train_steps=1, sample_batch_size=2, cache_text=False)
     whole = train("whole", **flags, class_data_dir=tmp_path / "class")
@@ -324,6 +329,7 @@ def test_killed_while_rendering_the_rest_is_made_the_next_time(train, tmp_path, 
     runs.assert_identical(runs.saved(whole), runs.saved(parts))
 
 
+@pytest.mark.slow
 def test_a_class_picture_is_what_the_stock_pipeline_draws_from_its_prompt_and_seed(train, world, tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
@@ -355,6 +361,7 @@ def test_class_pictures_of_other_settings_are_refused(train, tmp_path):
 # --------------------------------------------------------------------------- masks, captions, repeats
 
 
+@pytest.mark.slow
 def test_a_mask_of_everything_is_no_mask_and_alpha_is_a_mask_folder(train, world, tmp_path):
     for kind, level in (("white", 255), ("alpha", None)):
         (tmp_path / kind).mkdir()
@@ -393,6 +400,7 @@ LONG = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(train, monkeypatch):
     whole = train("whole", **LONG)
     with monkeypatch.context() as patch, pytest.raises(runs.Interrupted):
