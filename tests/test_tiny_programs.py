@@ -155,6 +155,7 @@ def test_the_subjects_share_counts_its_shape_and_its_colour():
 def test_with_a_subject_its_share_and_its_classs_score_are_measured():
     plain = evaluate.measures(cli.parse(evaluate.build_parser(), []))
     assert list(plain) == ["new shape (heart)", "known shapes"]
+    assert list(evaluate.measures(cli.parse(evaluate.build_parser(), ["--new_shape", "none"]))) == ["known shapes"]
     argv = ["--subject", "purple", "--num_prompts", "3", "--num_subject_images", "7"]
     subject = evaluate.measures(cli.parse(evaluate.build_parser(), argv))
     assert list(subject) == ["subject (purple heart)", "class (without sks)"]
@@ -192,6 +193,8 @@ def test_the_program_prints_before_and_after_and_writes_them(tiny_sd3_folder, tm
     (["--pretrained_model_name_or_path", "MODEL", "--lora_weights_path", "src"], "--lora_weights_path src: no pytorch_lora_weights"),
     (["--pretrained_model_name_or_path", "MODEL", "--output", "README.md/x.json"], "--output README.md"),
     (["--num_prompts", "0"], "--num_prompts: must be at least 1"),
+    (["--pretrained_model_name_or_path", "MODEL", "--num_subject_images", "8"], "--num_subject_images 8 has no effect without --subject"),
+    (["--pretrained_model_name_or_path", "MODEL", "--subject", "red", "--new_shape", "none"], "leave out --new_shape none"),
 ])  # fmt: skip
 def test_what_the_evaluation_refuses(argv, line, tiny_sd3_folder, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
