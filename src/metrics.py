@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 NAMES = {
     "step": "optimizer steps done",
-    "loss": "training loss: squared velocity error (mean over latent values), preference loss, or what ReFL makes of the reward; mean over "
-    "the window's samples",
+    "loss": "training loss: squared error of the velocity or noise (mean over latent values), preference loss, policy loss with the "
+    "weighted KL, or what ReFL makes of the reward; mean over the window's samples",
     "grad_norm": "global norm of the gradient before clipping, mean over the window",
     "lr": "learning rate of the last step in the window",
-    "epoch": "passes over the training set so far",
+    "epoch": "passes over the training set so far; in reinforcement learning rounds of sampling and training",
     "accuracy": "share of pairs that the model prefers as people do: its error fell more on the winner than on the loser; ties count half",
     "policy_margin": "squared error of the predicted noise on the loser minus that on the winner",
     "reference_margin": "that margin of the reference model",
@@ -40,7 +40,8 @@ NAMES = {
     "unjudged": "pictures of the epoch that a scorer could not judge: they are left out of the update",
     "no_signal": "share of the epoch's pictures whose advantage is 0, as in a group of equal rewards",
     "policy_loss": "the part of the loss that follows the reward; 0 at ratio 1, so its size says nothing",
-    "kl": "KL divergence of a denoising step from the reference's, nats, joint over the latent (nft: squared velocity difference)",
+    "kl": "KL divergence of a denoising step from the reference's, nats, joint over the latent (flow_grpo: times the length of the step; "
+    "nft: squared velocity difference); 0 where it has no weight",
     "log_ratio": "mean absolute log-ratio of a denoising step to the policy that drew it, nats; 0 in the first update of an epoch",
     "clip_fraction": "share of the trained steps whose log-ratio lies beyond the clip",
     "skipped_updates": "updates of the epoch that were left out because no advantage was other than 0",
