@@ -852,6 +852,7 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("window_shift_epochs",), lambda a: a.window_order == "progressive", "without --window_order progressive"),
     (("transition", "noise_level", "window_size", "window_range", "window_order", "clip_nats", "kl_form"),
      lambda a: getattr(a, "loss", None) != "nft", "with --loss nft, which trains on pictures of the deterministic sampler"),
+    (("guidance_scale",), lambda a: getattr(a, "loss", None) != "nft", "with --loss nft, which learns to do without guidance"),
     (("kl_form",), lambda a: a.kl_weight > 0, "without --kl_weight"),
     (("nft_strength", "nft_levels", "nft_old_rate", "nft_old_decay"), lambda a: a.loss == "nft", "without --loss nft"),
     (("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"), lambda a: a.per_prompt_stat_tracking,

@@ -28,6 +28,8 @@ NAMES = {
     "accuracy": "share of pairs that the model prefers as people do: its error fell more on the winner than on the loser; ties count half",
     "policy_margin": "squared error of the predicted noise on the loser minus that on the winner",
     "reference_margin": "that margin of the reference model",
+    "winner_gain": "by how much the model's squared error on the winners is below the reference's; negative: it forgets to draw them, too",
+    "loser_gain": "the same on the losers; below winner_gain, or nothing is preferred",
     "val_loss": "the training loss on held-out samples with fixed noise, mean over noise levels",
     "val_accuracy": "the accuracy on held-out pairs with fixed noise, mean over noise levels",
     "val_loss_sigma_0.25": "that loss at noise level 0.25: detail",
