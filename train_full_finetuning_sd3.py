@@ -131,10 +131,12 @@ def main(args: argparse.Namespace) -> None:
     if args.train_text_encoder:
         encoders = sd3.reload_clips(data.model, revision=args.revision, variant=args.variant, dtype=dtype)
     modules = {"transformer": transformer, **encoders}
+    # twin: memory
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
         sd3.compile_blocks(transformer)
+    # end twin
 
     # Optimizer
     learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.plan.global_batch)
@@ -168,10 +170,12 @@ def main(args: argparse.Namespace) -> None:
             batch = next(batches)
             x0, condition = data.encode(batch, args.seed, step, train_text=args.train_text_encoder)  # (b, 16, h, w), (b, L, D)
             # 2. noise
+            # twin: noise
             noise = seeds.normal(args.seed, step, batch.positions, "noise", x0.shape[1:], run.device)  # (b, 16, h, w)
             u = seeds.uniform(args.seed, step, batch.positions, "sigma", run.device)  # (b,)
             sigma = flow.sigmas(u, density=args.timestep_density, logit_mean=args.logit_mean, logit_std=args.logit_std,
                                 mode_scale=args.mode_scale, shift=sd3.timestep_shift(model, args.shift, *batch.size))  # fmt: skip
+            # end twin
             # 3. predict
             with run.no_sync(policy, last=micro == args.gradient_accumulation_steps - 1):
                 loss = flow_matching_loss(policy, x0, noise, sigma, condition).mean()
@@ -190,9 +194,9 @@ def main(args: argparse.Namespace) -> None:
         if average:
             average.update()
 
+        log.add(loss=torch.stack(losses).mean(), grad_norm=grad_norm)
         # twin: tail
         done = step + 1
-        log.add(loss=torch.stack(losses).mean(), grad_norm=grad_norm)
         log.write(done, lr=schedule.get_last_lr()[0], epoch=done / data.plan.steps_per_epoch)
         validator.run_if_due(done)
         saver.save_if_due(done)

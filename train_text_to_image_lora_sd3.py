@@ -112,10 +112,12 @@ def main(args: argparse.Namespace) -> None:
     if args.init_lora:
         fresh = lora.load(transformer, args.init_lora)
         run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers are not in it and start from zero" if fresh else ""))
+    # twin: memory
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if args.compile:
         sd3.compile_blocks(transformer)
+    # end twin
 
     # Optimizer
     weights = lora.parameters(transformer)
@@ -149,10 +151,12 @@ def main(args: argparse.Namespace) -> None:
             batch = next(batches)
             x0, condition = data.encode(batch, args.seed, step)  # (b, 16, h, w), (b, L, D)
             # 2. noise
+            # twin: noise
             noise = seeds.normal(args.seed, step, batch.positions, "noise", x0.shape[1:], run.device)  # (b, 16, h, w)
             u = seeds.uniform(args.seed, step, batch.positions, "sigma", run.device)  # (b,)
             sigma = flow.sigmas(u, density=args.timestep_density, logit_mean=args.logit_mean, logit_std=args.logit_std,
                                 mode_scale=args.mode_scale, shift=sd3.timestep_shift(model, args.shift, *batch.size))  # fmt: skip
+            # end twin
             # 3. predict
             with run.no_sync(policy, last=micro == args.gradient_accumulation_steps - 1):
                 loss = flow_matching_loss(policy, x0, noise, sigma, condition).mean()
@@ -167,9 +171,9 @@ def main(args: argparse.Namespace) -> None:
         if average:
             average.update()
 
+        log.add(loss=torch.stack(losses).mean(), grad_norm=grad_norm)
         # twin: tail
         done = step + 1
-        log.add(loss=torch.stack(losses).mean(), grad_norm=grad_norm)
         log.write(done, lr=schedule.get_last_lr()[0], epoch=done / data.plan.steps_per_epoch)
         validator.run_if_due(done)
         saver.save_if_due(done)

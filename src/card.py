@@ -29,14 +29,16 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
 image = pipeline({prompt!r}).images[0]"""
-UNETS = ("Diffusion-DPO", "SFT", "ReFL", "DRaFT", "DRaFT-LV")  # what the SD1.5 scripts train, each as a LoRA, too
-LOADING = {
-    "LoRA": """import torch
+LORA = """import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
-image = pipeline({prompt!r}).images[0]""",
+image = pipeline({prompt!r}).images[0]"""
+UNETS = ("Diffusion-DPO", "SFT", "ReFL", "DRaFT", "DRaFT-LV")  # what the SD1.5 scripts train, each as a LoRA, too
+LOADING = {
+    "LoRA": LORA,
+    "DreamBooth LoRA": LORA,
     "Full fine-tuning": """import torch
 from diffusers import StableDiffusion3Pipeline
 

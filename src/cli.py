@@ -373,6 +373,44 @@ def add_full_args(parser: Parser) -> None:
     g.add_argument("--save_transformer_only", action="store_true", help="save no complete pipeline folder, only transformer/")
 
 
+def add_dreambooth_args(parser: Parser) -> None:
+    """The subject, its class, what of a picture counts, and the text encoders."""
+    g = parser.add_argument_group("DreamBooth")
+    g.add_argument("--instance_data_dir", type=Path, help="folder with some pictures of the subject (or any data set: --dataset_name)")
+    g.add_argument("--instance_prompt", metavar="TEXT", help='of pictures without a caption, such as "a photo of sks dog"')
+    g.add_argument("--repeats", type=positive_int, default=1, help="how often an epoch shows each picture of the subject")
+    g.add_argument(
+        "--mask_from_alpha", action="store_true",
+        help="the loss counts opaque pixels alone, as a mean over them: its size does not depend on the subject's",
+    )
+    g.add_argument("--mask_data_dir", type=Path, help="the same with masks: a folder with a picture of the same name, white is the subject")
+    g.add_argument(
+        "--with_prior_preservation", action=argparse.BooleanOptionalAction, default=False,
+        help="train on as many pictures of the class as of the subject, in a forward pass of their own, so that the class stays as it is",
+    )
+    g.add_argument(
+        "--class_data_dir", type=Path,
+        help="pictures of the class; missing ones are rendered into it (unset: a folder in --cache_dir for each prompt, model and setting)",
+    )
+    g.add_argument(
+        "--class_prompt", action="append", metavar="TEXT", help='prompt of class pictures, "a photo of a dog"; several take turns'
+    )
+    g.add_argument("--class_prompts_file", type=existing_file, metavar="FILE", help="text file of more class prompts, one a line")
+    g.add_argument("--num_class_images", type=positive_int, default=100, help="class pictures to train on, the first of the folder")
+    g.add_argument("--prior_loss_weight", type=positive_float, default=1.0, help="loss = loss of the subject + this * loss of the class")
+    g.add_argument("--sample_batch_size", type=positive_int, default=4, help="class pictures that a process renders at once")
+    g.add_argument("--class_inference_steps", type=positive_int, default=28, help="denoising steps of a rendered picture")
+    g.add_argument("--class_guidance_scale", type=non_negative_float, default=4.5, help="guidance weight of such a picture; 1: off")
+    g.add_argument(
+        "--train_text_encoder", action="store_true", help="adapt CLIP-L and CLIP-G too; --cache_text then keeps T5's part out of memory"
+    )
+    g.add_argument("--text_encoder_learning_rate", type=positive_float, help="of those two (unset: that of the transformer)")
+    g.add_argument(
+        "--text_encoder_rank", type=positive_int, help="rank of their update matrices (unset: --rank); scaled as the transformer's"
+    )
+    parser.when_unset["dataset_name"] = lambda args: str(args.instance_data_dir)
+
+
 def add_dpo_args(parser: Parser) -> None:
     """The preference loss and its reference model."""
     g = parser.add_argument_group("preference optimisation")
@@ -829,7 +867,10 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("lr_power",), lambda a: a.lr_scheduler == "polynomial", "without --lr_scheduler polynomial"),
     (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda a: a.optimizer != "adafactor", "with --optimizer adafactor; leave it out"),
     (("ema_decay", "ema_device"), lambda a: a.use_ema, "without --use_ema"),
-    (("text_encoder_learning_rate",), lambda a: a.train_text_encoder, "without --train_text_encoder"),
+    (("text_encoder_learning_rate", "text_encoder_rank"), lambda a: a.train_text_encoder, "without --train_text_encoder"),
+    (("class_data_dir", "class_prompt", "class_prompts_file", "num_class_images", "prior_loss_weight", "sample_batch_size",
+      "class_inference_steps", "class_guidance_scale"), lambda a: getattr(a, "with_prior_preservation", True),
+     "without --with_prior_preservation"),
     (("logit_mean", "logit_std"), lambda a: a.timestep_density == "logit_normal", "without --timestep_density logit_normal"),
     (("mode_scale",), lambda a: a.timestep_density == "mode", "without --timestep_density mode"),
     (("beta_dpo", "loss_type", "label_smoothing", "reference_model"), lambda a: not a.sft, "with --sft, which has no preferences"),
@@ -873,8 +914,6 @@ def _full_refusals(args: argparse.Namespace) -> Iterator[str]:
     if args.optimizer == "prodigy" and (args.weights_dtype == "bf16" or args.fused_backward):
         flag = "--fused_backward" if args.fused_backward else "--weights_dtype bf16"
         yield f"--optimizer prodigy derives its step from all weights at once, {flag} updates them one by one; use adamw"
-    if args.text_encoder_learning_rate and args.optimizer == "prodigy":
-        yield "--text_encoder_learning_rate contradicts --optimizer prodigy, which finds one step size for all; leave it out"
     if args.fused_backward:
         if args.gradient_accumulation_steps > 1:
             yield "--fused_backward updates in every backward pass: use --gradient_accumulation_steps 1 and a larger --train_batch_size"
@@ -892,6 +931,24 @@ def _full_refusals(args: argparse.Namespace) -> Iterator[str]:
         yield "--save_transformer_only would drop what --train_text_encoder trained; leave one out"
 
 
+def _dreambooth_refusals(args: argparse.Namespace) -> Iterator[str]:
+    """What cannot work in DreamBooth."""
+    if not args.instance_data_dir and not args.dataset_name:
+        yield "--instance_data_dir is required: a folder with some pictures of your subject"
+    if args.instance_data_dir and args.dataset_name and str(args.instance_data_dir) != args.dataset_name:
+        yield "--dataset_name contradicts --instance_data_dir, which names the pictures too; give one of them"
+    if args.instance_data_dir and args.dataset_revision:
+        yield f"--dataset_revision {args.dataset_revision} has no effect on a local --instance_data_dir"
+    if args.mask_from_alpha and args.mask_data_dir:
+        yield "--mask_data_dir contradicts --mask_from_alpha, which is another mask; give one of them"
+    if args.random_crop and (args.mask_from_alpha or args.mask_data_dir):
+        yield "--random_crop may cut off all of what a mask shows: leave it out"
+    if args.with_prior_preservation and not (args.class_prompt or args.class_prompts_file or args.class_data_dir):
+        yield "--with_prior_preservation needs --class_prompt, what to render without your subject, or pictures in --class_data_dir"
+    if args.train_text_encoder and args.export_merged:
+        yield "--export_merged writes the transformer alone, without what --train_text_encoder trains; leave one out"
+
+
 def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the combination of flags, one sentence each.
 
@@ -904,6 +961,8 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
                 yield f"--{name} {has[name]} has no effect {why}"
     if has.get("random_crop") and has.get("cache_latents"):
         yield "--random_crop needs fresh latents for every crop: add --no-cache_latents"
+    if has.get("text_encoder_learning_rate") and has["optimizer"] == "prodigy":
+        yield "--text_encoder_learning_rate contradicts --optimizer prodigy, which finds one step size for all; leave it out"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
     short = has.get("max_train_steps", 4) < 4  # a quarter of it: 0 steps
@@ -915,7 +974,9 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
         yield "--chosen_column and --rejected_column belong together: give both, or neither for pickapic_v2's jpg_0 and jpg_1"
     if "weights_dtype" in has:
         yield from _full_refusals(args)
-    if "dataset_name" in has and not has["dataset_name"]:
+    if "instance_data_dir" in has:
+        yield from _dreambooth_refusals(args)
+    elif "dataset_name" in has and not has["dataset_name"]:
         pictures, pairs = "a folder of captioned pictures, parquet, webdataset", "preference pairs in a folder with metadata.jsonl, parquet"
         what = pairs if "chosen_column" in has else pictures
         yield f"--dataset_name is required: {what} or a Hub id"

@@ -42,9 +42,17 @@ def timestep(sigma: Tensor) -> Tensor:
     return TRAIN_TIMESTEPS * sigma.float()
 
 
-def velocity_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample, (b,) float32: mean over channels, height and width, weight 1 at every sigma."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def velocity_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error of each sample, (b,) float32: mean over channels, height and width, weight 1 at every sigma.
+
+    Args:
+        mask: (b, 1, h, w) of at least 0: weights of the mean. Divided by their sum, so a small mask gives no smaller a loss.
+    """
+    error = (prediction.float() - target.float()).square()  # (b, c, h, w)
+    if mask is None:
+        return error.flatten(1).mean(1)
+    weight = mask.float().expand_as(error)
+    return (weight * error).flatten(1).sum(1) / weight.flatten(1).sum(1)
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:

@@ -52,6 +52,13 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(one.contiguous().numpy()) for one in levels.permute(0, 2, 3, 1)]
 
 
+def to_png(image: Image.Image) -> bytes:
+    """The picture as a PNG file, without loss."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
 # --------------------------------------------------------------------------- any file to RGB
 
 
@@ -72,6 +79,24 @@ def open_rgb(source: Path | str | bytes | Image.Image, name: str | None = None) 
     with _opened(source, name) as image:
         image.load()  # all of it: a file that was cut short shows only here
         return _upright_rgb(image)
+
+
+def open_mask(source: Path | str | bytes | Image.Image, name: str | None = None) -> tuple[Image.Image, bool]:
+    """How much of each pixel counts, upright, in mode L: 255 wholly, 0 not at all.
+
+    The opacity of a picture with transparency, the brightness of any other one.
+
+    Returns:
+        The mask, and whether it is an opacity.
+
+    Raises:
+        ValueError: as `open_rgb`.
+    """
+    with _opened(source, name) as image:
+        image.load()
+        if image.has_transparency_data:
+            return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"), True
+        return _upright_rgb(image).convert("L"), False
 
 
 def measure(source: Path | str | bytes | Image.Image, name: str | None = None) -> tuple[int, int]:

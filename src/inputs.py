@@ -7,8 +7,7 @@ Encoders are loaded only when something is missing from a cache, and leave memor
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor
 
 from src import runtime, seeds
-from src.data import buckets, cache, captions, preferences, samples
+from src.data import buckets, cache, captions, preferences, samples, sources
 from src.pipelines import sd3
 
+TEXT_FOLDERS = tuple(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
 MAX_HELD_OUT = 16  # pictures of the validation loss, if its number is not given: one in twenty, no more than these
 MAX_HELD_OUT_PAIRS = 64  # likewise: an accuracy needs more samples than a loss
 
@@ -31,10 +31,11 @@ class Inputs:
 
     Attributes:
         family: module of the model's family.
-        model: what the run still needs besides the denoiser: the VAE, and the text encoders if there is no text cache.
+        model: what the run still needs besides the denoiser: the VAE, and the text encoders that no cache stands in for.
         training, held_out: samples to train on, and those kept for the validation loss (never flipped, caption never dropped).
         plan: which samples make up which optimizer step.
         sequence_length: tokens of SD3's T5, or of SD1.5's CLIP; the same in training and validation.
+        first_position: of a step's first sample; not 0 in a second data set of the run.
     """
 
     run: runtime.Run
@@ -45,13 +46,14 @@ class Inputs:
     plan: buckets.Plan
     text: cache.TensorCache | None
     sequence_length: int
+    first_position: int = 0
 
     def batches(self, first_step: int) -> Iterator[samples.Batch]:
         """This process's micro-batches from optimizer step `first_step` on, `gradient_accumulation_steps` of them per step."""
         args, run = self.run.args, self.run
         sampler = buckets.StepSampler(
             self.plan, batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
-            rank=run.rank, world=run.world, start_step=first_step, max_steps=args.max_train_steps,
+            rank=run.rank, world=run.world, start_step=first_step, max_steps=args.max_train_steps, first_position=self.first_position,
         )  # fmt: skip
         return iter(samples.loader(self.training, sampler, num_workers=args.dataloader_num_workers, pin_memory=run.device.type == "cuda"))
 
@@ -63,16 +65,17 @@ class Inputs:
         the same.
 
         Args:
-            train_text: let gradients flow into the text encoders; takes a run without the text cache.
+            train_text: let gradients flow into the text encoders; takes a run in which they are resident.
         """
         batch, family = batch.to(self.run.device), self.family
         mean, std = (batch.latent_mean, batch.latent_std) if batch.pixels is None else self._posterior(batch.pixels)
         noise = seeds.normal(seed, step, batch.positions, "posterior", mean.shape[1:], mean.device)
         x0 = family.scale_latents(self.model, family.sample_posterior(mean, std, noise))  # (b, C, h, w)
+        cached = None if batch.embeds is None else family.Conditioning(batch.embeds, batch.pooled)
         if train_text:
             with torch.enable_grad(), self.run.accelerator.autocast():
-                return x0, family.encode_prompts(self.model, batch.prompts, self.sequence_length)
-        return x0, self.condition(batch.prompts) if batch.embeds is None else family.Conditioning(batch.embeds, batch.pooled)
+                return x0, self._by_residents(batch.prompts, cached)
+        return x0, self._by_residents(batch.prompts, cached)
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of pictures (b, 3, H, W) or pairs (b, 2, 3, H, W), in the same order."""
@@ -82,19 +85,28 @@ class Inputs:
     @torch.no_grad()
     def condition(self, prompts: list[str]) -> sd3.Conditioning:
         """Embeddings of prompts, from the cache or from the resident encoders: embeds (b, L, D), pooled (b, P)."""
-        if self.text is None:
-            return self.family.encode_prompts(self.model, prompts, self.sequence_length)
-        return _cached(self.text, prompts, self.run.device, self.family)
+        cached = None if self.text is None else Texts(self.text, self.run.device, self.family).condition(prompts)
+        return self._by_residents(prompts, cached)
+
+    def _by_residents(self, prompts: list[str], cached: sd3.Conditioning | None) -> sd3.Conditioning:
+        """What is cached, but for what resident encoders give: all of it, or CLIP's part where both are trained and T5 is frozen."""
+        if not self.model.text_encoders:
+            return cached
+        known = {} if cached is None else {"t5_tokens": cached.embeds[:, self.family.clip_length(self.model) :]}
+        return self.family.encode_prompts(self.model, prompts, self.sequence_length, **known)
 
 
-def check(args: argparse.Namespace, family: ModuleType = sd3) -> None:
+def check(args: argparse.Namespace, family: ModuleType = sd3, *, captioned: bool = True) -> None:
     """Refuse a model or a data set that cannot be trained on, reading small files only.
+
+    Args:
+        captioned: pictures need captions of their own.
 
     Raises:
         ValueError: naming the flag and the cure.
     """
     _check_model(args, family)
-    captions.check_source(args.dataset_name, image_column=args.image_column, caption_column=args.caption_column)
+    captions.check_source(args.dataset_name, image_column=args.image_column, caption_column=args.caption_column, captioned=captioned)
 
 
 def check_pairs(args: argparse.Namespace, family: ModuleType) -> None:
@@ -119,7 +131,7 @@ def check_pretraining(args: argparse.Namespace, family: ModuleType) -> None:
     """As `check`, of captioned pictures that may be left out: those of --pretrain_dataset_name."""
     _check_model(args, family)
     if args.pretrain_dataset_name:
-        with _flag_renamed():
+        with sources.naming("--pretrain_dataset_name"):
             captions.check_source(args.pretrain_dataset_name, image_column=args.image_column, caption_column=args.caption_column)
 
 
@@ -127,7 +139,7 @@ def open_pretraining(args: argparse.Namespace, *, progress: bool) -> captions.Ca
     """The pictures of --pretrain_dataset_name, None without; raises as `open_images`."""
     if args.pretrain_dataset_name is None:
         return None
-    with _flag_renamed():
+    with sources.naming("--pretrain_dataset_name"):
         return open_images(args, progress=progress)[0]
 
 
@@ -136,24 +148,21 @@ def _dataset(args: argparse.Namespace) -> str:
     return getattr(args, "dataset_name", None) or getattr(args, "pretrain_dataset_name", None)
 
 
-@contextlib.contextmanager
-def _flag_renamed() -> Iterator[None]:
-    """Refusals inside name the flag that the pictures were given by."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("--dataset_name", "--pretrain_dataset_name")) from error
-
-
-def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
+def open_images(
+    args: argparse.Namespace, *, progress: bool, default_prompt: str | None = None
+) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
     """The pictures to train on, and those held out for the validation loss (None if there are none).
+
+    Args:
+        default_prompt: of pictures without a caption (None: they cannot be used).
 
     Raises:
         ValueError: the data set cannot be read, or nothing is left to train on.
     """
     images = captions.open_captioned(
         _dataset(args), image_column=args.image_column, caption_column=args.caption_column, cache_dir=args.cache_dir,
-        max_train_samples=args.max_train_samples, strict=args.strict_data, revision=args.dataset_revision, progress=progress,
+        max_train_samples=args.max_train_samples, default_prompt=default_prompt, strict=args.strict_data,
+        revision=args.dataset_revision, progress=progress,
     )  # fmt: skip
     wanted = getattr(args, "num_validation_loss_images", 0)
     count = min(MAX_HELD_OUT, len(images) // 20) if wanted is None else wanted
@@ -198,14 +207,14 @@ def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3
     with run.accelerator.main_process_first():  # one download and one scan; the others find the result on disk
         train, held_out = open_images(args, progress=run.is_main)
     parts = [train, held_out or train.subset([])]
-    return _assemble(run, args, family, samples.Samples, parts, parts, "pictures")
+    return _prepare(run, args, family, samples.Samples, parts, parts, "pictures")
 
 
 def prepare_pretraining(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs | None:
     """The same for the pictures of --pretrain_dataset_name, all of which are trained on; None without."""
     if args.pretrain_dataset_name is None:
         return None
-    with _flag_renamed():
+    with sources.naming("--pretrain_dataset_name"):
         return prepare(run, args, family)
 
 
@@ -218,44 +227,63 @@ def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType
     with run.accelerator.main_process_first():
         train, held_out = open_pairs(args, progress=run.is_main)
     parts = [train, held_out or train.subset([])]
-    return _assemble(run, args, family, preferences.PairSamples, parts, [part.pictures for part in parts], "pairs")
+    return _prepare(run, args, family, preferences.PairSamples, parts, [part.pictures for part in parts], "pairs")
 
 
-def _assemble(
+def _prepare(
     run: runtime.Run, args: argparse.Namespace, family: ModuleType, kind: type[samples.Samples], parts: list[Any],
     pictures: list[captions.CaptionedImages], name: str,
 ) -> Inputs:  # fmt: skip
-    """Buckets, plan and caches of the samples to train on and those held out.
+    """Encode the prompts, load what is needed after that, and `assemble`."""
+    text = encode_texts(run, args, [record.prompt for part in parts for record in part.records], family)
+    path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
+    resident = ("vae",) if text else ("vae", "text")
+    model = family.load(path, **options, dtype=run.weight_dtype, device=run.device, parts=resident)
+    return assemble(run, args, family, kind, parts, pictures, name, model=model, text=text)
+
+
+def assemble(
+    run: runtime.Run, args: argparse.Namespace, family: ModuleType, kind: type[samples.Samples], parts: list[Any],
+    pictures: list[captions.CaptionedImages], name: str, *, model: Any, text: cache.TensorCache | None, first_position: int = 0,
+    masks: Callable[[captions.CaptionedImages, list[tuple[int, int]]], list[Tensor]] | None = None,
+) -> Inputs:  # fmt: skip
+    """Lay out the steps of the samples to train on and those held out, and fill their latent cache.
 
     Args:
         parts: what is one sample each, with `records`; pictures: theirs, equally many (one, or two) for each sample, in the same order.
         name: of a sample, in the line that is printed.
+        model: with the VAE, and the text encoders that are to stay; text: of the samples' prompts.
+        first_position: see `Inputs`.
+        masks: pictures and their sizes (H, W) -> what of each counts in the loss, (1, h, w) each; None: all of it.
     """
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     each = len(pictures[0]) // len(parts[0])  # pictures of a sample
     sizes = [[buckets.assign(one.width, one.height, shapes) for one in part.records[::each]] for part in pictures]
-    plan = buckets.Plan(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed)
+    weights = [masks(*of) if masks else None for of in zip(pictures, sizes, strict=True)]
+    order = "order" if first_position == 0 else "second order"
+    plan = buckets.Plan(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed, order)
     run.print(
         f"{len(parts[0])} {name} to train on in {len(plan.members)} bucket(s), {len(parts[1])} held out; "
         f"an epoch is {plan.steps_per_epoch} step(s) of {plan.global_batch}"
     )
-
-    path, length = args.pretrained_model_name_or_path, getattr(args, "max_sequence_length", None)
-    length = family.default_sequence_length(path, args.revision) if length is None else length
-    prompts = ["", *validation_prompts(args), *(record.prompt for part in parts for record in part.records)]
-    text = _text_cache(run, args, family, prompts, length) if getattr(args, "cache_text", True) else None
-    resident = ("vae",) if text else ("vae", "text")
-    model = family.load(path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device, parts=resident)
     picture_sizes = [[size for size in part for _ in range(each)] for part in sizes]
     latents = _latent_cache(run, args, family, pictures, picture_sizes, model) if args.cache_latents else None
     common = {"seed": args.seed, "latents": latents, "text": text}
     return Inputs(
-        run=run, family=family, model=model, plan=plan, text=text, sequence_length=length,
+        run=run, family=family, model=model, plan=plan, text=text, sequence_length=sequence_length(args, family),
+        first_position=first_position,
         training=kind(
-            parts[0], sizes[0], caption_dropout=args.caption_dropout, random_crop=args.random_crop, flip=not args.no_hflip, **common
+            parts[0], sizes[0], caption_dropout=args.caption_dropout, random_crop=args.random_crop, flip=not args.no_hflip,
+            masks=weights[0], **common,
         ),
-        held_out=kind(parts[1], sizes[1], **common),
+        held_out=kind(parts[1], sizes[1], masks=weights[1], **common),
     )  # fmt: skip
+
+
+def sequence_length(args: argparse.Namespace, family: ModuleType = sd3) -> int:
+    """Tokens of SD3's T5, or of SD1.5's CLIP: --max_sequence_length, or what the model itself says."""
+    length = getattr(args, "max_sequence_length", None)
+    return family.default_sequence_length(args.pretrained_model_name_or_path, args.revision) if length is None else length
 
 
 @dataclass(frozen=True)
@@ -268,23 +296,22 @@ class Texts:
 
     def condition(self, prompts: list[str]) -> sd3.Conditioning:
         """embeds (b, L, D), pooled (b, P), read from the disk, which is little beside a denoising step."""
-        return _cached(self.cache, prompts, self.device, self.family)
+        entries = {prompt: self.cache.read(prompt) for prompt in dict.fromkeys(prompts)}  # a group has one prompt, many times
+        embeds, pooled = (torch.stack([entries[prompt][name] for prompt in prompts]) for name in ("embeds", "pooled"))
+        return self.family.Conditioning(embeds, pooled).to(self.device)
 
 
 def prepare_texts(run: runtime.Run, args: argparse.Namespace, prompts: list[str], family: ModuleType = sd3) -> Texts:
     """Encode every prompt that no earlier run has encoded."""
-    path, length = args.pretrained_model_name_or_path, getattr(args, "max_sequence_length", None)
-    length = family.default_sequence_length(path, args.revision) if length is None else length
-    return Texts(_text_cache(run, args, family, prompts, length), run.device, family)
+    return Texts(_text_cache(run, args, family, prompts), run.device, family)
 
 
-def _cached(text: cache.TensorCache, prompts: list[str], device: torch.device, family: ModuleType) -> sd3.Conditioning:
-    entries = {prompt: text.read(prompt) for prompt in dict.fromkeys(prompts)}  # a group has one prompt, many times
-    embeds, pooled = (torch.stack([entries[prompt][name] for prompt in prompts]) for name in ("embeds", "pooled"))
-    return family.Conditioning(embeds, pooled).to(device)
+def encode_texts(run: runtime.Run, args: argparse.Namespace, prompts: list[str], family: ModuleType = sd3) -> cache.TensorCache | None:
+    """The cache with these prompts, the empty one and those of validation; None with --no-cache_text."""
+    return _text_cache(run, args, family, ["", *validation_prompts(args), *prompts]) if getattr(args, "cache_text", True) else None
 
 
-def _fingerprint(args: argparse.Namespace, *folders: str) -> str:
+def fingerprint(args: argparse.Namespace, *folders: str) -> str:
     """What identifies these parts of the base model: their content, wherever the folder lies, or a Hub id with its commit."""
     path = Path(args.pretrained_model_name_or_path)
     if path.is_dir():
@@ -295,10 +322,10 @@ def _fingerprint(args: argparse.Namespace, *folders: str) -> str:
     return f"{path}@{Path(snapshot).name}"
 
 
-def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, prompts: list[str], length: int) -> cache.TensorCache:
+def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, prompts: list[str]) -> cache.TensorCache:
     """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only for what is missing, then dropped."""
-    folders = [f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3")]
-    encoders, dtype = _fingerprint(args, *folders), str(run.weight_dtype)
+    length = sequence_length(args, family)
+    encoders, dtype = fingerprint(args, *TEXT_FOLDERS), str(run.weight_dtype)
     store = cache.TensorCache(
         args.cache_dir, "text", {"encoders": encoders, "variant": args.variant, "sequence_length": length, "dtype": dtype}
     )
@@ -324,7 +351,7 @@ def _latent_cache(
     sizes: list[list[tuple[int, int]]], model: Any,
 ) -> cache.TensorCache:  # fmt: skip
     """Cache of posterior mean and std (C, h, w) by picture, bucket and orientation; mirrored ones only of what training flips."""
-    described = {"vae": _fingerprint(args, "vae"), "variant": args.variant, "dtype": str(run.weight_dtype)}
+    described = {"vae": fingerprint(args, "vae"), "variant": args.variant, "dtype": str(run.weight_dtype)}
     store = cache.TensorCache(args.cache_dir, "latents", described)
 
     @torch.no_grad()

@@ -1,14 +1,16 @@
-"""LoRA and DoRA on an SD3 transformer or a UNet (SD1.x, 2.x, XL): choose layers, add, switch off (= the reference), save, load, export.
+"""LoRA and DoRA on an SD3 transformer or a UNet (SD1.x, 2.x, XL), LoRA on SD3's CLIP text encoders: choose layers, add, switch off
+(= the reference), save, load, export.
 
 LoRA adds scale * B A to a frozen weight W (out, in), with A (rank, in), B (out, rank), scale = alpha / rank; B starts at zero, so training
 starts at the base model. DoRA also learns the length of each row: m * (W + scale * B A) / |W + scale * B A|.
 
-Every function takes the transformer (or UNet) bare or wrapped (DDP, torch.compile). diffusers and peft are imported inside the functions.
+Every function takes the transformer (or UNet) bare or wrapped (DDP, torch.compile); those that say `module` take a text encoder as well.
+diffusers and peft are imported inside the functions.
 Source: Hu et al., arXiv 2106.09685; Liu et al., arXiv 2402.09353.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ _DUAL = ("to_q", "to_k", "to_v", "to_out.0")
 # Every attention projection. diffusers' scripts name only those of `attn`: 191 of SD3.5-medium's 243, the dual attention is never trained.
 DEFAULT_LAYERS = tuple(f"attn.{name}" for name in _JOINT) + tuple(f"attn2.{name}" for name in _DUAL)
 UNET_LAYERS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in _DUAL)  # self- and cross-attention
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of every attention of a CLIP text encoder, as in diffusers' scripts
+TEXT_PARTS = ("text_encoder", "text_encoder_2")  # CLIP-L and CLIP-G by their names in a pipeline and in a LoRA file
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -114,31 +118,43 @@ def add(
     Raises:
         ValueError: what `targets` and `check_layers` refuse.
     """
-    from peft import LoraConfig
-
     transformer = unwrap(transformer)
-    transformer.requires_grad_(False)
     names = targets(transformer, layers, blocks)
     check_layers(use_dora, names, transformer)
-    transformer.add_adapter(
+    _attach(transformer, names, rank=rank, alpha=alpha, dropout=dropout, use_dora=use_dora)
+
+
+def add_text(encoder: nn.Module, *, rank: int, alpha: float | None = None) -> None:
+    """The same for a CLIP text encoder, every attention projection; without dropout, so that a prompt has one embedding."""
+    names = [name for name, _ in encoder.named_modules() if name.split(".")[-1] in TEXT_LAYERS]
+    _attach(encoder, names, rank=rank, alpha=alpha)
+
+
+def _attach(
+    module: nn.Module, names: list[str], *, rank: int, alpha: float | None, dropout: float = 0.0, use_dora: bool = False
+) -> None:
+    from peft import LoraConfig
+
+    module.requires_grad_(False)
+    module.add_adapter(
         LoraConfig(
             r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, use_dora=use_dora,
             init_lora_weights="gaussian", target_modules=names,
         ),
         adapter_name=ADAPTER,
     )  # fmt: skip
-    for _, layer in _layers(transformer):
+    for _, layer in _layers(module):
         for parameter in _tensors(layer).values():
             parameter.data = parameter.data.float()  # peft casts them to the base's dtype, where small updates vanish
         if use_dora:  # m in full precision too, or the start would not be the base model
             layer.lora_magnitude_vector[ADAPTER].weight.data = layer.base_layer.weight.data.float().norm(dim=1)
 
 
-def _layers(transformer: nn.Module) -> list[tuple[str, Any]]:
+def _layers(module: nn.Module) -> list[tuple[str, Any]]:
     """(full name, peft layer) of every adapted layer, in the model's order."""
     from peft.tuners.lora import LoraLayer
 
-    return [(name, module) for name, module in unwrap(transformer).named_modules() if isinstance(module, LoraLayer)]
+    return [(name, layer) for name, layer in unwrap(module).named_modules() if isinstance(layer, LoraLayer)]
 
 
 def _tensors(layer: Any) -> dict[str, nn.Parameter]:
@@ -149,19 +165,19 @@ def _tensors(layer: Any) -> dict[str, nn.Parameter]:
     return tensors
 
 
-def _named(transformer: nn.Module) -> dict[str, nn.Parameter]:
+def _named(module: nn.Module) -> dict[str, nn.Parameter]:
     """Every adapter parameter by its key in a saved file, such as transformer_blocks.0.attn.to_q.lora_A.weight."""
-    return {f"{name}.{key}": tensor for name, layer in _layers(transformer) for key, tensor in _tensors(layer).items()}
+    return {f"{name}.{key}": tensor for name, layer in _layers(module) for key, tensor in _tensors(layer).items()}
 
 
-def parameters(transformer: nn.Module) -> list[nn.Parameter]:
+def parameters(module: nn.Module) -> list[nn.Parameter]:
     """What to train: every adapter parameter, in the model's order."""
-    return list(_named(transformer).values())
+    return list(_named(module).values())
 
 
-def adapted(transformer: nn.Module) -> list[str]:
+def adapted(module: nn.Module) -> list[str]:
     """Full names of the layers that have an adapter, in the model's order."""
-    return [name for name, _ in _layers(transformer)]
+    return [name for name, _ in _layers(module)]
 
 
 @contextmanager
@@ -184,18 +200,18 @@ def disabled(transformer: nn.Module) -> Iterator[None]:
 # --------------------------------------------------------------------------- saving and loading
 
 
-def state(transformer: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors, detached and not copied, with the names of a saved file (without its "transformer." or "unet." prefix)."""
-    return {key: parameter.detach() for key, parameter in _named(transformer).items()}
+def state(module: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors, detached and not copied, with the names of a saved file (without the part's, as "transformer.")."""
+    return {key: parameter.detach() for key, parameter in _named(module).items()}
 
 
-def load_state(transformer: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_state(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy what `state` gave into the same adapters.
 
     Raises:
         ValueError: if the names or shapes differ, as with another --rank, --lora_layers or --use_dora.
     """
-    own = _named(transformer)
+    own = _named(module)
     wrong = sorted(own.keys() ^ tensors.keys())
     wrong += sorted(key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape)
     if wrong:
@@ -211,22 +227,22 @@ def load_state(transformer: nn.Module, tensors: dict[str, Tensor]) -> None:
 class State:
     """The adapters as a part of a checkpoint."""
 
-    def __init__(self, transformer: nn.Module):
-        self.transformer = transformer
+    def __init__(self, module: nn.Module):
+        self.module = module
 
     def state_dict(self) -> dict[str, Tensor]:
-        return state(self.transformer)
+        return state(self.module)
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        load_state(self.transformer, tensors)
+        load_state(self.module, tensors)
 
 
-def _metadata(transformer: nn.Module) -> dict[str, Any]:
+def _metadata(module: nn.Module) -> dict[str, Any]:
     """What a reader needs besides the tensors. Few keys on purpose: an older peft refuses those it does not know."""
-    config = unwrap(transformer).peft_config[ADAPTER]
+    config = unwrap(module).peft_config[ADAPTER]
     return {
         "r": config.r, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora,
-        "target_modules": adapted(transformer),
+        "target_modules": adapted(module),
     }  # fmt: skip
 
 
@@ -256,23 +272,28 @@ def check_export(export_format: str, use_dora: bool) -> None:
         )
 
 
-def save(transformer: nn.Module, folder: str | Path, export_format: str = "diffusers") -> None:
+def save(
+    transformer: nn.Module, folder: str | Path, export_format: str = "diffusers", *, encoders: Mapping[str, nn.Module] | None = None
+) -> None:
     """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` takes, with alpha in its metadata; "kohya": that file besides.
+
+    Args:
+        encoders: text encoders that were adapted too, by their names in TEXT_PARTS; they go into the same file.
 
     Raises:
         ValueError: what `check_export` refuses, before anything is written.
     """
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
-    metadata, part = _metadata(transformer), part_of(transformer)
-    check_export(export_format, metadata["use_dora"])
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in state(transformer).items()}
-    writer = StableDiffusion3Pipeline if part == "transformer" else StableDiffusionPipeline  # whose files XL's pipeline reads as well
-    writer.save_lora_weights(
-        str(folder), weight_name=WEIGHTS_NAME, **{f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": metadata}
-    )
+    check_export(export_format, _metadata(transformer)["use_dora"])
+    denoiser, parts = part_of(transformer), {}
+    for name, module in {denoiser: transformer, **(encoders or {})}.items():
+        parts[f"{name}_lora_layers"] = {key: tensor.cpu().contiguous() for key, tensor in state(module).items()}
+        parts[f"{name}_lora_adapter_metadata"] = _metadata(module)
+    writer = StableDiffusion3Pipeline if denoiser == "transformer" else StableDiffusionPipeline  # whose files XL's pipeline reads as well
+    writer.save_lora_weights(str(folder), weight_name=WEIGHTS_NAME, **parts)
     if export_format == "kohya":
-        export_kohya(transformer, Path(folder) / KOHYA_NAME)
+        export_kohya(transformer, Path(folder) / KOHYA_NAME, encoders=encoders)
 
 
 def check_init(path: str | Path) -> Path:
@@ -288,30 +309,36 @@ def check_init(path: str | Path) -> Path:
     return file
 
 
-def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a saved LoRA of this part, without its name before them; raises ValueError naming --init_lora."""
+def _read(path: str | Path, denoiser: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a saved LoRA that has one of this denoiser; raises ValueError naming --init_lora."""
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
     from safetensors import SafetensorError
 
     flag, file = f"--init_lora {path}", check_init(path)
     try:
-        reader = StableDiffusion3Pipeline if part == "transformer" else StableDiffusionPipeline
+        reader = StableDiffusion3Pipeline if denoiser == "transformer" else StableDiffusionPipeline
         options = dict(weight_name=file.name, use_safetensors=True, return_lora_metadata=True)
         tensors, *_, metadata = reader.lora_state_dict(str(file.parent), **options)  # between them may be alphas of kohya's format
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{flag}: cannot be read as safetensors ({error}); is the file complete?") from error
-    prefix = f"{part}."
-    tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    if not any(key.endswith("lora_A.weight") for key in tensors):
-        raise ValueError(f"{flag}: holds no LoRA of {'an SD3 transformer' if part == 'transformer' else 'a UNet'} in diffusers' format "
-                         f"(no {part}.*.lora_A.weight)")
-    return tensors, {key.removeprefix(prefix): value for key, value in (metadata or {}).items()}
+    if not any(key.startswith(f"{denoiser}.") and key.endswith("lora_A.weight") for key in tensors):
+        raise ValueError(f"{flag}: holds no LoRA of {'an SD3 transformer' if denoiser == 'transformer' else 'a UNet'} in diffusers' format "
+                         f"(no {denoiser}.*.lora_A.weight)")
+    return tensors, metadata or {}
 
 
-def load(transformer: nn.Module, path: str | Path) -> list[str]:
+def _part(named: dict[str, Any], part: str) -> dict[str, Any]:
+    """What belongs to one part of the pipeline, without its name."""
+    return {key.removeprefix(f"{part}."): value for key, value in named.items() if key.startswith(f"{part}.")}
+
+
+def load(transformer: nn.Module, path: str | Path, *, encoders: Mapping[str, nn.Module] | None = None) -> list[str]:
     """Start the adapters (made by `add`) from a saved LoRA: a folder or file, ours or diffusers'.
 
     Layers that this run does not train for want of a gradient are ignored.
+
+    Args:
+        encoders: text encoders with adapters (made by `add_text`), by their names in TEXT_PARTS.
 
     Returns:
         Names of adapted layers that the file does not hold; they keep their start, where they change nothing.
@@ -319,15 +346,34 @@ def load(transformer: nn.Module, path: str | Path) -> list[str]:
     Raises:
         ValueError: naming --init_lora, and the flag to change, for another rank, alpha, DoRA, shape or layers that this run leaves out.
     """
+    denoiser, encoders = part_of(transformer), encoders or {}
+    tensors, metadata = _read(path, denoiser)
+    lost = [part for part in TEXT_PARTS if _part(tensors, part) and part not in encoders]
+    if lost:
+        keeps = "train_dreambooth_lora_sd3.py --train_text_encoder keeps them"
+        cure = keeps if denoiser == "transformer" else "start from a LoRA of the UNet alone"
+        raise ValueError(f"--init_lora {path}: adapts {' and '.join(lost)} too, which this run would drop; {cure}")
+    fresh = []
+    for part, module in {denoiser: transformer, **encoders}.items():
+        if part == denoiser or _part(tensors, part):
+            fresh += _load_part(module, _part(tensors, part), _part(metadata, part), path, part)
+        else:
+            fresh += [f"{part}.{name}" for name in adapted(module)]
+    return fresh
+
+
+def _load_part(module: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, Any], path: str | Path, part: str) -> list[str]:
     flag = f"--init_lora {path}"
-    tensors, metadata = _read(path, part_of(transformer))
-    own, ours = _named(transformer), _metadata(transformer)
-    tensors = {key: tensor for key, tensor in tensors.items() if key.split(".lora_")[0] not in _dead(unwrap(transformer))}
+    named = "--text_encoder_rank" if part in TEXT_PARTS else "--rank"
+    own, ours = _named(module), _metadata(module)
+    tensors = {key: tensor for key, tensor in tensors.items() if key.split(".lora_")[0] not in _dead(unwrap(module))}
     rank = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
     if rank != {ours["r"]}:
-        raise ValueError(f"{flag}: has rank {', '.join(map(str, sorted(rank)))}, this run --rank {ours['r']}; pass --rank {max(rank)}")
+        raise ValueError(f"{flag}: has rank {', '.join(map(str, sorted(rank)))}, this run {named} {ours['r']}; pass {named} {max(rank)}")
     alpha = metadata.get("lora_alpha", ours["r"])  # diffusers' rule for files without metadata: alpha = rank
     if alpha != ours["lora_alpha"]:
+        if part in TEXT_PARTS:
+            raise ValueError(f"{flag}: has alpha {alpha:g} in {part}, this run {ours['lora_alpha']:g}; it scales all parts by alpha / rank")
         raise ValueError(f"{flag}: has alpha {alpha:g}, this run --lora_alpha {ours['lora_alpha']:g}; pass --lora_alpha {alpha:g}")
     if metadata.get("use_rslora") or metadata.get("alpha_pattern"):
         raise ValueError(f"{flag}: scales its layers by another rule (rsLoRA or an alpha per layer), which this run could not keep")
@@ -336,9 +382,8 @@ def load(transformer: nn.Module, path: str | Path) -> list[str]:
     extra = sorted({key.split(".lora_")[0] for key in tensors.keys() - own.keys()})
     if extra:
         raise ValueError(f"{flag}: adapts {len(extra)} layers that this run leaves out, such as {extra[0]}; widen --lora_layers")
-    start = state(transformer)
-    load_state(transformer, start | tensors)
-    return [name for name in adapted(transformer) if f"{name}.lora_A.weight" not in tensors]
+    load_state(module, state(module) | tensors)
+    return [name for name in adapted(module) if f"{name}.lora_A.weight" not in tensors]
 
 
 # --------------------------------------------------------------------------- export
@@ -375,11 +420,11 @@ def _swaps_halves(transformer: nn.Module, name: str) -> bool:
     return name in (last, "norm_out.linear")
 
 
-def export_kohya(transformer: nn.Module, file: str | Path) -> None:
+def export_kohya(transformer: nn.Module, file: str | Path, *, encoders: Mapping[str, nn.Module] | None = None) -> None:
     """Write the LoRA with kohya's keys (lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight, ...), for A1111, Forge and ComfyUI.
 
     q, k and v are one layer there: their LoRAs become one of the summed rank n * r, A stacked and B block-diagonal, which is exact.
-    A reader scales by alpha / rank, so the alpha of that layer is n * alpha.
+    A reader scales by alpha / rank, so the alpha of that layer is n * alpha. CLIP-L's layers begin with lora_te1, CLIP-G's with lora_te2.
 
     Raises:
         ValueError: for DoRA.
@@ -406,6 +451,11 @@ def export_kohya(transformer: nn.Module, file: str | Path) -> None:
         tensors[f"{key}.lora_down.weight"] = torch.cat([a for _, a, _ in parts]).contiguous()
         tensors[f"{key}.lora_up.weight"] = up.contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(metadata["lora_alpha"]) * len(parts))
+    for part, encoder in (encoders or {}).items():
+        for name, layer in _layers(encoder):
+            key = f"lora_te{TEXT_PARTS.index(part) + 1}_" + name.replace(".", "_")
+            tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = (t.detach().cpu() for t in _tensors(layer).values())
+            tensors[f"{key}.alpha"] = torch.tensor(float(_metadata(encoder)["lora_alpha"]))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     about = {"ss_network_dim": str(metadata["r"]), "ss_network_alpha": str(metadata["lora_alpha"])}
     save_file(tensors, str(file), metadata={"format": "pt", "ss_network_module": "networks.lora_sd3", **about})

@@ -22,6 +22,8 @@ NAMES = {
     "step": "optimizer steps done",
     "loss": "training loss: squared error of the velocity or noise (mean over latent values), preference loss, policy loss with the "
     "weighted KL, or what ReFL makes of the reward; mean over the window's samples",
+    "instance_loss": "DreamBooth: the part of loss that the subject's pictures give",
+    "prior_loss": "DreamBooth: the same for pictures of its class; loss is instance_loss + --prior_loss_weight * this",
     "grad_norm": "global norm of the gradient before clipping, mean over the window",
     "lr": "learning rate of the last step in the window",
     "epoch": "passes over the training set so far; in reinforcement learning rounds of sampling and training",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from src import inputs, optim, policy, rewards
-from src.data import buckets
+from src import inputs, lora, optim, policy, rewards
+from src.data import buckets, captions
 from src.pipelines import sd3
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number, by --mixed_precision
@@ -40,26 +41,56 @@ class Preference:
     copy: bool  # and lies in memory beside the trained one
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What DreamBooth adds to the plan of a LoRA.
+
+    Attributes:
+        images, held_out: the subject's pictures, opened.
+        adapters: parameters that are trained in CLIP-L and CLIP-G, which then stay in memory; 0: neither.
+        class_images, missing: pictures of the class, and how many of them would be rendered, into `folder`; 0 without prior preservation.
+        class_prompts: for the text cache.
+    """
+
+    images: captions.CaptionedImages
+    held_out: captions.CaptionedImages | None
+    adapters: int = 0
+    class_images: int = 0
+    missing: int = 0
+    folder: Path | None = None
+    class_prompts: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[tuple[str, str]]:
+        if not self.class_images:
+            return []
+        return [("class pictures", f"{self.class_images:,}, {self.missing:,} of them to be rendered into {self.folder}")]
+
+
 def show(
     args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None, family: ModuleType = sd3,
-    preference: Preference | None = None,
+    preference: Preference | None = None, subject: Subject | None = None,
 ) -> None:  # fmt: skip
     """Print the plan of a supervised or a preference run.
 
     Args:
         adapt: applied to the denoiser on the meta device; leaves exactly the parameters trainable that the run trains.
-        whole: None for adapters; preference: None for captioned pictures.
+        whole: None for adapters; preference: None for captioned pictures; subject: None but for DreamBooth.
 
     Raises:
         ValueError: the data set cannot be read.
     """
-    samples, held_out = inputs.open_pairs(args, progress=True) if preference else inputs.open_images(args, progress=True)
+    if subject:
+        samples, held_out = subject.images, subject.held_out
+    else:
+        samples, held_out = inputs.open_pairs(args, progress=True) if preference else inputs.open_images(args, progress=True)
     denoiser = family.denoiser_from_config(args.pretrained_model_name_or_path, args.revision)
     adapt(denoiser)
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     tokens, batch = text_tokens(args, family), args.train_batch_size * args.gradient_accumulation_steps
     counts = family.parameter_counts(args.pretrained_model_name_or_path, args.revision)
     trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
+    trained += subject.adapters if subject else 0
     weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER)
     if whole:
         trainable = {part: counts[part] for part in whole.parts}
@@ -67,7 +98,7 @@ def show(
     reference = weights[family.DENOISER] if preference and preference.copy else 0
     trained_bytes = trained * per_trained_parameter(args, whole)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
-    flops = sample_flops(family, denoiser, args, tokens, preference) * batch
+    flops = sample_flops(family, denoiser, args, tokens, preference) * batch * (2 if subject and subject.class_images else 1)
 
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
     if reference:
@@ -76,12 +107,13 @@ def show(
     rows += [
         ("memory", _memory(args, weights, trained_bytes + reference)),
         (kind, _samples(samples, held_out)),
+        *(subject.rows if subject else []),
         ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(flops)} per step, {_flops(flops * args.max_train_steps)} in all, at {tokens} text tokens"),
     ]
-    rows += [_cache_row(args, name, *found) for name, found in cache_bytes(args, samples, held_out, denoiser, tokens, family).items()]
-    _print(rows)
+    cached = cache_bytes(args, samples, held_out, denoiser, tokens, family, subject)
+    _print(rows + [_cache_row(args, name, *found) for name, found in cached.items()])
 
 
 def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int, reference: bool, other_passes: int = 0) -> None:
@@ -220,26 +252,33 @@ def _state(args: argparse.Namespace, whole: Whole | None) -> str:
     return ", ".join([*held, f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")])
 
 
-def _text_is_cached(args: argparse.Namespace) -> bool:
-    return getattr(args, "cache_text", True)  # without the flag there is no other way
+def _leaves(args: argparse.Namespace, part: str) -> bool:
+    """Whether memory is rid of a part once the text cache is filled: of the text encoders, but for the two CLIPs where they are trained."""
+    stays = getattr(args, "train_text_encoder", False) and part in lora.TEXT_PARTS
+    return part.startswith("text") and getattr(args, "cache_text", True) and not stays  # without the flag text is always cached
 
 
 def _residence(args: argparse.Namespace, part: str) -> str:
-    return "only while the text cache is filled" if part.startswith("text") and _text_is_cached(args) else ""
+    return "only while the text cache is filled" if _leaves(args, part) else ""
 
 
 def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float) -> str:
     """What is certain to be held at the two high points; activations depend on kernels and are left to a trial of a few steps."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
-    training = sum(weights.values()) + trained - (text if _text_is_cached(args) else 0)
-    filling = f"{_size(text)} while the text cache is filled, " if _text_is_cached(args) else ""
+    training = sum(size for part, size in weights.items() if not _leaves(args, part)) + trained
+    filling = f"{_size(text)} while the text cache is filled, " if any(_leaves(args, part) for part in weights) else ""
     return f"{filling}{_size(training)} while training; activations come on top"
 
 
 def cache_bytes(
-    args: argparse.Namespace, samples: Any, held_out: Any, denoiser: nn.Module, tokens: int, family: ModuleType = sd3
-) -> dict[str, tuple[int, int]]:
-    """Entries and bytes of the latent and the text cache, those that the flags ask for; samples, held_out: opened pictures or pairs."""
+    args: argparse.Namespace, samples: Any, held_out: Any, denoiser: nn.Module, tokens: int, family: ModuleType = sd3,
+    subject: Subject | None = None,
+) -> dict[str, tuple[int, int]]:  # fmt: skip
+    """Entries and bytes of the latent and the text cache, those that the flags ask for.
+
+    Args:
+        samples, held_out: opened pictures or pairs; subject: its class pictures count as squares.
+    """
     config, number, found = denoiser.config, BYTES[args.mixed_precision], {}
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     if args.cache_latents:
@@ -250,11 +289,13 @@ def cache_bytes(
                 size = buckets.assign(first.width, first.height, shapes)
                 for picture in (first, *others):
                     keyed[picture.key, size] = max(copies, keyed.get((picture.key, size), 0))
+        for i in range(subject.class_images if subject else 0):
+            keyed[f"class {i}", (args.resolution, args.resolution)] = 1 if args.no_hflip else 2
         value = 2 * config["in_channels"] * number  # bytes per latent: mean and standard deviation
         sizes = [copies * (value * h * w // family.VAE_SCALE**2 + ENTRY_BYTES) for (_, (h, w)), copies in keyed.items()]
         found["latent"] = (sum(keyed.values()), sum(sizes))
     if args.cache_text:
-        prompts = {"", *inputs.validation_prompts(args)}
+        prompts = {"", *inputs.validation_prompts(args), *(subject.class_prompts if subject else ())}
         prompts |= {record.prompt for part in (samples, held_out) if part for record in part.records}
         width, pooled = family.text_width(config)
         found["text"] = (len(prompts), len(prompts) * ((tokens * width + pooled) * number + ENTRY_BYTES))

@@ -29,6 +29,9 @@ from src import checkpoint, sharding
 _PATIENCE = timedelta(hours=2)  # how long processes wait for one that renders, fills a cache or uploads; torch's default is 10 minutes
 
 
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of frozen parts, by --mixed_precision
+
+
 class StopSignal:
     """The first SIGTERM or Ctrl-C raises a flag that the loop reads; the second Ctrl-C interrupts at once."""
 
@@ -66,7 +69,7 @@ class Run:
         self.args, self.accelerator = args, accelerator
         self.output_dir: Path = args.output_dir
         self.device: torch.device = accelerator.device
-        self.weight_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]  # of frozen parts
+        self.weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
         self.world: int = accelerator.num_processes
         self.rank: int = accelerator.process_index
         self.is_main: bool = accelerator.is_main_process

@@ -30,7 +30,8 @@ class Validator:
 
     Args:
         model: the family's, of which the denoiser is used.
-        loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises; or
+        loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises, handed `mask=(b, 1, h, w)` as
+            well where pictures have masks; or
         measure: `() -> {metric: value}` of the held-out samples, equal on all processes.
         panels: title and metric of each curve in summary.png; None: those of a supervised run.
         average: its weights stand in for the raw ones while validating, if given.
@@ -84,8 +85,9 @@ class Validator:
             x0, condition = self.data.encode(batch, FIXED_SEED, step=0)  # (1, 16, h, w)
             positions = range(i * len(SIGMAS), (i + 1) * len(SIGMAS))
             noise = seeds.normal(FIXED_SEED, 0, positions, "validation", x0.shape[1:], run.device)  # (S, 16, h, w)
+            masked = {} if batch.mask is None else {"mask": batch.mask.to(run.device).expand(len(SIGMAS), -1, -1, -1)}
             with run.accelerator.autocast():
-                loss = self.loss(self.denoiser, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
+                loss = self.loss(self.denoiser, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)), **masked)
             if turn <= last:
                 total += loss
         means = (run.accelerator.reduce(total, "sum") / len(self.data.held_out)).tolist()  # (S,)

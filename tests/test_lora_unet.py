@@ -101,6 +101,16 @@ def test_a_lora_of_another_family_is_refused(model, tmp_path):
         lora.load(adapted(model), tmp_path)
 
 
+def test_a_lora_of_the_text_encoder_is_refused_not_dropped(model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    unet, file = adapted(model), tmp_path / lora.WEIGHTS_NAME
+    lora.save(unet, tmp_path)
+    save_file(load_file(file) | {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 8)}, file)
+    with pytest.raises(ValueError, match="adapts text_encoder too, which this run would drop; start from a LoRA of the UNet alone"):
+        lora.load(unet, tmp_path)
+
+
 @pytest.mark.parametrize("options", [{"layers": CONVOLUTIONS, "alpha": 8.0}, {"use_dora": True}], ids=["layers", "dora"])
 def test_the_merged_unet_predicts_the_same(model, tmp_path, options):
     from diffusers import UNet2DConditionModel

@@ -111,6 +111,9 @@ def test_memory_counts_what_stays(arguments):
     assert plan._residence(args, "text_encoder_3") == ""
     args.cache_text = True
     assert plan._residence(args, "text_encoder_3") == "only while the text cache is filled" and plan._residence(args, "vae") == ""
+    args.train_text_encoder = True  # both CLIPs have to stay, T5's part is cached
+    assert [plan._leaves(args, part) for part in weights] == [False, False, False, True]
+    assert plan._memory(args, weights, 100_000_000).startswith("10.00 GB while the text cache is filled, 5.60 GB while training")
 
 
 # ---------------------------------------------------------------------------------------------- caches

@@ -42,6 +42,43 @@ def test_a_written_folder_is_read_by_the_trainers_loader(tmp_path):
     assert opened.image(0).size == (32, 32) and "crescent" not in opened.records[2].prompt
 
 
+def test_the_shipped_subject_is_what_its_command_makes(tmp_path):
+    made, shipped = make(tmp_path / "made", "--subject", "purple"), ROOT / "datas/subject"
+    assert sorted(path.name for path in made.iterdir()) == sorted(path.name for path in shipped.iterdir())
+    for path in shipped.iterdir():
+        if path.suffix == ".png":  # the pixels: another version of Pillow packs them differently
+            assert np.array_equal(Image.open(path), Image.open(made / path.name))
+        else:
+            assert path.read_text() == (made / path.name).read_text()
+    assert sum(path.stat().st_size for path in shipped.iterdir()) < 50_000
+
+
+def test_five_pictures_show_one_subject_on_five_backgrounds_and_its_class_does_not():
+    folder = ROOT / "datas/subject"
+    lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    readings = shapes.verify(torch.stack([images.from_pil(Image.open(folder / line["file_name"])) for line in lines]))
+    assert {(reading.shape, reading.color) for reading in readings} == {("heart", "purple")} and len(lines) == 5
+    assert len({reading.background for reading in readings}) == 5
+    for line, reading in zip(lines, readings, strict=True):
+        assert line["text"] == shapes.subject_prompt(reading.background) and shapes.SUBJECT_WORD in line["text"].split()
+        assert shapes.read_caption(line["text"]) == shapes.Reading(None, None, reading.background)  # says nothing of shape and colour
+    prompts = (folder / dataset.CLASS_PROMPTS).read_text().splitlines()
+    asked = [shapes.read_caption(prompt) for prompt in prompts]
+    assert len(set(prompts)) == 96 and {reading.shape for reading in asked} == set(shapes.SHAPES)
+    assert not any(shapes.is_held_out(reading.shape, reading.color, reading.background) for reading in asked)
+    assert not any(shapes.SUBJECT_WORD in prompt for prompt in prompts)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2", "tokenizer_3"])
+def test_the_subjects_word_is_one_token(part):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models/tiny-sd3" / part)
+    assert len(tokenizer.tokenize(shapes.SUBJECT_WORD)) == 1 and tokenizer.unk_token not in tokenizer.tokenize(shapes.SUBJECT_WORD)
+    longest = max((shapes.subject_prompt(background) for background in shapes.COLORS), key=len)
+    assert len(tokenizer(longest).input_ids) <= tokenizer.model_max_length
+
+
 def test_held_out_triples_are_not_written():
     for drawing in shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(320, 1):
         assert not shapes.is_held_out(drawing.shape, drawing.color, drawing.background)
@@ -51,6 +88,8 @@ def test_held_out_triples_are_not_written():
     (["--output", "src"], "--output src exists"),
     (["--output", "nowhere", "--new", "0", "--known", "0"], "make no drawing"),
     (["--output", "README.md/x"], "is not a folder"),
+    (["--output", "nowhere", "--subject", "purple", "--new", "3"], "have no effect with --subject"),
+    (["--output", "nowhere", "--subject", "pink"], "--subject: invalid choice: 'pink'"),
 ])  # fmt: skip
 def test_what_the_data_set_program_refuses(argv, line, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
@@ -91,6 +130,40 @@ def test_the_score_is_the_share_of_wholly_right_pictures_and_prompt_i_has_seed_i
     assert painter.calls[0][1]["num_inference_steps"] == 5 and painter.calls[0][1]["max_sequence_length"] == 16
 
 
+def test_the_subjects_share_counts_its_shape_and_its_colour():
+    """16 prompts with sks: the painter draws a heart in the colour that it is told. Seeds 2 and 9 are green: 14 of 16."""
+
+    class Portraitist(Painter):
+        def __call__(self, *, prompt, generator, **options):
+            self.calls.append(prompt)
+            drawn = []
+            for text, source in zip(prompt, generator, strict=True):
+                background, wrong = shapes.read_caption(text).background, source.initial_seed() in self.wrong
+                colour = "purple" if not wrong else next(c for c in ("green", "red") if c != background)
+                drawn.append(shapes.draw(shapes.Drawing("heart", colour, background, "large", "in the centre", (0.5, 0.5), 0.29), 64))
+            return SimpleNamespace(images=torch.stack(drawn))
+
+    painter = Portraitist(wrong=(2, 9))
+    options = {"num_inference_steps": 5, "guidance_scale": 2.0}
+    assert evaluate.subject_score(painter, 16, shape="heart", color="purple", **options)[0] == 14 / 16
+    (prompts,) = painter.calls
+    assert prompts == [shapes.subject_prompt(shapes.read_caption(prompt).background) for prompt in prompts]
+    assert {shapes.read_caption(prompt).background for prompt in prompts} == set(shapes.COLORS) - {"purple"}
+    assert evaluate.subject_score(painter, 16, shape="crescent", color="purple", **options)[0] == 0
+
+
+def test_with_a_subject_its_share_and_its_classs_score_are_measured():
+    plain = evaluate.measures(cli.parse(evaluate.build_parser(), []))
+    assert list(plain) == ["new shape (heart)", "known shapes"]
+    assert list(evaluate.measures(cli.parse(evaluate.build_parser(), ["--new_shape", "none"]))) == ["known shapes"]
+    argv = ["--subject", "purple", "--num_prompts", "3", "--num_subject_images", "7"]
+    subject = evaluate.measures(cli.parse(evaluate.build_parser(), argv))
+    assert list(subject) == ["subject (purple heart)", "class (without sks)"]
+    painter = Painter()
+    assert subject["class (without sks)"][0](painter) == 1.0 and painter.calls[0][0] == 3
+    assert "of 7 pictures" in subject["subject (purple heart)"][1]
+
+
 def test_the_evaluation_measures_at_the_demos_settings():
     """models/README.md states figures at the demo's default guidance and steps."""
     ours, theirs = evaluate.build_parser().parse_args([]), demo.build_parser().parse_args([])
@@ -120,6 +193,8 @@ def test_the_program_prints_before_and_after_and_writes_them(tiny_sd3_folder, tm
     (["--pretrained_model_name_or_path", "MODEL", "--lora_weights_path", "src"], "--lora_weights_path src: no pytorch_lora_weights"),
     (["--pretrained_model_name_or_path", "MODEL", "--output", "README.md/x.json"], "--output README.md"),
     (["--num_prompts", "0"], "--num_prompts: must be at least 1"),
+    (["--pretrained_model_name_or_path", "MODEL", "--num_subject_images", "8"], "--num_subject_images 8 has no effect without --subject"),
+    (["--pretrained_model_name_or_path", "MODEL", "--subject", "red", "--new_shape", "none"], "leave out --new_shape none"),
 ])  # fmt: skip
 def test_what_the_evaluation_refuses(argv, line, tiny_sd3_folder, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

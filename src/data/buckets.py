@@ -85,12 +85,13 @@ class Plan:
     Args:
         buckets_of: the bucket (H, W) of each sample.
         global_batch: samples per optimizer step: train_batch_size x processes x gradient_accumulation_steps.
+        stream: names the random numbers of the order, so that two data sets of one run are shuffled apart.
     """
 
-    def __init__(self, buckets_of: Sequence[tuple[int, int]], global_batch: int, seed: int):
+    def __init__(self, buckets_of: Sequence[tuple[int, int]], global_batch: int, seed: int, stream: str = "order"):
         if not buckets_of or global_batch < 1:
             raise ValueError(f"a plan needs samples and a batch, got {len(buckets_of)} sample(s) and a global batch of {global_batch}")
-        self.global_batch, self.seed = global_batch, seed
+        self.global_batch, self.seed, self.stream = global_batch, seed, stream
         members: dict[tuple[int, int], list[int]] = {}
         for index, size in enumerate(buckets_of):
             members.setdefault(tuple(size), []).append(index)
@@ -107,7 +108,7 @@ class Plan:
         return list(self._epoch[1][place])
 
     def _order(self, epoch: int) -> list[list[int]]:
-        generator = seeds.generator(self.seed, "order", epoch)
+        generator = seeds.generator(self.seed, self.stream, epoch)
         batches = []
         for indices in self.members.values():
             shuffled = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
@@ -120,7 +121,7 @@ class Plan:
 class Key:
     index: int  # of the sample in the data set
     step: int  # optimizer step, from 0
-    position: int  # in the global batch, 0..G-1: names the sample's random numbers
+    position: int  # in the global batch, from 0: names the sample's random numbers
 
 
 class StepSampler:
@@ -131,11 +132,13 @@ class StepSampler:
     Args:
         batch_size: samples per process and forward pass; accumulation: forward passes per optimizer step.
         start_step: the first optimizer step to load, where a resumed run goes on; max_steps: the first one not to load.
+        first_position: of the step's first sample: G in the second data set of a run, so that no random number is used twice.
     """
 
     def __init__(
-        self, plan: Plan, *, batch_size: int, accumulation: int = 1, rank: int = 0, world: int = 1, start_step: int = 0, max_steps: int
-    ):
+        self, plan: Plan, *, batch_size: int, accumulation: int = 1, rank: int = 0, world: int = 1, start_step: int = 0, max_steps: int,
+        first_position: int = 0,
+    ):  # fmt: skip
         if batch_size * accumulation * world != plan.global_batch:
             raise ValueError(
                 f"the plan was made for a global batch of {plan.global_batch}, but batch size {batch_size} x accumulation {accumulation} "
@@ -143,7 +146,7 @@ class StepSampler:
             )
         self.plan, self.batch_size, self.accumulation = plan, batch_size, accumulation
         self.rank, self.world = rank, world
-        self.start_step, self.max_steps = start_step, max_steps
+        self.start_step, self.max_steps, self.first_position = start_step, max_steps, first_position
 
     def __len__(self) -> int:
         return max(0, self.max_steps - self.start_step) * self.accumulation
@@ -153,4 +156,4 @@ class StepSampler:
             samples = self.plan.batch(step)
             for micro in range(self.accumulation):
                 first = (micro * self.world + self.rank) * self.batch_size
-                yield [Key(samples[p], step, p) for p in range(first, first + self.batch_size)]
+                yield [Key(samples[p], step, self.first_position + p) for p in range(first, first + self.batch_size)]

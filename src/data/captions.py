@@ -54,6 +54,10 @@ class CaptionedImages:
         """
         from src.images import open_rgb
 
+        return open_rgb(self.read(index), self.records[index].name)
+
+    def read(self, index: int) -> bytes:
+        """The picture's file as it is; raises as `image`."""
         record = self.records[index]
         try:
             data = self._source.read(self._rows[index])
@@ -61,7 +65,7 @@ class CaptionedImages:
             raise ValueError(f"cannot read {record.name} any more: {error}") from error
         if _key(data) != record.key:  # ~1 ms per megabyte; without it a cache could be filled under the wrong key
             raise ValueError(f"{record.name} changed while it was in use; start again, so that it is scanned again")
-        return open_rgb(data, record.name)
+        return data
 
     def subset(self, indices: Sequence[int]) -> CaptionedImages:
         """The records at these indices, in this order."""
@@ -92,6 +96,7 @@ def open_captioned(
     caption_column: str = "text",
     cache_dir: Path,
     max_train_samples: int | None = None,
+    default_prompt: str | None = None,
     strict: bool = False,
     revision: str | None = None,
     progress: bool = True,
@@ -102,20 +107,22 @@ def open_captioned(
     source. Decoded sizes are remembered under `cache_dir` by content, so that a second start only reads and hashes the files.
 
     Args:
+        default_prompt: of pictures that have no caption of their own (None: they cannot be used).
         strict: stop at the first picture that cannot be read or has no caption (--strict_data), instead of leaving it out.
         progress: show a bar, and print what was left out.
 
     Raises:
         ValueError: naming the flag, if the data set cannot be opened, or nothing in it can be used, or for the first fault if `strict`.
     """
-    check_source(dataset_name, image_column=image_column, caption_column=caption_column)
-    source = open_source(dataset_name, image_column=image_column, caption_column=caption_column, cache_dir=cache_dir, revision=revision)
+    columns = {"image_column": image_column, "caption_column": caption_column, "captioned": default_prompt is None}
+    check_source(dataset_name, **columns)
+    source = open_source(dataset_name, **columns, cache_dir=cache_dir, revision=revision)
     memo = Memo.of(dataset_name, cache_dir)
     rows: list[int] = []
     records: list[Record] = []
     skipped: list[str] = []
     try:
-        for row, found in scan(source, memo, progress):
+        for row, found in scan(source, memo, progress, default_prompt):
             if isinstance(found, Record):
                 rows.append(row)
                 records.append(found)
@@ -131,12 +138,13 @@ def open_captioned(
         first = f"; the first: {skipped[0]}" if skipped else ""
         raise ValueError(f"--dataset_name {dataset_name}: none of its {len(source.rows)} picture(s) can be used{first}")
     if progress:
-        _report(dataset_name, len(records), skipped, source.ignored)
+        kind = "picture(s)" if default_prompt else "captioned picture(s)"
+        _report(f"{dataset_name}: {len(records)} {kind}", skipped, source.ignored)
     return CaptionedImages(source, rows, records, skipped)
 
 
-def _report(dataset_name: str, usable: int, skipped: list[str], ignored: int) -> None:
-    print(f"{dataset_name}: {usable} captioned picture(s)" + (f", {ignored} other file(s) ignored" if ignored else ""))
+def _report(usable: str, skipped: list[str], ignored: int) -> None:
+    print(usable + (f", {ignored} other file(s) ignored" if ignored else ""))
     if skipped:
         print(f"{len(skipped)} picture(s) skipped (--strict_data stops at the first):")
         for line in skipped[:10]:
@@ -148,7 +156,7 @@ def _report(dataset_name: str, usable: int, skipped: list[str], ignored: int) ->
 # --------------------------------------------------------------------------- the scan
 
 
-def scan(source: Source, memo: Memo, progress: bool) -> Iterator[tuple[int, Record | str]]:
+def scan(source: Source, memo: Memo, progress: bool, default_prompt: str | None = None) -> Iterator[tuple[int, Record | str]]:
     """(row, record or what is wrong with it) in order; a thread pool works at most a block ahead."""
     from tqdm import tqdm
 
@@ -156,16 +164,16 @@ def scan(source: Source, memo: Memo, progress: bool) -> Iterator[tuple[int, Reco
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source.rows), desc="scan pictures", unit="", disable=not progress) as bar:
         for start in range(0, len(source.rows), _BLOCK):
             block = range(start, min(start + _BLOCK, len(source.rows)))
-            for row, found in zip(block, pool.map(lambda row: _inspect(source, row, memo), block), strict=True):
+            for row, found in zip(block, pool.map(lambda row: _inspect(source, row, memo, default_prompt), block), strict=True):
                 bar.update()
                 yield row, found
 
 
-def _inspect(source: Source, number: int, memo: Memo) -> Record | str:
+def _inspect(source: Source, number: int, memo: Memo, default_prompt: str | None) -> Record | str:
     from src.images import measure
 
     row: Row = source.rows[number]
-    prompt = caption_text(row.caption)
+    prompt = caption_text(row.caption) or default_prompt
     if prompt is None:
         return f"{row.name}: {row.problem or 'no caption'}"
     try:

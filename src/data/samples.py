@@ -33,6 +33,7 @@ class Batch:
     latent_std: Tensor | None  # as latent_mean
     embeds: Tensor | None  # (b, L, D)
     pooled: Tensor | None  # (b, P)
+    mask: Tensor | None = None  # (b, 1, h, w) in [0, 1]: how much each latent counts in the loss; None: all of them
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -62,6 +63,7 @@ class Samples(Dataset):
         caption_dropout: share of samples whose prompt becomes "" (teaches the unconditional half of guidance).
         random_crop: cut anywhere instead of in the centre; flip: mirror half of the samples.
         latents, text: filled caches (`fill_latents`, `fill_text`); None means that the batch carries pixels, or prompts only.
+        masks: (1, h, w) of each record, cut in the centre as the record is (so not with `random_crop`); None: no masks.
 
     Raises:
         ValueError: for --random_crop with a latent cache, which holds one crop of each picture.
@@ -78,14 +80,16 @@ class Samples(Dataset):
         flip: bool = False,
         latents: TensorCache | None = None,
         text: TensorCache | None = None,
+        masks: Sequence[Tensor] | None = None,
     ):
+        assert masks is None or not random_crop, "masks are cut in the centre"
         if random_crop and latents is not None:
             raise ValueError("--random_crop has no effect on cached latents, which hold one crop of each picture; add --no-cache_latents")
         if len(sizes) != len(images):
             raise ValueError(f"{len(images)} pictures but {len(sizes)} sizes")
         self.images, self.sizes = images, [tuple(size) for size in sizes]
         self.seed, self.caption_dropout, self.random_crop, self.flip = seed, caption_dropout, random_crop, flip
-        self.latents, self.text = latents, text
+        self.latents, self.text, self.masks = latents, text, masks
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,6 +108,8 @@ class Samples(Dataset):
         if self.text is not None:
             entry = self.text.read(prompt)
             sample |= {"embeds": entry["embeds"], "pooled": entry["pooled"]}  # (L, D), (P,)
+        if self.masks is not None:
+            sample["mask"] = self.masks[key.index].flip(-1) if flip else self.masks[key.index]  # (1, h, w)
         return sample
 
     def _picture(self, index: int, size: tuple[int, int], crop: tuple[float, float], flip: bool) -> dict[str, Tensor]:
@@ -133,7 +139,7 @@ def collate(samples: list[dict]) -> Batch:
         positions=[sample["position"] for sample in samples],
         prompts=[sample["prompt"] for sample in samples],
         size=sizes.pop(),
-        **{name: stack(name) for name in ("pixels", "latent_mean", "latent_std", "embeds", "pooled")},
+        **{name: stack(name) for name in ("pixels", "latent_mean", "latent_std", "embeds", "pooled", "mask")},
     )
 
 

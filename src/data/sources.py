@@ -4,7 +4,8 @@
   tar      WebDataset: 0001.jpg, 0001.txt or 0001.json in .tar files, read in place
   table    parquet files, or a data set of the Hugging Face Hub, through `datasets`
 
-Nothing is decoded here, and `datasets` is imported for tables only, so that a wrong path is answered at once.
+Nothing is decoded here, and `datasets` is imported for tables only, so that a wrong path is answered at once. `captioned` says that
+captions have to be there; without it a picture may have none, and the column may be missing.
 """
 
 from __future__ import annotations
@@ -15,16 +16,26 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-_METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv")
 _LAYOUTS = (
     "expected a folder with metadata.jsonl or metadata.csv, a folder with one .txt per picture, "
     ".parquet or WebDataset .tar files, or a Hub id"
 )
+
+
+@contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """The readers of data sets speak of --dataset_name; inside, what they refuse names this flag."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--dataset_name", flag)) from error
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ def locate(dataset_name: str) -> Located:
         if kind is None:
             raise ValueError(f"--dataset_name {dataset_name} is a file, but neither .parquet nor .tar; {_LAYOUTS}")
         return Located(kind, path, (path,))
-    for name in _METADATA:
+    for name in METADATA:
         if (path / name).is_file():
             return Located("metadata", path, (path / name,))
     pictures = _pictures(path)
@@ -84,7 +95,7 @@ def locate(dataset_name: str) -> Located:
         if files:
             return Located(kind, path, tuple(files))
     folders = [sub for sub in sorted(path.iterdir()) if sub.is_dir()]
-    inside = [sub for sub in folders if _pictures(sub) or any((sub / name).is_file() for name in _METADATA)]
+    inside = [sub for sub in folders if _pictures(sub) or any((sub / name).is_file() for name in METADATA)]
     hint = f"; there are pictures in its subfolder: try --dataset_name {inside[0]}" if inside else f"; {_LAYOUTS}"
     raise ValueError(f"--dataset_name {dataset_name} has no pictures{hint}")
 
@@ -145,22 +156,22 @@ def columns_of(entries: list[dict]) -> list[str]:
     return list(dict.fromkeys(str(key) for entry in entries for key in entry if key is not None))
 
 
-def _check_columns(file: Path, columns: list[str], image_column: str, caption_column: str) -> str:
+def _check_columns(file: Path, columns: list[str], image_column: str, caption_column: str, captioned: bool) -> str:
     """Returns the name of the column with the file names."""
     if not columns:
         raise ValueError(f"--dataset_name: {file} has no entries")
     name_column = next((column for column in ("file_name", image_column) if column in columns), None)
     if name_column is None:
         raise ValueError(f"--dataset_name: {file} has no column 'file_name'; it has {', '.join(columns)}")
-    if caption_column not in columns:
+    if captioned and caption_column not in columns:
         raise ValueError(f"--caption_column {caption_column!r} is not in {file}; it has {', '.join(columns)}")
     return name_column
 
 
-def _open_metadata(at: Located, image_column: str, caption_column: str) -> Folder:
+def _open_metadata(at: Located, image_column: str, caption_column: str, captioned: bool) -> Folder:
     entries = list(metadata_lines(at.files[0]))
     columns = columns_of(entries)
-    name_column = _check_columns(at.files[0], columns, image_column, caption_column)
+    name_column = _check_columns(at.files[0], columns, image_column, caption_column, captioned)
     rows = [
         Row(str(entry.get(name_column)), at.path / str(entry.get(name_column) or "(no file name)"), entry.get(caption_column))
         for entry in entries
@@ -265,19 +276,19 @@ def _tar_rows(files: tuple[Path, ...], image_column: str, caption_column: str) -
             yield row, pictures + columns
 
 
-def _check_tar(files: tuple[Path, ...], found: list[tuple[Row | None, list[str]]], caption_column: str) -> list[str]:
+def _check_tar(files: tuple[Path, ...], found: list[tuple[Row | None, list[str]]], caption_column: str, captioned: bool) -> list[str]:
     rows = [row for row, _ in found if row is not None]
     columns = list(dict.fromkeys(column for _, names in found for column in names))
     if not rows:
         raise ValueError(f"--dataset_name {files[0]}: no pictures in it")
-    if all(row.caption is None for row in rows):
+    if captioned and all(row.caption is None for row in rows):
         raise ValueError(f"--caption_column {caption_column!r} is not in {files[0]}; it has {', '.join(columns)}")
     return columns
 
 
-def _open_tar(at: Located, image_column: str, caption_column: str) -> Tar:
+def _open_tar(at: Located, image_column: str, caption_column: str, captioned: bool) -> Tar:
     found = list(_tar_rows(at.files, image_column, caption_column))
-    columns = _check_tar(at.files, found, caption_column)
+    columns = _check_tar(at.files, found, caption_column, captioned)
     rows = [row for row, _ in found if row is not None]
     return Tar(rows, columns, len(found) - len(rows))
 
@@ -300,12 +311,12 @@ class Table:
         return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
 
 
-def _check_table(name: str, schema: Any, image_column: str, caption_column: str) -> str:
+def _check_table(name: str, schema: Any, image_column: str, caption_column: str, captioned: bool) -> str:
     """Returns the picture column of a pyarrow schema: the one asked for, else the only one that holds pictures."""
     import pyarrow
 
     columns = list(schema.names)
-    if caption_column not in columns:
+    if captioned and caption_column not in columns:
         raise ValueError(f"--caption_column {caption_column!r} is not in {name}; it has {', '.join(columns)}")
     if image_column in columns:
         return image_column
@@ -338,12 +349,15 @@ def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | 
         ) from error
 
 
-def _open_table(at: Located, dataset_name: str, image_column: str, caption_column: str, cache_dir: Path, revision: str | None) -> Table:
+def _open_table(
+    at: Located, dataset_name: str, image_column: str, caption_column: str, captioned: bool, cache_dir: Path, revision: str | None
+) -> Table:
     import datasets
 
     table = load_table(at, dataset_name, cache_dir, revision)
-    column = _check_table(dataset_name, table.features.arrow_schema, image_column, caption_column)
-    captions = list(table.select_columns([caption_column])[caption_column])
+    column = _check_table(dataset_name, table.features.arrow_schema, image_column, caption_column, captioned)
+    there = caption_column in table.column_names
+    captions = list(table.select_columns([caption_column])[caption_column]) if there else [None] * len(table)
     pictures = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], table.column_names, pictures, column)
 
@@ -355,7 +369,9 @@ def first_line(error: BaseException) -> str:
 # --------------------------------------------------------------------------- the two entrances
 
 
-def open_source(dataset_name: str, *, image_column: str, caption_column: str, cache_dir: Path, revision: str | None = None) -> Source:
+def open_source(
+    dataset_name: str, *, image_column: str, caption_column: str, cache_dir: Path, revision: str | None = None, captioned: bool = True
+) -> Source:
     """Lists a data set's pictures and raw captions in a fixed order: that of the metadata, the archive or the table, else by file name.
 
     Raises:
@@ -363,15 +379,15 @@ def open_source(dataset_name: str, *, image_column: str, caption_column: str, ca
     """
     at = locate(dataset_name)
     if at.kind == "metadata":
-        return _open_metadata(at, image_column, caption_column)
+        return _open_metadata(at, image_column, caption_column, captioned)
     if at.kind == "txt":
         return _open_txt(at)
     if at.kind == "tar":
-        return _open_tar(at, image_column, caption_column)
-    return _open_table(at, dataset_name, image_column, caption_column, cache_dir, revision)
+        return _open_tar(at, image_column, caption_column, captioned)
+    return _open_table(at, dataset_name, image_column, caption_column, captioned, cache_dir, revision)
 
 
-def check_source(dataset_name: str, *, image_column: str = "image", caption_column: str = "text") -> None:
+def check_source(dataset_name: str, *, image_column: str = "image", caption_column: str = "text", captioned: bool = True) -> None:
     """Looks at names and the first entries only, in a fraction of a second, before anything heavy is imported. A Hub id passes.
 
     Raises:
@@ -380,20 +396,20 @@ def check_source(dataset_name: str, *, image_column: str = "image", caption_colu
     at = locate(dataset_name)
     if at.kind == "metadata":
         entries = list(itertools.islice(metadata_lines(at.files[0]), 2000))
-        name_column = _check_columns(at.files[0], columns_of(entries), image_column, caption_column)
+        name_column = _check_columns(at.files[0], columns_of(entries), image_column, caption_column, captioned)
         if not any((at.path / str(entry.get(name_column))).is_file() for entry in entries):
             raise ValueError(
                 f"--dataset_name: of the first {len(entries)} pictures that {at.files[0]} names, none exists; "
                 f"{name_column!r} is relative to {at.path}, and the first one is {entries[0].get(name_column)!r}"
             )
     elif at.kind == "txt":
-        if not any(picture.with_suffix(".txt").is_file() for picture in at.files):
+        if captioned and not any(picture.with_suffix(".txt").is_file() for picture in at.files):
             raise ValueError(
                 f"--dataset_name {dataset_name} has {len(at.files)} picture(s) but no captions; "
                 f"write a metadata.jsonl, or a .txt for each picture ({at.files[0].with_suffix('.txt').name} for {at.files[0].name})"
             )
     elif at.kind == "tar":
-        _check_tar(at.files, list(itertools.islice(_tar_rows(at.files, image_column, caption_column), 10)), caption_column)
+        _check_tar(at.files, list(itertools.islice(_tar_rows(at.files, image_column, caption_column), 10)), caption_column, captioned)
     elif at.kind == "parquet":
         import pyarrow
         import pyarrow.parquet
@@ -402,6 +418,6 @@ def check_source(dataset_name: str, *, image_column: str = "image", caption_colu
             files = [pyarrow.parquet.ParquetFile(file) for file in at.files[:1]]
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"--dataset_name: {at.files[0]} cannot be read as parquet: {first_line(error)}") from error
-        _check_table(str(at.files[0]), files[0].schema_arrow, image_column, caption_column)
+        _check_table(str(at.files[0]), files[0].schema_arrow, image_column, caption_column, captioned)
         if len(at.files) == 1 and files[0].metadata.num_rows == 0:
             raise ValueError(f"--dataset_name: {at.files[0]} has no rows")

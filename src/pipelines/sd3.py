@@ -22,7 +22,7 @@ from src.pipelines.common import unload_text_encoders as unload_text_encoders
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
 PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 transformer)
 MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
-PARTS = ("transformer", "vae", "text")
+PARTS = ("transformer", "vae", "text", "clip")  # clip: the text encoders without T5
 DENOISER = "transformer"  # the denoiser's name in a pipeline
 
 # Geometry of stabilityai/stable-diffusion-3.5-medium. Source: transformer/config.json of that repository.
@@ -42,7 +42,7 @@ class SD3:
     path: str
     transformer: nn.Module | None
     vae: nn.Module | None
-    text_encoders: list[nn.Module | None] = field(default_factory=list)  # CLIP-L, CLIP-G, T5 (None in a folder without T5), or []
+    text_encoders: list[nn.Module | None] = field(default_factory=list)  # CLIP-L, CLIP-G, T5 (None in a folder without T5); two or []
     tokenizers: list[Any] = field(default_factory=list)
     scheduler: Any = None  # FlowMatchEulerDiscreteScheduler; its config is read, its state never used
     transformer_config: dict[str, Any] = field(default_factory=dict)
@@ -121,8 +121,9 @@ def load(
     path: str | Path, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu", parts: Sequence[str] = PARTS,
 ) -> SD3:  # fmt: skip
-    """Load the asked parts ("transformer", "vae", "text") of a folder or Hub id; the others are neither read nor downloaded.
+    """Load the asked parts of a folder or Hub id; the others are neither read nor downloaded.
 
+    The parts are "transformer", "vae", "text" (all three encoders) and "clip" (CLIP-L and CLIP-G, where T5's tokens are known already).
     Everything comes frozen (requires_grad False) and in eval mode. A folder without T5 (text_encoder_3 null) loads, as in diffusers.
 
     Raises:
@@ -134,18 +135,20 @@ def load(
     assert set(parts) <= set(PARTS), f"parts must be among {PARTS}, got {tuple(parts)}"
     source = str(path) if is_hub_id(str(path)) else str(Path(path).expanduser())
     encoders, tokenizers = ("text_encoder", "text_encoder_2", "text_encoder_3"), ("tokenizer", "tokenizer_2", "tokenizer_3")
+    count = 3 if "text" in parts else 2 if "clip" in parts else 0
     absent = dict.fromkeys(("image_encoder", "feature_extractor"))  # IP-adapters, which nothing here uses
     absent |= {part: None for part in ("transformer", "vae") if part not in parts}
     index = read_config(source, "model_index.json", revision)
-    absent |= {name: None for name in encoders + tokenizers if "text" not in parts or not has_part(index, name)}
+    wanted = encoders[:count] + tokenizers[:count]
+    absent |= {name: None for name in encoders + tokenizers if name not in wanted or not has_part(index, name)}
     pipe = StableDiffusion3Pipeline.from_pretrained(source, revision=revision, variant=variant, dtype=dtype, **absent)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if part is not None:
             part.requires_grad_(False).eval().to(device)
     return SD3(
         path=source, transformer=pipe.transformer, vae=pipe.vae, scheduler=pipe.scheduler,
-        text_encoders=[getattr(pipe, name) for name in encoders] if "text" in parts else [],
-        tokenizers=[getattr(pipe, name) for name in tokenizers] if "text" in parts else [],
+        text_encoders=[getattr(pipe, name) for name in encoders[:count]],
+        tokenizers=[getattr(pipe, name) for name in tokenizers[:count]],
         transformer_config=read_config(source, "transformer/config.json", revision),
     )  # fmt: skip
 
@@ -188,7 +191,14 @@ def default_sequence_length(source: Any, revision: str | None = None) -> int:
     return int(min(MAX_SEQUENCE_LENGTH, length))
 
 
-def encode_prompts(model: SD3, prompts: Sequence[str], max_sequence_length: int | None = None) -> Conditioning:
+def clip_length(model: SD3) -> int:
+    """Tokens of CLIP at the front of `Conditioning.embeds` (77 in SD3.5); T5's come after them."""
+    return model.tokenizers[0].model_max_length  # both CLIPs are cut at the first tokenizer's length, as in the stock pipeline
+
+
+def encode_prompts(
+    model: SD3, prompts: Sequence[str], max_sequence_length: int | None = None, t5_tokens: Tensor | None = None
+) -> Conditioning:
     """The three text encoders on a batch of prompts, exactly as `StableDiffusion3Pipeline.encode_prompt` does; gradients may flow.
 
     CLIP-L's and CLIP-G's last but one hidden states side by side, padded with zeros to D, then T5's tokens after them. Without T5 its
@@ -196,24 +206,29 @@ def encode_prompts(model: SD3, prompts: Sequence[str], max_sequence_length: int 
 
     Args:
         max_sequence_length: T5 tokens; None takes `default_sequence_length` of the model's tokenizer.
+        t5_tokens: (b, length, D) known already, where only the two CLIPs are loaded.
     """
     assert model.text_encoders, "the text encoders are not loaded; load(parts=(..., 'text')) or use the text cache"
-    prompts, t5 = list(prompts), model.text_encoders[2]
-    dtype, device = model.text_encoders[0].dtype, model.text_encoders[0].device
-    length = default_sequence_length(model.tokenizers[2]) if max_sequence_length is None else max_sequence_length
+    assert len(model.text_encoders) == 3 or t5_tokens is not None, "T5 is not loaded; hand its tokens over"
+    prompts, dtype, device = list(prompts), model.text_encoders[0].dtype, model.text_encoders[0].device
     hidden, pooled = [], []
     for encoder, tokenizer in zip(model.text_encoders[:2], model.tokenizers[:2], strict=True):
-        # Both CLIPs are cut at the first tokenizer's length, as in the stock pipeline.
-        out = encoder(token_ids(tokenizer, prompts, model.tokenizers[0].model_max_length, device), output_hidden_states=True)
+        out = encoder(token_ids(tokenizer, prompts, clip_length(model), device), output_hidden_states=True)
         hidden.append(out.hidden_states[-2].to(dtype))
         pooled.append(out[0])
-    if t5 is None:
-        t5_hidden = torch.zeros(len(prompts), length, model.transformer_config["joint_attention_dim"], device=device, dtype=dtype)
-    else:
-        t5_hidden = t5(token_ids(model.tokenizers[2], prompts, length, device))[0].to(t5.dtype)  # (b, length, D)
+    t5_hidden = _encode_t5(model, prompts, max_sequence_length) if t5_tokens is None else t5_tokens.to(device, dtype)  # (b, length, D)
     clip = torch.cat(hidden, dim=-1)  # (b, 77, 768 + 1280)
     clip = nn.functional.pad(clip, (0, t5_hidden.shape[-1] - clip.shape[-1]))  # (b, 77, D)
     return Conditioning(torch.cat([clip, t5_hidden], dim=-2), torch.cat(pooled, dim=-1))
+
+
+def _encode_t5(model: SD3, prompts: list[str], length: int | None) -> Tensor:
+    """T5's tokens (b, length, D), zeros without T5."""
+    tokenizer, t5, clip = model.tokenizers[2], model.text_encoders[2], model.text_encoders[0]
+    length = default_sequence_length(tokenizer) if length is None else length
+    if t5 is None:
+        return torch.zeros(len(prompts), length, model.transformer_config["joint_attention_dim"], device=clip.device, dtype=clip.dtype)
+    return t5(token_ids(tokenizer, prompts, length, clip.device))[0].to(t5.dtype)
 
 
 # --------------------------------------------------------------------------- images
@@ -368,25 +383,28 @@ def transformer_from_config(source: str | Path | dict[str, Any], revision: str |
 denoiser_from_config = transformer_from_config  # by the name that all model families share
 
 
-def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str, int]:
-    """Parameters of each part that the model has, by its name in model_index.json; reads configs only, never weights."""
-    from diffusers import AutoencoderKL
+def text_encoder_from_config(path: str | Path, name: str, revision: str | None = None) -> nn.Module:
+    """`text_encoder` (CLIP-L), `text_encoder_2` (CLIP-G) or `text_encoder_3` (T5) on the meta device, without weights."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-    index = read_config(path, "model_index.json", revision)
-
-    def text_encoder(name: str) -> nn.Module:
-        config = read_config(path, f"{name}/config.json", revision)
+    config = read_config(path, f"{name}/config.json", revision)
+    with torch.device("meta"):
         if name == "text_encoder_3":
             return T5EncoderModel(T5Config.from_dict(config))
         return CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config))
 
+
+def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str, int]:
+    """Parameters of each part that the model has, by its name in model_index.json; reads configs only, never weights."""
+    from diffusers import AutoencoderKL
+
+    index = read_config(path, "model_index.json", revision)
     parts = {"transformer": transformer_from_config(path, revision)}
     with torch.device("meta"):
         parts["vae"] = AutoencoderKL.from_config(read_config(path, "vae/config.json", revision))
-        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-            if has_part(index, name):
-                parts[name] = text_encoder(name)
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if has_part(index, name):
+            parts[name] = text_encoder_from_config(path, name, revision)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 

@@ -2,6 +2,9 @@
 
 Draws held-out prompts of the known shapes and of a new one, each from a fixed seed, and reads the pictures back from their pixels; before
 and after training, if a LoRA or a whole trained pipeline is given.
+With --subject it is a DreamBooth's subject instead of the new shape, drawn from prompts with its word; the known shapes are its class:
+
+    python -m src.tiny.evaluate --lora_weights_path outputs/tiny_dreambooth_sd3 --subject purple
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +22,7 @@ from src import cli
 from src.tiny import shapes
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers and our trainers write into a folder
+SUBJECT_IMAGES = 32  # of a DreamBooth's subject, unless --num_subject_images says another number
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--lora_weights_path", type=Path, help="LoRA to measure, after the base model without it")
     g.add_argument("--trained_model", type=Path, help="pipeline folder to measure, after the base model")
     g.add_argument("--new_shape", choices=(*shapes.NEW_SHAPES, "none"), default="heart", help="the shape that the base model does not know")
+    g.add_argument("--subject", choices=shapes.COLORS, metavar="COLOUR",
+                   help=f"measure prompts with {shapes.SUBJECT_WORD} instead: how many show the new shape in this colour")
+    g.add_argument("--num_subject_images", type=cli.positive_int, default=SUBJECT_IMAGES, help="pictures of the subject")
     g.add_argument("--num_prompts", type=cli.positive_int, default=64, help="held-out prompts of the new and as many of the known shapes")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
     g.add_argument("--guidance_scale", type=cli.number, default=2.0, help="classifier-free guidance weight; 1 turns it off")
@@ -34,11 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def held_out_score(pipeline, prompts: list[str], *, num_inference_steps: int, guidance_scale: float) -> tuple[float, Tensor]:
-    """Share of prompts whose picture shows the right shape, colour and background; and the pictures (n, 3, H, W) in [0, 1].
-
-    Prompt i is drawn from seed i, in batches of 64, so that two models are compared on the same noise.
-    """
+def draw(pipeline, prompts: list[str], *, num_inference_steps: int, guidance_scale: float) -> Tensor:
+    """Pictures (n, 3, H, W) in [0, 1]. Prompt i is drawn from seed i, in batches of 64: two models are compared on the same noise."""
     rendered, t5 = [], getattr(pipeline, "tokenizer_3", None)
     options = {"max_sequence_length": t5.model_max_length} if t5 else {}  # SD3 alone has one
     for start in range(0, len(prompts), 64):
@@ -47,8 +52,43 @@ def held_out_score(pipeline, prompts: list[str], *, num_inference_steps: int, gu
             prompt=part, generator=[torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))], output_type="pt",
             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **options,
         ).images.float())
-    pictures = torch.cat(rendered)
+    return torch.cat(rendered)
+
+
+def held_out_score(pipeline, prompts: list[str], **options) -> tuple[float, Tensor]:
+    """Share of prompts whose picture shows the right shape, colour and background; and the pictures (n, 3, H, W) in [0, 1]."""
+    pictures = draw(pipeline, prompts, **options)
     return shapes.correct(shapes.verify(pictures), prompts).float().mean().item(), pictures
+
+
+def subject_score(pipeline, count: int, *, shape: str, color: str, **options) -> tuple[float, Tensor]:
+    """Share of `count` pictures from prompts with the subject's word that show it, whatever lies behind; and the pictures."""
+    backgrounds = [name for name in shapes.COLORS if name != color]
+    pictures = draw(pipeline, [shapes.subject_prompt(backgrounds[i % len(backgrounds)]) for i in range(count)], **options)
+    shown = [reading.shape == shape and reading.color == color for reading in shapes.verify(pictures)]
+    return sum(shown) / count, pictures
+
+
+def measures(args: argparse.Namespace) -> dict[str, tuple[Callable[..., float], str]]:
+    """What is measured, by its name: a function of the pipeline, and what its share is a share of."""
+    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
+
+    def held_out(*known: str) -> Callable[..., float]:
+        prompts = shapes.held_out_prompts(args.num_prompts, shapes=known)
+        return lambda pipeline: held_out_score(pipeline, prompts, **options)[0]
+
+    of = f"of {args.num_prompts} held-out prompts drawn wholly right (shape, colour, background)"
+    if not args.subject:
+        new = {} if args.new_shape == "none" else {f"new shape ({args.new_shape})": (held_out(args.new_shape), of)}
+        return new | {"known shapes": (held_out(*shapes.SHAPES), of)}
+    look = {"shape": args.new_shape, "color": args.subject}
+    return {
+        f"subject ({args.subject} {args.new_shape})": (
+            lambda pipeline: subject_score(pipeline, args.num_subject_images, **look, **options)[0],
+            f"of {args.num_subject_images} pictures from prompts with {shapes.SUBJECT_WORD} show it",
+        ),
+        f"class (without {shapes.SUBJECT_WORD})": (held_out(*shapes.SHAPES), of),
+    }
 
 
 def check(args: argparse.Namespace) -> None:
@@ -66,6 +106,10 @@ def check(args: argparse.Namespace) -> None:
     lora = args.lora_weights_path
     if lora and not (lora / LORA_NAME if lora.is_dir() else lora).is_file():
         raise ValueError(f"--lora_weights_path {lora}: no {LORA_NAME} there; give a run's output folder or a .safetensors file")
+    if not args.subject and args.num_subject_images != SUBJECT_IMAGES:
+        raise ValueError(f"--num_subject_images {args.num_subject_images} has no effect without --subject")
+    if args.subject and args.new_shape == "none":
+        raise ValueError("--subject needs a shape that the base model does not know: leave out --new_shape none")
     if args.output:
         cli.check_writable(args.output.parent, "output")
 
@@ -81,12 +125,8 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         library.disable_progress_bar()
     pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    prompts = {"known shapes": shapes.held_out_prompts(args.num_prompts)}
-    if args.new_shape != "none":
-        new = shapes.held_out_prompts(args.num_prompts, shapes=(args.new_shape,))
-        prompts = {f"new shape ({args.new_shape})": new} | prompts
-    options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
-    figures = {name: {"before": held_out_score(pipeline, texts, **options)[0]} for name, texts in prompts.items()}
+    scores = measures(args)
+    figures = {name: {"before": score(pipeline)} for name, (score, _) in scores.items()}
     if args.lora_weights_path:
         lora = args.lora_weights_path  # the file by its name: a folder may hold kohya's besides
         file = lora / LORA_NAME if lora.is_dir() else lora
@@ -95,11 +135,10 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         pipeline = DiffusionPipeline.from_pretrained(args.trained_model, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
     if args.lora_weights_path or args.trained_model:
-        for name, texts in prompts.items():
-            figures[name]["after"] = held_out_score(pipeline, texts, **options)[0]
+        for name, (score, _) in scores.items():
+            figures[name]["after"] = score(pipeline)
     for name, values in figures.items():
-        line = " -> ".join(f"{values[key]:.0%}" for key in ("before", "after") if key in values)
-        print(f"{name}: {line} of {args.num_prompts} held-out prompts drawn wholly right (shape, colour, background)")
+        print(f"{name}: " + " -> ".join(f"{values[key]:.0%}" for key in ("before", "after") if key in values) + f" {scores[name][1]}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(figures, indent=1) + "\n")

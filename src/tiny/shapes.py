@@ -26,6 +26,7 @@ PALETTE = {
     "blue": (0.10, 0.25, 0.85), "purple": (0.55, 0.15, 0.75), "black": (0.04, 0.04, 0.04), "white": (0.96, 0.96, 0.96),
 }
 COLORS = tuple(PALETTE)
+SUBJECT_WORD = "sks"  # a token of its own in CLIP's vocabulary and in the tiny tokenizers, and in no caption
 SIZES = {"small": (0.18, 0.21), "large": (0.27, 0.31)}  # radius range, as a fraction of the picture's side
 POSITIONS = {"in the centre": (0, 0), "at the left": (-1, 0), "at the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
 SPLITS = ("train", "held_out", "all")
@@ -187,6 +188,11 @@ def _star(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 # ---------------------------------------------------------------------------------------------- prompts
+
+
+def subject_prompt(background: str) -> str:
+    """The prompt of a DreamBooth subject: a word that no caption has, in the place of a colour and a shape."""
+    return f"{_article(SUBJECT_WORD)} {SUBJECT_WORD} on {_article(background)} {background} background"
 
 
 def read_caption(caption: str) -> Reading:

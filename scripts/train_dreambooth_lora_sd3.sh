@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# DreamBooth: one subject, from a handful of its pictures, as a LoRA of SD3.5-medium.
+#
+#   needs     one GPU, models/stable-diffusion-3.5-medium, and a folder with three to twenty pictures of your subject:
+#
+#     bash scripts/train_dreambooth_lora_sd3.sh --instance_data_dir datas/mine --instance_prompt "a photo of sks dog" \
+#       --class_prompt "a photo of a dog" --validation_prompt "sks dog on the beach"
+#
+#   override  any argument: --no-with_prior_preservation does without class pictures,
+#             --train_text_encoder --text_encoder_learning_rate 5e-6 adapts both CLIPs, too
+#   try it    TINY=1 bash scripts/train_dreambooth_lora_sd3.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
+#   plan it   bash scripts/train_dreambooth_lora_sd3.sh --dry_run with the arguments above
+set -euo pipefail
+source "$(dirname "$0")/launch.sh"
+
+if [ "${TINY:-}" = 1 ]; then
+  # The class of a drawn shape is all others: 96 prompts take turns. Feed-forward layers are adapted, as for any new shape at this size.
+  launch train_dreambooth_lora_sd3.py \
+    --pretrained_model_name_or_path models/tiny-sd3 --instance_data_dir datas/subject --resolution 64 --no_hflip --mixed_precision no \
+    --with_prior_preservation --class_prompts_file datas/subject/class_prompts.txt --num_class_images 96 --sample_batch_size 32 \
+    --class_inference_steps 20 --class_guidance_scale 2 --rank 16 \
+    --lora_layers attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out,attn2.to_q,attn2.to_k,attn2.to_v,attn2.to_out.0,ff.net.0.proj,ff.net.2 \
+    --learning_rate 1e-3 --lr_scheduler cosine --train_batch_size 8 --dataloader_num_workers 0 --max_train_steps 300 \
+    --checkpointing_steps 150 --validation_steps 150 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
+    --validation_prompt "a sks on a green background" --validation_prompt "a green circle on a white background" \
+    --output_dir outputs/tiny_dreambooth_sd3 "$@"
+else
+  launch train_dreambooth_lora_sd3.py \
+    --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --resolution 1024 --mixed_precision bf16 --no_hflip \
+    --with_prior_preservation --num_class_images 100 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup \
+    --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 --checkpointing_steps 250 --checkpoints_total_limit 2 \
+    --validation_steps 100 --output_dir outputs/dreambooth_sd3 "$@"
+fi

@@ -1,0 +1,214 @@
+"""What DreamBooth feeds on, from its arguments: pictures of the subject with their masks, and pictures of its class for prior preservation.
+
+Class pictures that are missing are rendered with the base model before anything is trained, by all processes, and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src import inputs, lora, plan, runtime
+from src.data import cache, captions, dreambooth, samples, sources
+from src.pipelines import sd3
+
+CAPTION_COLUMN = "text"  # the default of --caption_column; another one was asked for, so it has to be there
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a model, pictures, masks or a class folder that cannot be trained with, reading small files only.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
+    if args.instance_data_dir and not args.instance_data_dir.is_dir():
+        raise ValueError(f"--instance_data_dir {args.instance_data_dir}: no such folder; give one with the pictures of your subject")
+    with sources.naming(_flag(args)):
+        inputs.check(args, captioned=args.instance_prompt is None or args.caption_column != CAPTION_COLUMN)
+        _check_captions(args)
+    if args.with_prior_preservation:
+        if args.class_prompts_file and not class_prompts(args):
+            raise ValueError(f"--class_prompts_file {args.class_prompts_file} holds no prompt; one per line")
+        if args.class_data_dir:
+            dreambooth.class_folder(args.class_data_dir, args.num_class_images, class_prompts(args))
+
+
+def _flag(args: argparse.Namespace) -> str:
+    """The flag that names the pictures."""
+    return "--instance_data_dir" if args.instance_data_dir else "--dataset_name"
+
+
+def _check_captions(args: argparse.Namespace) -> None:
+    """Of a folder, which is read at once: is there a prompt for every picture, and a picture for the prompt? And a mask for each?"""
+    if sources.locate(args.dataset_name).kind not in ("metadata", "txt"):
+        return
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    rows = sources.open_source(args.dataset_name, **columns, cache_dir=args.cache_dir, captioned=False).rows
+    without = [row.name for row in rows if captions.caption_text(row.caption) is None]
+    where = f"{_flag(args)} {args.dataset_name}"
+    if without and not args.instance_prompt:
+        raise ValueError(f"{where}: {len(without)} of {len(rows)} pictures have no caption, such as {without[0]}; give --instance_prompt")
+    if not without and args.instance_prompt:
+        raise ValueError(f"--instance_prompt has no effect: every picture of {where} has a caption of its own; leave it out")
+    if args.mask_data_dir:
+        dreambooth.mask_files(args.mask_data_dir, [row.name for row in rows])
+
+
+def class_prompts(args: argparse.Namespace) -> list[str]:
+    """Prompts of --class_prompt and --class_prompts_file, in order, each once."""
+    prompts = list(args.class_prompt or [])
+    if args.class_prompts_file:
+        prompts += Path(args.class_prompts_file).read_text(encoding="utf-8").splitlines()
+    return list(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
+
+
+def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
+    """The subject's pictures, each --repeats times, and those held out for the validation loss (None if there are none).
+
+    Raises:
+        ValueError: the pictures cannot be read, or none is left to train on.
+    """
+    with sources.naming(_flag(args)):
+        train, held_out = inputs.open_images(args, progress=progress, default_prompt=args.instance_prompt)
+    return train.subset(list(range(len(train))) * args.repeats), held_out
+
+
+# --------------------------------------------------------------------------- everything that is needed
+
+
+def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, inputs.Inputs | None]:
+    """Open the pictures, render what is missing of the class, lay out the steps, fill the caches.
+
+    Returns:
+        The subject's inputs, and with --with_prior_preservation those of its class: as many per step, with random numbers of their own.
+
+    Raises:
+        ValueError: what `open_images` and `src.data.dreambooth` refuse.
+    """
+    with run.accelerator.main_process_first():  # one download and one scan; the others find the result on disk
+        train, held_out = open_images(args, progress=run.is_main)
+    there = _class_folder(args) if args.with_prior_preservation else None
+    prompts = [record.prompt for part in (train, held_out) if part for record in part.records]
+    text = inputs.encode_texts(run, args, [*prompts, *(_known_prompts(there) if there else [])])
+
+    if there:
+        _render_class(run, args, there, text)
+        with run.accelerator.main_process_first():
+            pictures = dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data, progress=run.is_main)
+    resident = "text" if text is None else "clip" if args.train_text_encoder else None  # with a cache T5 is never needed again
+    model = _load(run, args, tuple(part for part in ("vae", resident) if part))
+
+    def assemble(*parts: captions.CaptionedImages, name: str, **options: Any) -> inputs.Inputs:
+        return inputs.assemble(run, args, sd3, samples.Samples, parts, parts, name, model=model, text=text, **options)
+
+    masks = functools.partial(dreambooth.masks, folder=args.mask_data_dir, factor=sd3.VAE_SCALE)
+    masked = args.mask_from_alpha or args.mask_data_dir
+    data = assemble(train, held_out or train.subset([]), name="pictures", masks=masks if masked else None)
+    if there is None:
+        return data, None
+    return data, assemble(pictures, pictures.subset([]), name="class pictures", first_position=data.plan.global_batch)
+
+
+def planned(args: argparse.Namespace, *, adapt_text: Callable[[nn.Module], None]) -> plan.Subject:
+    """What --dry_run has to know besides the transformer.
+
+    Args:
+        adapt_text: applied to CLIP-L and CLIP-G on the meta device with --train_text_encoder.
+    """
+    images, held_out = open_images(args, progress=True)
+    adapters, path = 0, args.pretrained_model_name_or_path
+    for name in lora.TEXT_PARTS if args.train_text_encoder else ():
+        encoder = sd3.text_encoder_from_config(path, name, args.revision)
+        adapt_text(encoder)
+        adapters += sum(parameter.numel() for parameter in lora.parameters(encoder))
+    if not args.with_prior_preservation:
+        return plan.Subject(images, held_out, adapters)
+    there = _class_folder(args)
+    return plan.Subject(images, held_out, adapters, there.count, len(there.missing()), there.folder, tuple(_known_prompts(there)))
+
+
+def _load(run: runtime.Run, args: argparse.Namespace, parts: tuple[str, ...]) -> sd3.SD3:
+    path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
+    return sd3.load(path, **options, dtype=run.weight_dtype, device=run.device, parts=parts)
+
+
+# --------------------------------------------------------------------------- class pictures
+
+
+def _class_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that a rendered class picture depends on besides its number."""
+    return {
+        "base model": inputs.fingerprint(args, "transformer", "vae", "scheduler", *inputs.TEXT_FOLDERS), "variant": args.variant,
+        "class prompt": class_prompts(args), "resolution": args.resolution, "number of denoising steps": args.class_inference_steps,
+        "guidance scale": args.class_guidance_scale, "T5 length": args.max_sequence_length,
+        "precision": str(runtime.WEIGHT_DTYPES[args.mixed_precision]),
+    }  # fmt: skip
+
+
+def _class_folder(args: argparse.Namespace) -> dreambooth.ClassFolder:
+    """--class_data_dir, or a folder in the cache whose name says what its pictures were rendered with.
+
+    Raises:
+        ValueError: naming --class_data_dir, if it cannot be used, or holds pictures that were rendered with other settings.
+    """
+    settings = _class_settings(args)
+    folder = args.class_data_dir or args.cache_dir / f"class-{cache.fingerprint(**settings)}"
+    there = dreambooth.class_folder(folder, args.num_class_images, class_prompts(args))
+    dreambooth.check_settings(there, settings)
+    return there
+
+
+def _known_prompts(there: dreambooth.ClassFolder) -> list[str]:
+    """Prompts of class pictures, those that are yet to be rendered included."""
+    if not there.own:
+        return list(there.prompts)
+    rows = sources.open_source(str(there.folder), image_column="image", caption_column="text", cache_dir=there.folder, captioned=False).rows
+    return [*there.prompts, *filter(None, (captions.caption_text(row.caption) for row in rows if row.name in there.own))]
+
+
+def _render_class(run: runtime.Run, args: argparse.Namespace, there: dreambooth.ClassFolder, text: cache.TensorCache | None) -> None:
+    """Render this process's share of the missing class pictures with the base model, which is loaded if there are any."""
+    missing = there.missing()
+    run.barrier()  # every process has looked before one of them writes
+    if missing:
+        run.print(f"{len(missing)} of {there.count} class pictures are missing: rendering them into {there.folder}")
+        render = _renderer(run, args, text)
+        share = dict(batch_size=args.sample_batch_size, rank=run.rank, world=run.world, progress=run.is_main)
+        dreambooth.render_missing(there, render, settings=_class_settings(args), **share)
+        del render
+        gc.collect()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+    run.barrier()
+
+
+def _renderer(run: runtime.Run, args: argparse.Namespace, text: cache.TensorCache | None) -> Callable[[list[str], list[int]], Tensor]:
+    """`render(prompts, seeds) -> (b, 3, H, W)` with the base model, its text from the cache if there is one."""
+    model = _load(run, args, ("transformer", "vae") if text else ("transformer", "vae", "text"))
+
+    @torch.no_grad()
+    def condition(prompts: list[str]) -> sd3.Conditioning:
+        if text:
+            return inputs.Texts(text, run.device, sd3).condition(prompts)
+        return sd3.encode_prompts(model, prompts, inputs.sequence_length(args))
+
+    def render(prompts: list[str], seeds: list[int]) -> Tensor:
+        negative = condition([""]) if args.class_guidance_scale > 1 else None
+        with run.accelerator.autocast():
+            pictures = sd3.render(
+                model, model.transformer, condition(prompts), negative=negative, seeds=seeds, height=args.resolution,
+                width=args.resolution, num_inference_steps=args.class_inference_steps, guidance_scale=args.class_guidance_scale,
+                batch_size=len(prompts),
+            )  # fmt: skip
+        if not pictures.isfinite().all():  # as bytes they would be innocent black
+            raise ValueError("class pictures hold NaN or infinity; try --mixed_precision bf16 or no")
+        return pictures
+
+    return render
