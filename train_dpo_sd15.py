@@ -122,9 +122,10 @@ def objective(
         reference_errors = denoising_errors(reference, x0, noise, timestep, alphas_cumprod, condition)
     logits = preference_logits(errors, reference_errors, beta)  # (b,)
     margins = {"policy_margin": errors.detach(), "reference_margin": reference_errors}
+    gains = (reference_errors - errors.detach()).mean(0)
     return {
         "loss": preference_loss(logits, loss_type, label_smoothing).mean(), "accuracy": accuracy(logits.detach()),
-        **{name: (error[:, 1] - error[:, 0]).mean() for name, error in margins.items()},
+        **{name: (error[:, 1] - error[:, 0]).mean() for name, error in margins.items()}, "winner_gain": gains[0], "loser_gain": gains[1],
     }  # fmt: skip
 
 

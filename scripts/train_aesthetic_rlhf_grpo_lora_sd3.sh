@@ -15,7 +15,7 @@ if [ "${TINY:-}" = 1 ]; then
     --pretrained_model_name_or_path models/tiny-sd3 --resolution 64 --mixed_precision no --prompts shapes --scorer shapes \
     --group_size 8 --sample_batch_size 16 --sample_num_batches_per_epoch 8 --learning_rate 1e-3 --num_epochs 250 --checkpointing_epochs 25 \
     --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 25 \
-    --eval_scorers shapes_strict --output_dir outputs/tiny_grpo_sd3 "$@"
+    --eval_scorers shapes_strict,tiny_clip --output_dir outputs/tiny_grpo_sd3 "$@"
 else
   launch train_grpo_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --config scripts/presets/one_gpu.yaml --gradient_checkpointing \

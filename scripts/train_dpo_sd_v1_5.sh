@@ -5,7 +5,7 @@
 #             downloaded unless --dataset_name names others
 #   24 GB     add --optimizer adamw8bit --gradient_checkpointing, or --use_lora
 #   override  any argument:  bash scripts/train_dpo_sd_v1_5.sh --dataset_name datas/mine --chosen_column good --rejected_column bad
-#   paper     2048 pairs a step: batch 4 x accumulation 512 on one GPU; --learning_rate 1e-8 --scale_lr gives 2.05e-5 there
+#   paper     2048 pairs a step: batch 4 x accumulation 512 on one GPU; the same learning rate as --learning_rate 1e-8 --scale_lr, 2.05e-5
 #   try it    TINY=1 bash scripts/train_dpo_sd_v1_5.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
 #   plan it   bash scripts/train_dpo_sd_v1_5.sh --dry_run
 set -euo pipefail
@@ -22,7 +22,7 @@ if [ "${TINY:-}" = 1 ]; then
 else
   launch train_dpo_sd15.py \
     --pretrained_model_name_or_path models/stable-diffusion-v1-5 --dataset_name yuvalkirstain/pickapic_v2 --resolution 512 \
-    --mixed_precision bf16 --beta_dpo 5000 --learning_rate 1e-8 --scale_lr --lr_scheduler constant_with_warmup \
+    --mixed_precision bf16 --learning_rate 2e-5 --lr_scheduler constant_with_warmup \
     --train_batch_size 4 --gradient_accumulation_steps 512 --max_train_steps 2000 --checkpointing_steps 250 --checkpoints_total_limit 2 \
     --validation_steps 250 --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/dpo_sd15 "$@"
 fi

@@ -537,12 +537,14 @@ def add_grpo_args(parser: Parser) -> None:
     g.add_argument("--max_advantage", type=positive_float, default=5.0, help="bound on the absolute advantage")
     g.add_argument(
         "--kl_weight", type=non_negative_float, default=0.0,
-        help="weight of the KL of a step to the reference, joint as above: other code's weights hold; 0: none, which saves a forward pass. "
+        help="weight of the KL of a step to the reference, joint as above: weights of code with means over D hold, see --kl_form; "
+        "0: none, which saves a forward pass. "
         "With nft it weighs |velocity - reference|^2, 1e-4 is usual",
     )
     g.add_argument(
         "--kl_form", choices=("exact", "flow_grpo"), default="exact",
-        help="flow_grpo: the exact one times |dt|, what Flow-GRPO's weights of 0.04 and 0.01 belong to (--transition flow only)",
+        help="flow_grpo: the exact one times |dt|, what Flow-GRPO's weights of 0.04 and 0.01 belong to (--transition flow only); "
+        "|dt| is 0.04 to 0.08 at the first five of ten steps, where its 0.04 is as strong as 0.0016 to 0.0033 of the exact one",
     )
     g.add_argument("--nft_strength", type=positive_fraction, default=1.0, help="beta of DiffusionNFT: how far good and bad are told apart")
     g.add_argument("--nft_levels", type=positive_int, default=3, help="noise levels that each picture is trained at, with nft")
@@ -645,7 +647,8 @@ def add_policy_args(parser: Parser, *, full_learning_rate: float) -> None:
     g = parser.add_argument_group("policy")
     g.add_argument(
         "--full_weights", action="store_true",
-        help=f"train all weights, in fp32, beside a frozen copy, instead of a LoRA (learning rate then {full_learning_rate:g} if unset)",
+        help="train all weights, in fp32, instead of a LoRA; a KL needs a frozen copy of them "
+        f"(learning rate then {full_learning_rate:g} if unset)",
     )
     lora_rate = parser.when_unset["learning_rate"]
     parser.when_unset["learning_rate"] = lambda a: full_learning_rate if a.full_weights and a.optimizer != "prodigy" else lora_rate(a)
@@ -890,6 +893,7 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("window_shift_epochs",), lambda a: a.window_order == "progressive", "without --window_order progressive"),
     (("transition", "noise_level", "window_size", "window_range", "window_order", "clip_nats", "kl_form"),
      lambda a: getattr(a, "loss", None) != "nft", "with --loss nft, which trains on pictures of the deterministic sampler"),
+    (("guidance_scale",), lambda a: getattr(a, "loss", None) != "nft", "with --loss nft, which learns to do without guidance"),
     (("kl_form",), lambda a: a.kl_weight > 0, "without --kl_weight"),
     (("nft_strength", "nft_levels", "nft_old_rate", "nft_old_decay"), lambda a: a.loss == "nft", "without --loss nft"),
     (("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"), lambda a: a.per_prompt_stat_tracking,

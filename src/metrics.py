@@ -20,16 +20,18 @@ if TYPE_CHECKING:
 
 NAMES = {
     "step": "optimizer steps done",
-    "loss": "training loss: squared velocity error (mean over latent values), preference loss, or what ReFL makes of the reward; mean over "
-    "the window's samples",
+    "loss": "training loss: squared error of the velocity or noise (mean over latent values), preference loss, policy loss with the "
+    "weighted KL, or what ReFL makes of the reward; mean over the window's samples",
     "instance_loss": "DreamBooth: the part of loss that the subject's pictures give",
     "prior_loss": "DreamBooth: the same for pictures of its class; loss is instance_loss + --prior_loss_weight * this",
     "grad_norm": "global norm of the gradient before clipping, mean over the window",
     "lr": "learning rate of the last step in the window",
-    "epoch": "passes over the training set so far",
+    "epoch": "passes over the training set so far; in reinforcement learning rounds of sampling and training",
     "accuracy": "share of pairs that the model prefers as people do: its error fell more on the winner than on the loser; ties count half",
     "policy_margin": "squared error of the predicted noise on the loser minus that on the winner",
     "reference_margin": "that margin of the reference model",
+    "winner_gain": "by how much the model's squared error on the winners is below the reference's; negative: it forgets to draw them, too",
+    "loser_gain": "the same on the losers; below winner_gain, or nothing is preferred",
     "val_loss": "the training loss on held-out samples with fixed noise, mean over noise levels",
     "val_accuracy": "the accuracy on held-out pairs with fixed noise, mean over noise levels",
     "val_loss_sigma_0.25": "that loss at noise level 0.25: detail",
@@ -42,7 +44,8 @@ NAMES = {
     "unjudged": "pictures of the epoch that a scorer could not judge: they are left out of the update",
     "no_signal": "share of the epoch's pictures whose advantage is 0, as in a group of equal rewards",
     "policy_loss": "the part of the loss that follows the reward; 0 at ratio 1, so its size says nothing",
-    "kl": "KL divergence of a denoising step from the reference's, nats, joint over the latent (nft: squared velocity difference)",
+    "kl": "KL divergence of a denoising step from the reference's, nats, joint over the latent (flow_grpo: times the length of the step; "
+    "nft: squared velocity difference); 0 where it has no weight",
     "log_ratio": "mean absolute log-ratio of a denoising step to the policy that drew it, nats; 0 in the first update of an epoch",
     "clip_fraction": "share of the trained steps whose log-ratio lies beyond the clip",
     "skipped_updates": "updates of the epoch that were left out because no advantage was other than 0",

@@ -96,14 +96,8 @@ class Scored:
     parts: dict[str, Tensor]
 
     def metrics(self) -> dict[str, float]:
-        """Means over the pictures that could be judged, under the names of metrics.jsonl.
-
-        Raises:
-            ValueError: none could.
-        """
+        """Means over the pictures that could be judged, under the names of metrics.jsonl."""
         judged = self.total.isfinite()
-        if not judged.any():
-            raise ValueError("no picture of this epoch could be judged; is the scorer (or its server) working?")
         means = {f"reward/{name}": values.nanmean().item() for name, values in self.parts.items()}
         good = self.total[judged]
         return {"reward": good.mean().item(), "reward_std": good.std(correction=0).item(), "unjudged": (~judged).sum().item()} | means
@@ -145,7 +139,11 @@ class Rewards:
             return scores.total.float().cpu(), {name: values.float().cpu() for name, values in scores.parts.items()}
 
     def collect(self) -> Scored:
-        """Waits for this epoch's scores and puts those of all processes together; every process calls it."""
+        """Waits for this epoch's scores and puts those of all processes together; every process calls it.
+
+        Raises:
+            ValueError: no picture could be judged.
+        """
         found = [item.result() if isinstance(item, Future) else item for item in self._scored]
         names = list(found[0][1])
         rows = [torch.stack([total, *(parts[name] for name in names)], dim=1) for total, parts in found]  # (b, 1 + parts) each
@@ -153,6 +151,8 @@ class Rewards:
         together = self.run.gather(torch.cat(rows).to(self.run.device)).cpu()  # (N, 1 + parts)
         together = together[self.run.gather(positions).argsort().cpu()]
         self._scored, self._positions = [], []
+        if not together[:, 0].isfinite().any():
+            raise ValueError("no picture of this epoch could be judged; is the scorer (or its server) working?")
         return Scored(together[:, 0], {name: together[:, i] for i, name in enumerate(names, start=1)})
 
     def close(self) -> None:

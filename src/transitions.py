@@ -11,7 +11,7 @@ velocity v (noise - x0, see `flow`), and whose standard deviation depends on the
     flow      x (1 + c^2 dt / 2s) + v dt (1 + c^2 (1 - s) / 2s)   step_std = c sqrt(-dt)   c = a sqrt(s / (1 - s)) Flow-GRPO, 2505.05470
     ode       x + v dt                        no noise, no log-probability: evaluation, and steps that are not trained
 
-a is the noise level, dt = s' - s. At s = 1, where c is infinite, `flow` takes s' for s under the root, as its authors do.
+a is the noise level, dt = s' - s. At s = 1, where c is infinite, `flow` takes a sqrt(s / (1 - s')) for c, as its authors do.
 
 `cps` and `precise` keep the schedule: if v is exact, x' is (1 - s') x0 + s' noise' with standard normal noise'. `precise` is the exact
 solution of the stochastic equation of which `flow` is one Euler step. That Euler step leaves too much noise. With a = 0.7, shift 3 and

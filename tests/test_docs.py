@@ -45,6 +45,6 @@ def test_metric_tables_name_metrics_that_are_written(page):
 def test_pages_of_algorithms_map_equations_to_functions():
     """A page with a section on the equations names at least five functions; that there are such pages keeps the tests above honest."""
     pages = [page for page in PAGES if "## From equation to function" in page.read_text(encoding="utf-8")]
-    assert {"lora.md", "full-finetuning.md"} <= {page.name for page in pages}
+    assert {f"{name}.md" for name in ("lora", "full-finetuning", "ddpo", "grpo", "dpo", "refl")} <= {page.name for page in pages}
     for page in pages:
         assert sum(bool(name) for _, name in references(page)) >= 5, page.name

@@ -92,7 +92,7 @@ def test_a_policy_equal_to_its_reference_has_the_loss_log_2_and_accuracy_one_hal
     found = dpo.objective(dpo.predictor(policy), dpo.predictor(reference), *batch(8, dtype), beta=5000.0)
     assert found["loss"].dtype == torch.float32
     assert found["loss"].item() == pytest.approx(math.log(2), abs=1e-6) and found["accuracy"].item() == 0.5
-    assert found["policy_margin"] == found["reference_margin"] != 0
+    assert found["policy_margin"] == found["reference_margin"] != 0 and found["winner_gain"] == found["loser_gain"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -121,6 +121,13 @@ def test_the_gradient_is_that_of_the_errors_weighted_by_the_preference(unet):
     assert torch.allclose(ours, expected, rtol=1e-3, atol=1e-6) and expected.abs().max() > 1e-3
 
 
+def test_gains_are_what_the_margins_differ_by(unet):
+    """(r_w - m_w) - (r_l - m_l) = (m_l - m_w) - (r_l - r_w)."""
+    found = dpo.objective(dpo.predictor(perturbed(unet)), dpo.predictor(unet), *batch(), beta=50.0)
+    expected = (found["policy_margin"] - found["reference_margin"]).item()
+    assert (found["winner_gain"] - found["loser_gain"]).item() == pytest.approx(expected, rel=1e-3) != 0
+
+
 def test_nothing_flows_into_the_reference(unet):
     reference = copy.deepcopy(unet).requires_grad_(True)
     policy = perturbed(unet).requires_grad_(True)
@@ -132,6 +139,7 @@ def test_swapping_the_pair_turns_the_preference_round(unet):
     x0, *rest = batch()
     sides = [dpo.objective(dpo.predictor(perturbed(unet)), dpo.predictor(unet), pair, *rest, beta=50.0) for pair in (x0, x0.flip(1))]
     assert sides[0]["accuracy"] + sides[1]["accuracy"] == pytest.approx(1.0)
+    assert sides[0]["winner_gain"] == pytest.approx(sides[1]["loser_gain"].item(), rel=1e-4)
     assert sides[0]["policy_margin"].item() == pytest.approx(-sides[1]["policy_margin"].item(), rel=1e-4)
 
 

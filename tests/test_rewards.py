@@ -106,7 +106,7 @@ def test_pictures_that_cannot_be_judged_are_counted_and_left_out_of_the_means(ru
     assert found == {"reward": 1.5, "reward_std": 0.5, "unjudged": 1, "reward/brightness": 0.75}
     scoring.submit(pictures(0.5), batch([0], ["unreadable"]))
     with pytest.raises(ValueError, match="no picture of this epoch could be judged"):
-        scoring.collect().metrics()
+        scoring.collect()
 
 
 # --------------------------------------------------------------------------- when an evaluation ends a run

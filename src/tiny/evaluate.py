@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--num_subject_images", type=cli.positive_int, default=SUBJECT_IMAGES, help="pictures of the subject")
     g.add_argument("--num_prompts", type=cli.positive_int, default=64, help="held-out prompts of the new and as many of the known shapes")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
-    g.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance weight; 1 turns it off")
+    g.add_argument("--guidance_scale", type=cli.number, default=2.0, help="classifier-free guidance weight; 1 turns it off")
     g.add_argument("--output", type=Path, help="also write the figures there, as JSON")
     return parser
 

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--num_images", type=cli.positive_int, default=8, help="pictures of each, from seeds that no other picture has")
     g.add_argument("--pairs_per_prompt", type=cli.positive_int, default=2, help="pairs of each caption at most; no picture is in two")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
-    g.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance weight; 1 turns it off")
+    g.add_argument("--guidance_scale", type=cli.number, default=2.0, help="classifier-free guidance weight; 1 turns it off")
     g.add_argument("--batch_size", type=cli.positive_int, default=64, help="pictures drawn at once")
     g.add_argument("--seed", type=cli.non_negative_int, default=2, help="names the series of captions; the base model saw seed 0")
     return parser
