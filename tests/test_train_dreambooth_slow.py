@@ -93,7 +93,7 @@ def test_killed_twice_at_random_moments_it_ends_like_an_uninterrupted_run(world,
 # --------------------------------------------------------------------------- two processes
 
 # One process with batch 4 and two with batch 2 sum the same gradients in another order: 1e-7 relative. Adam's epsilon above every
-# gradient keeps its steps proportional to them (otherwise the sign of a zero decides), so losses agree far below 1e-5.
+# gradient keeps its steps proportional to them (otherwise the sign of a zero decides), so losses agree to 1e-6.
 SHARED = dict(
     num_class_images=10, sample_batch_size=3, train_text_encoder=True, text_encoder_rank=2, text_encoder_learning_rate=5.0,
     learning_rate=10.0, adam_epsilon=1.0, lr_scheduler="cosine", max_train_steps=12, checkpointing_steps=100, caption_dropout=0.2,
@@ -115,7 +115,9 @@ def test_two_processes_are_one_with_twice_the_batch(world, tmp_path):
     one, two = runs.lines(tmp_path / "one"), runs.lines(out)
     assert [line.keys() for line in one] == [line.keys() for line in two] and "prior_loss" in one[1]
     for expected, line in zip(one, two, strict=True):
-        assert line == pytest.approx(expected, rel=1e-5)
+        norms = [values.pop("grad_norm", 0.0) for values in (line, expected)]
+        assert line == pytest.approx(expected, rel=1e-6)
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # where the gradients of the two losses cancel, rounding shows more
     moved = runs.values(tmp_path / "one", "val_loss")
     assert abs(moved[-1] / moved[0] - 1) > 1e-3  # else the weights would not matter
     here, there = (np.asarray(Image.open(folder / "samples/step-000012/00-0.png")).astype(int) for folder in (tmp_path / "one", out))
