@@ -18,20 +18,14 @@ from torch import Tensor, nn
 
 from src import flow
 from src.lora import unwrap
+from src.pipelines import geometry
 
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
 PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 transformer)
 MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
 PARTS = ("transformer", "vae", "text")
 
-# Geometry of stabilityai/stable-diffusion-3.5-medium. Source: transformer/config.json of that repository.
-SD35_MEDIUM = {
-    "_class_name": "SD3Transformer2DModel",
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
-    "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-}  # fmt: skip
+SD35_MEDIUM = geometry.MODELS["sd3.5-medium"]["transformer"]
 
 
 @dataclass(frozen=True)
