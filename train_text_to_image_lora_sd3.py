@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src import card, checkpoint, cli, ema, flow, inputs, lora, metrics, optim, plan, runtime, seeds, validation
+from src import card, checkpoint, cli, ema, flow, inputs, lora, metrics, optim, plan, runtime, seeds, speed, validation
 from src.pipelines import sd3
 
 
@@ -30,6 +30,7 @@ def build_parser() -> cli.Parser:
     cli.add_timestep_args(parser)
     cli.add_text_args(parser)
     cli.add_model_args(parser)
+    cli.add_speed_args(parser)
     cli.add_data_args(parser)
     cli.add_optimization_args(parser, learning_rate=1e-4)
     cli.add_budget_args(parser, max_train_steps=1000)
@@ -41,7 +42,7 @@ def build_parser() -> cli.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of this script; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(runtime.check, inputs.check, check))
+    return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, inputs.check, check))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -112,10 +113,7 @@ def main(args: argparse.Namespace) -> None:
     if args.init_lora:
         fresh = lora.load(transformer, args.init_lora)
         run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers are not in it and start from zero" if fresh else ""))
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        sd3.compile_blocks(transformer)
+    speed.apply(transformer, args)
 
     # Optimizer
     weights = lora.parameters(transformer)

@@ -21,6 +21,8 @@ from pathlib import Path
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 DENSITIES = ("logit_normal", "uniform", "mode", "cosmap")
+ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "_native_math")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 
 Check = Callable[[argparse.Namespace], None]
 
@@ -160,7 +162,7 @@ def existing_file(text: str) -> Path:
 
 
 def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.5-medium") -> None:
-    """The base model, its precision and what is traded for memory and speed."""
+    """The base model and its precision."""
     g = parser.add_argument_group("model")
     g.add_argument("--pretrained_model_name_or_path", default=default, help="local folder or Hub id of the base model")
     g.add_argument("--revision", help="Hub revision of the base model (unset: its main branch)")
@@ -169,12 +171,23 @@ def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.
         "--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16",
         help="autocast dtype; frozen parts are stored in it, trained weights are fp32",
     )
+
+
+def add_speed_args(parser: Parser) -> None:
+    """What is traded between memory, speed and the time to start; the numbers stay the same but for rounding."""
+    g = parser.add_argument_group("speed")
     g.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
         help="recompute activations in the backward pass: about a third more time for a fraction of the activation memory",
     )
+    g.add_argument("--checkpoint_every", type=positive_int, default=1, help="recompute every N-th block only: saves less memory, less time")
     g.add_argument("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products and convolutions (Ampere GPUs and later)")
-    g.add_argument("--compile", action="store_true", help="torch.compile each transformer block: minutes at the start, faster steps")
+    g.add_argument("--attention_backend", choices=ATTENTION_BACKENDS, default="native", help="kernel of attention, by diffusers' names")
+    g.add_argument("--compile", action="store_true", help="torch.compile each block: minutes at the start, faster steps")
+    g.add_argument(
+        "--compile_mode", choices=COMPILE_MODES, default="default",
+        help="reduce-overhead: CUDA graphs, for small pictures and batches of one shape; max-autotune: tries more kernels",
+    )
 
 
 def add_text_args(parser: Parser) -> None:
@@ -461,6 +474,8 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("text_encoder_learning_rate",), lambda a: a.train_text_encoder, "without --train_text_encoder"),
     (("logit_mean", "logit_std"), lambda a: a.timestep_density == "logit_normal", "without --timestep_density logit_normal"),
     (("mode_scale",), lambda a: a.timestep_density == "mode", "without --timestep_density mode"),
+    (("checkpoint_every",), lambda a: a.gradient_checkpointing, "without --gradient_checkpointing"),
+    (("compile_mode",), lambda a: a.compile, "without --compile"),
     (("hub_model_id",), lambda a: a.push_to_hub, "without --push_to_hub"),
     (("tracker_project_name",), lambda a: a.report_to != "none", "with --report_to none"),
     (("cache_batch_size",), lambda a: a.cache_latents or a.cache_text, "without --cache_latents or --cache_text"),
@@ -507,6 +522,11 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
                 yield f"--{name} {has[name]} has no effect {why}"
     if has.get("random_crop") and has.get("cache_latents"):
         yield "--random_crop needs fresh latents for every crop: add --no-cache_latents"
+    if has.get("compile_mode") == "reduce-overhead":
+        if has["gradient_checkpointing"]:
+            yield "--compile_mode reduce-overhead cannot record what --gradient_checkpointing computes twice; use default"
+        if has.get("aspect_buckets"):
+            yield "--compile_mode reduce-overhead records one size of picture, --aspect_buckets has many; use default"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
     if "lr_warmup_steps" in has and has["lr_scheduler"] == "constant_with_warmup" and not has["lr_warmup_steps"]:

@@ -54,8 +54,10 @@ class Validator:
         """Validation loss and pictures at this step; the transformer's mode is restored, also after an error."""
         training = self.transformer.training
         self.transformer.eval()
+        # Compiled blocks run uncompiled meanwhile: batches of other sizes would each be compiled for a few passes.
+        as_written = torch.compiler.set_stance("force_eager") if self.args.compile else contextlib.nullcontext()
         try:
-            with self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
+            with as_written, self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
                 if len(self.data.held_out):
                     self.log.record(step, **self._losses())
                 if self.prompts:

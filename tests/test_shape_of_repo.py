@@ -16,7 +16,7 @@ MODULES = sorted((ROOT / "src").rglob("*.py"))
 
 # layer -> the src layers that it may import. Trainers and the demo may import all of them, and are imported by tests only.
 MATHS = {"flow", "transitions", "ddpm"}
-RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "plan", "card"}
+RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "plan", "card", "speed"}
 MAY_IMPORT = {
     "__init__": set(),
     "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(),

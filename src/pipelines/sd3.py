@@ -338,15 +338,6 @@ def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> f
     return model.shift if shift == "model" else float(shift)
 
 
-def compile_blocks(transformer: nn.Module, **options: Any) -> None:
-    """Compile each JointTransformerBlock in place (`options` as in torch.compile): state dict, LoRA and hooks stay as they are.
-
-    diffusers' `compile_repeated_blocks` refuses SD3, whose class does not name its repeated blocks.
-    """
-    for block in unwrap(transformer).transformer_blocks:
-        block.compile(**options)
-
-
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode inside (no LoRA dropout), the former mode after, also after an exception."""
