@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import train_full_finetuning_sd3
 import train_text_to_image_lora_sd3
-from src import cli, flow, full, lora, optim, runtime, seeds, sharding, speed
+from src import cli, flow, full, lora, optim, quantize, runtime, seeds, sharding, speed
 from src.pipelines import geometry, sd3
 
 # Stand-ins of a few thousand weights, with every kind of layer of the real ones, to try the benchmarks on a CPU.
@@ -196,6 +196,8 @@ def lora_sd3(setting: Setting) -> Loop:
     run = start(script, setting)
     seeds.seed_everything(0, "transformer")
     transformer = geometry.build(setting.config("sd3.5-medium", "transformer"), dtype=run.weight_dtype, device=run.device)
+    if run.args.quantize_base:
+        quantize.linear_layers(transformer, run.args.quantize_base)
     script.add_lora(transformer, run.args)
     apply_speed(transformer, run.args)
     weights, args = lora.parameters(transformer.train()), run.args

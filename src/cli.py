@@ -327,6 +327,15 @@ def add_lora_args(parser: Parser, *, rank: int = 16) -> None:
     parser.when_unset["lora_alpha"] = lambda args: float(args.rank)
 
 
+def add_quantization_args(parser: Parser) -> None:
+    """How a base model that stays frozen is kept in memory."""
+    g = parser.add_argument_group("frozen base")
+    g.add_argument(
+        "--quantize_base", choices=("int8", "nf4"),
+        help="keep the blocks' attention and feed-forward weights in 8 or 4 bits (unset: in --mixed_precision); nf4 needs bitsandbytes",
+    )
+
+
 def add_validation_args(parser: Parser, *, guidance_scale: float = 4.5, inference_steps: int = 28, steps: int = 100) -> None:
     """Pictures rendered during training, always from the same seeds."""
     g = parser.add_argument_group("validation")
@@ -527,6 +536,11 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
             yield "--compile_mode reduce-overhead cannot record what --gradient_checkpointing computes twice; use default"
         if has.get("aspect_buckets"):
             yield "--compile_mode reduce-overhead records one size of picture, --aspect_buckets has many; use default"
+    if has.get("quantize_base"):
+        if has.get("use_dora"):
+            yield "--use_dora needs the base's full weights, which --quantize_base does not keep; leave one out"
+        if has.get("export_merged"):
+            yield "--export_merged would write the rounded weights of --quantize_base: leave it out, and merge the LoRA into the original"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
     if "lr_warmup_steps" in has and has["lr_scheduler"] == "constant_with_warmup" and not has["lr_warmup_steps"]:

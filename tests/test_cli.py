@@ -130,6 +130,7 @@ def every_group():
     cli.add_optimization_args(parser, learning_rate=1e-4)
     cli.add_budget_args(parser, max_train_steps=100)
     cli.add_lora_args(parser)
+    cli.add_quantization_args(parser)
     cli.add_validation_args(parser)
     cli.add_validation_loss_args(parser)
     cli.add_run_args(parser, output_dir="outputs/none")
@@ -240,6 +241,8 @@ def test_right_values_of_the_special_types(parse):
         (["--tracker_project_name", "mine"], "--tracker_project_name mine has no effect with --report_to none"),
         (["--revision", "main", "--pretrained_model_name_or_path", "."], "--revision main has no effect on a local"),
         (["--dataset_revision", "main", "--dataset_name", "."], "--dataset_revision main has no effect on a local"),
+        (["--quantize_base", "int8", "--use_dora"], "--use_dora needs the base's full weights"),
+        (["--quantize_base", "nf4", "--export_merged"], "--export_merged would write the rounded weights"),
         (["--checkpoint_every", "2"], "--checkpoint_every 2 has no effect without --gradient_checkpointing"),
         (["--compile_mode", "reduce-overhead"], "--compile_mode reduce-overhead has no effect without --compile"),
         (["--compile", "--compile_mode", "reduce-overhead", "--gradient_checkpointing"], "cannot record what --gradient_checkpointing"),

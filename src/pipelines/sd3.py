@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src import flow
+from src import flow, quantize
 from src.lora import unwrap
 from src.pipelines import geometry
 
@@ -159,11 +159,14 @@ def _has(index: dict[str, Any], component: str) -> bool:
 
 def load(
     path: str | Path, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu", parts: Sequence[str] = PARTS,
+    device: str | torch.device = "cpu", parts: Sequence[str] = PARTS, quantized: str | None = None,
 ) -> SD3:  # fmt: skip
     """Load the asked parts ("transformer", "vae", "text") of a folder or Hub id; the others are neither read nor downloaded.
 
     Everything comes frozen (requires_grad False) and in eval mode. A folder without T5 (text_encoder_3 null) loads, as in diffusers.
+
+    Args:
+        quantized: "int8" or "nf4": keep most of the transformer packed (see `src/quantize.py`).
 
     Raises:
         ValueError: what `check_folder` refuses.
@@ -179,6 +182,8 @@ def load(
     index = read_config(source, "model_index.json", revision)
     absent |= {name: None for name in encoders + tokenizers if "text" not in parts or not _has(index, name)}
     pipe = StableDiffusion3Pipeline.from_pretrained(source, revision=revision, variant=variant, dtype=dtype, **absent)
+    if quantized and pipe.transformer is not None:
+        quantize.linear_layers(pipe.transformer, quantized, device)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if part is not None:
             part.requires_grad_(False).eval().to(device)
