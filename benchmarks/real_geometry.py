@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -244,11 +245,25 @@ def correctness(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
     loop.compile(**compiler())
     found["compiled_against_eager"] = difference(gradients(loop), narrow)
     del narrow
+    found["waits"] = waits(loop)
     found["growth"] = growth(loop, 4 if args.tiny else GROWTH_STEPS)
     loop.close()
     pairs = (found["bf16_against_fp32"], found["compiled_against_eager"])
     equal = all(pair["loss"] < LOSS_BOUND and pair["cosine"] > COSINE_BOUND for pair in pairs)
-    return found | {"passed": equal and found["finite"] and (found["growth"] or 0) < GROWTH_BOUND}
+    return found | {"passed": equal and found["finite"] and not found["waits"] and (found["growth"] or 0) < GROWTH_BOUND}
+
+
+def waits(loop: loops.Loop) -> list[str]:
+    """Places where a step makes the host wait for the GPU; there should be none."""
+    loop.step()
+    if not torch.cuda.is_available():
+        return []
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        loop.step()
+        torch.cuda.set_sync_debug_mode("default")
+    return sorted({f"{warning.filename}:{warning.lineno}" for warning in seen if "synchroniz" in str(warning.message)})
 
 
 def growth(loop: loops.Loop, steps: int) -> int | None:
@@ -348,7 +363,8 @@ def verdict(trainer: str, found: dict[str, Any]) -> str:
              for name in ("bf16_against_fp32", "compiled_against_eager"))  # fmt: skip
     grown = "memory not measured" if found["growth"] is None else f"{found['growth']:,} bytes more after {GROWTH_STEPS} steps"
     finite = "finite" if found["finite"] else "NOT FINITE"
-    return "; ".join((f"check of {trainer}: {'right' if found['passed'] else 'WRONG'}", *pairs, finite, grown))
+    waiting = f"waits at {', '.join(found['waits'])}" if found["waits"] else "no waits"
+    return "; ".join((f"check of {trainer}: {'right' if found['passed'] else 'WRONG'}", *pairs, finite, waiting, grown))
 
 
 def line(name: str, row: dict[str, Any]) -> str:
