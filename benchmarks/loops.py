@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import train_full_finetuning_sd3
 import train_text_to_image_lora_sd3
-from src import cli, flow, full, lora, optim, quantize, runtime, seeds, sharding, speed
+from src import cli, flow, full, lora, optim, plan, quantize, runtime, seeds, sharding, speed
 from src.pipelines import geometry, sd3
 
 # Stand-ins of a few thousand weights, with every kind of layer of the real ones, to try the benchmarks on a CPU.
@@ -162,8 +162,8 @@ class FlowLoop(Loop):
 # --------------------------------------------------------------------------- the trainers
 
 
-def arguments(script: ModuleType, setting: Setting, folder: Path) -> argparse.Namespace:
-    """What the script makes of the flags.
+def arguments(script: ModuleType, setting: Setting, folder: Path, *, dry_run: bool = False) -> argparse.Namespace:
+    """What the script makes of the flags; for a plan also those that this machine could not run.
 
     Raises:
         ValueError: the script refuses them; its own message.
@@ -175,7 +175,8 @@ def arguments(script: ModuleType, setting: Setting, folder: Path) -> argparse.Na
     parser = script.build_parser()
     parser.error = refuse
     plain = ["--dataset_name", "random", "--seed", "0", "--report_to", "none", "--output_dir", str(folder)]
-    return cli.parse(parser, [*plain, "--resolution", str(setting.resolution), *setting.flags], checks=(speed.check,))
+    plain += ["--dry_run"] * dry_run + ["--resolution", str(setting.resolution)]
+    return cli.parse(parser, [*plain, *setting.flags], checks=(speed.check,))
 
 
 def start(script: ModuleType, setting: Setting) -> runtime.Run:
@@ -191,7 +192,7 @@ def apply_speed(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def lora_sd3(setting: Setting) -> Loop:
-    """train_text_to_image_lora_sd3.py"""
+    """Of train_text_to_image_lora_sd3.py."""
     script = train_text_to_image_lora_sd3
     run = start(script, setting)
     seeds.seed_everything(0, "transformer")
@@ -207,7 +208,7 @@ def lora_sd3(setting: Setting) -> Loop:
 
 
 def full_sd3(setting: Setting) -> Loop:
-    """train_full_finetuning_sd3.py"""
+    """Of train_full_finetuning_sd3.py."""
     script = train_full_finetuning_sd3
     run = start(script, setting)
     seeds.seed_everything(0, "transformer")
@@ -221,6 +222,43 @@ def full_sd3(setting: Setting) -> Loop:
 
 
 TRAINERS: dict[str, Callable[[Setting], Loop]] = {"lora": lora_sd3, "full": full_sd3}
+
+
+# --------------------------------------------------------------------------- what they should need
+
+
+def planned_lora_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+    """As --dry_run plans it, for the parts that the loop holds."""
+    transformer = geometry.build(setting.config("sd3.5-medium", "transformer"))
+    number = plan.BYTES[args.mixed_precision]
+    counts = {"transformer": sum(p.numel() for p in transformer.parameters())}
+    weights = plan.weight_bytes(counts, transformer, number, args.quantize_base)
+    train_text_to_image_lora_sd3.add_lora(transformer, args)
+    trained = sum(p.numel() for p in lora.parameters(transformer))
+    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens)
+
+
+def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+    """As --dry_run plans it, for the parts that the loop holds."""
+    transformer = geometry.build(setting.config("sd3.5-medium", "transformer"))
+    whole = train_full_finetuning_sd3.full_plan(args)
+    weights = plan.weight_bytes({"transformer": sum(p.numel() for p in transformer.parameters())}, transformer, whole.weight)
+    train_full_finetuning_sd3.select(transformer, args)
+    trained = sum(p.numel() for p in full.parameters(transformer))
+    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=whole)
+
+
+PLANNED: dict[str, Callable[[Setting, argparse.Namespace], plan.StepMemory]] = {"lora": planned_lora_sd3, "full": planned_full_sd3}
+SCRIPTS = {"lora": train_text_to_image_lora_sd3, "full": train_full_finetuning_sd3}
+
+
+def planned(setting: Setting, batch: int) -> plan.StepMemory | None:
+    """The memory of a step of `batch` samples; None for a trainer that has no plan yet. Nothing is built but on the meta device."""
+    if setting.trainer not in PLANNED:
+        return None
+    args = arguments(SCRIPTS[setting.trainer], setting, Path(tempfile.gettempdir()) / "planned", dry_run=True)
+    args.train_batch_size = batch
+    return PLANNED[setting.trainer](setting, args)
 
 
 def make(setting: Setting) -> Loop:

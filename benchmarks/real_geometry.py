@@ -314,14 +314,14 @@ def measure(row: Row, args: argparse.Namespace, deadline: float) -> dict[str, An
     compiled = time.time()
     reset_peak()
     seconds, times = steady(loop.step, 0.05 if args.tiny else max(5.0, deadline - compiled))
-    highest = peak()
+    highest, planned = peak(), loops.planned(loop.setting, batch)
     if not bool(loop.step().isfinite()):
         raise RuntimeError("the loss is not finite")
     loop.close()
     return {
         "unit": loop.unit, "batch": batch, "per_second": batch / seconds, "seconds_per_step": seconds, "steps": times * WINDOWS,
         "tflop_per_sample": flops / 1e12, "tflops": flops * batch / seconds / 1e12, "matmul_tflops": rate / 1e12,
-        "share_of_matmul": flops * batch / seconds / rate, **highest,
+        "share_of_matmul": flops * batch / seconds / rate, **highest, "planned_peak": planned and planned.peak,
         "uncompiled": {str(size): found for size, found in tried.items()}, "compile_seconds": compiled - compiling,
     }  # fmt: skip
 
@@ -370,7 +370,8 @@ def verdict(trainer: str, found: dict[str, Any]) -> str:
 def line(name: str, row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{name:<58} {row['failed']}"
-    memory = "".join(f"{row[kind] / 2**30:>8.2f}" if row[kind] else f"{'-':>8}" for kind in ("peak_allocated", "peak_reserved"))
+    sizes = (row[kind] for kind in ("peak_allocated", "peak_reserved", "planned_peak"))
+    memory = "".join(f"{size / 2**30:>8.2f}" if size else f"{'-':>8}" for size in sizes)
     speeds = f"{row['batch']:>5} {row['per_second']:>8.2f} {row['unit']}/s {row['tflops']:>8.1f} {100 * row['share_of_matmul']:>7.1f} %"
     return f"{name:<58} {speeds}{memory}"
 
@@ -392,7 +393,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             keep("checks", trainer, in_process(correctness, trainer, args, seconds=4 * args.seconds))
         print(verdict(trainer, result["checks"][trainer]), flush=True)
 
-    print(f"{'row':<58} {'batch':>5} {'speed':>14} {'TFLOP/s':>8} {'of matmul':>9} {'peak GiB: tensors, reserved':>15}")
+    print(f"{'row':<58} {'batch':>5} {'speed':>14} {'TFLOP/s':>8} {'of matmul':>9}   peak GiB: tensors, reserved, planned")
     for row in selected(args):
         if args.again or row.name not in result["rows"]:
             deadline = time.time() + args.seconds

@@ -202,7 +202,7 @@ def here(monkeypatch):
         if "full" in given[0].name:
             return {"failed": "OutOfMemoryError: CUDA out of memory"}
         return {"unit": "img", "batch": 2, "per_second": 4.0, "tflops": 1.0, "share_of_matmul": 0.5, "peak_allocated": 2**30,
-                "peak_reserved": 2**31}  # fmt: skip
+                "peak_reserved": 2**31, "planned_peak": 2**30}  # fmt: skip
 
     monkeypatch.setattr(benchmark, "in_process", run)
     return asked

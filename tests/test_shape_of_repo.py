@@ -19,15 +19,15 @@ MATHS = {"flow", "transitions", "ddpm"}
 RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "plan", "card", "speed"}
 MAY_IMPORT = {
     "__init__": set(),
-    "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(),
+    "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
     "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", "quantize", *MATHS},
     "scorers": {"scorers", "images", "tiny"},
     "data": {"data", "images", "seeds"},
     "tiny": {"tiny", "cli", "images", "flow"},
-    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "lora", "quantize", "sharding", *MATHS}
-       - {name}
+    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "lora", "quantize", "memory", "rounding",
+              "sharding", *MATHS} - {name}
        for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}

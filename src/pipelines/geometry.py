@@ -106,8 +106,11 @@ def build(config: Config, *, dtype: torch.dtype = torch.float32, device: str | t
 
             kind = getattr(transformers, name)
             module = kind(kind.config_class.from_dict(config))
-    # position embeddings are fp32 buffers whatever the default; `diffusers` overrides `to` with a warning of a cast that is meant
-    return nn.Module.to(module, dtype).requires_grad_(False).eval()
+    for owner in module.modules():
+        for key, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_floating_point():  # position embeddings: fp32 whatever the default
+                setattr(owner, key, buffer.to(dtype))
+    return module.requires_grad_(False).eval()
 
 
 def write_configs(model: dict[str, Config], folder: str | Path) -> None:
