@@ -1,13 +1,14 @@
 """Where the time of a training step goes: the ten longest kernels, and the share of the time in which the GPU has nothing to do.
 
-  python benchmarks/profile_step.py --trainer lora --resolution 512 --batch 8 -- --compile --rank 16
+  python benchmarks/profile_step.py --trainer lora --resolution 512 --batch 8 --flags="--compile --rank 16"
   python benchmarks/profile_step.py --tiny                                       # on a CPU: operations instead of kernels
 
-What follows `--` are flags of the training script. Weights and batches are random, as in real_geometry.py. With --trace the whole timeline
+--flags are those of the training script. Weights and batches are random, as in real_geometry.py. With --trace the whole timeline
 is written, for chrome://tracing or https://ui.perfetto.dev.
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,10 @@ def build_parser() -> cli.Parser:
     g.add_argument("--batch", type=cli.positive_int, default=8, help="pictures per step")
     g.add_argument("--tokens", type=cli.positive_int, default=154, help="text tokens: 77 of CLIP and those of T5")
     g.add_argument("--steps", type=cli.positive_int, default=5, help="steps to profile, after three to warm up")
+    g.add_argument("--flags", default="", help='of the training script, in one word: --flags="--compile --rank 16"')
     g.add_argument("--tiny", action="store_true", help="models of a few thousand weights and 64 px, for a CPU")
     g.add_argument("--trace", type=Path, help="also write the timeline there, as JSON")
     return parser
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Arguments of this program; `flags` holds those of the training script, after `--`."""
-    words = sys.argv[1:] if argv is None else argv
-    own, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
-    args = cli.parse(build_parser(), own)
-    args.flags = tuple(flags)
-    return args
 
 
 def union(spans: list[tuple[float, float]]) -> float:
@@ -94,7 +87,8 @@ def profile(loop: loops.Loop, steps: int, trace: Path | None = None) -> dict[str
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    setting = loops.Setting(args.trainer, 64 if args.tiny else args.resolution, args.flags, args.tokens, real_geometry.source(args))
+    side, flags = 64 if args.tiny else args.resolution, tuple(shlex.split(args.flags))
+    setting = loops.Setting(args.trainer, side, flags, args.tokens, real_geometry.source(args))
     loop = loops.make(setting)
     loop.draw(args.batch)
     if loop.args.compile:
@@ -114,4 +108,4 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(cli.parse(build_parser()))

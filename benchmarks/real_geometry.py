@@ -56,12 +56,16 @@ COMPILED = ("--compile",)
 
 @dataclass(frozen=True)
 class Row:
-    """What one row measures: a trainer with its flags at one resolution, with the fastest of these batches."""
+    """What one row measures: a trainer with its flags at one resolution, with the fastest of these batches.
+
+    `extra` rows are measured with --extra alone.
+    """
 
     trainer: str
     resolution: int
     flags: tuple[str, ...]
     batches: tuple[int, ...]
+    extra: bool = False
 
     @property
     def name(self) -> str:
@@ -77,9 +81,12 @@ ROWS = (
     Row("full", 1024, (*BF16_FULL, *COMPILED), (1, 2, 4)),
     Row("lora", 512, (*CHECKPOINTED, *COMPILED), (1, 16, 32)),
     Row("lora", 1024, ("--attention_backend", "_native_cudnn", *COMPILED), (1, 2, 4)),
-    Row("full", 512, (*BF16_FULL, *CHECKPOINTED, "--fused_backward", "--max_grad_norm", "0"), (1, 8)),
-    Row("lora", 512, ("--compile_mode", "reduce-overhead", *COMPILED), (1, 4)),
-    Row("lora", 1024, (*CHECKPOINTED, "--checkpoint_every", "2", *COMPILED), (1, 2, 4)),
+    Row("full", 1024, (*BF16_FULL, *CHECKPOINTED), (1, 8), extra=True),
+    Row("full", 1024, (*BF16_FULL, *CHECKPOINTED, "--fused_backward", "--max_grad_norm", "0"), (1, 8), extra=True),
+    Row("lora", 1024, (*CHECKPOINTED, "--checkpoint_every", "2", *COMPILED), (1, 2, 4), extra=True),
+    Row("lora", 1024, (*CHECKPOINTED, "--quantize_base", "nf4"), (1, 4), extra=True),
+    Row("lora", 1024, (*CHECKPOINTED, "--quantize_base", "int8", *COMPILED), (1, 4), extra=True),
+    Row("lora", 512, ("--compile_mode", "reduce-overhead", *COMPILED), (1, 4), extra=True),
 )
 AS_FP32 = {"lora": ("--mixed_precision", "no"), "full": ("--mixed_precision", "no", "--weights_dtype", "fp32")}
 CHECKED = {"lora": (), "full": ("--weights_dtype", "bf16")}  # flags of a trainer's check
@@ -91,6 +98,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--trainers", default=",".join(loops.TRAINERS), help="comma-separated names")
     g.add_argument("--resolution", default="512,1024", help="comma-separated sides of the pictures in pixels")
     g.add_argument("--seconds", type=cli.positive_float, default=45, help="time for one row, batch search and compiling included")
+    g.add_argument("--extra", action="store_true", help="also the rows of small cards and of CUDA graphs: 5 minutes more")
     g.add_argument("--tokens", type=cli.positive_int, default=154, help="text tokens: 77 of CLIP and those of T5")
     g.add_argument("--tiny", action="store_true", help="models of a few thousand weights and 64 px, for a CPU")
     g.add_argument("--again", action="store_true", help="measure rows that the output holds already")
@@ -112,7 +120,7 @@ def check(args: argparse.Namespace) -> None:
 
 def selected(args: argparse.Namespace) -> list[Row]:
     trainers, sides = args.trainers.split(","), args.resolution.split(",")
-    return [row for row in ROWS if row.trainer in trainers and str(row.resolution) in sides]
+    return [row for row in ROWS if row.trainer in trainers and str(row.resolution) in sides and (args.extra or not row.extra)]
 
 
 def source(args: argparse.Namespace) -> str:

@@ -60,7 +60,7 @@ def show(args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole:
     trained_bytes = trained * per_trained_parameter(args, whole)
     rows += [
         ("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}"),
-        ("activations", f"{_size(step.kept)} kept of {args.train_batch_size} picture(s), {_size(step.working)} in the backward pass besides"),
+        ("activations", f"{_size(step.kept)} kept of {args.train_batch_size} picture(s), {_size(step.working)} more in the backward pass"),
         ("memory", _memory(args, weights, step)),
         ("pictures", f"{len(images):,} to train on, {len(held_out or [])} held out, {len(images.skipped)} skipped"),
         ("steps", f"{args.max_train_steps:,} of {batch} picture(s), one process: {args.max_train_steps * batch / len(images):.1f} epochs"),

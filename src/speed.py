@@ -42,8 +42,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--allow_tf32 has no effect here: it takes an NVIDIA GPU of the Ampere generation or later; leave it out")
     if args.attention_backend in NEED_CUDA and not cuda:
         raise ValueError(f"--attention_backend {args.attention_backend} needs an NVIDIA GPU; use native")
-    if args.attention_backend == "_native_cudnn" and args.deterministic:
-        raise ValueError("--attention_backend _native_cudnn adds in no fixed order, which --deterministic forbids; use _native_flash")
+    if args.attention_backend in NEED_CUDA and args.deterministic:
+        raise ValueError(f"--attention_backend {args.attention_backend} adds in no fixed order, as --deterministic asks; use _native_flash")
     if args.compile_mode == "reduce-overhead" and not cuda:
         raise ValueError("--compile_mode reduce-overhead records CUDA graphs, which needs an NVIDIA GPU; use default")
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_full_finetuning_sd3
 import train_text_to_image_lora_sd3
 from benchmarks import profile_step
+from src import cli
 
 SCRIPTS = {"lora": train_text_to_image_lora_sd3, "full": train_full_finetuning_sd3}
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2"}  # the host needs a value, or a shape, to go on
@@ -83,15 +84,10 @@ def test_only_the_longest_are_shown():
 
 @pytest.mark.slow
 def test_the_program_prints_operations_and_idle_share(capsys, tmp_path):
-    words = ["--tiny", "--batch", "2", "--steps", "2", "--tokens", "6", "--trace", str(tmp_path / "trace.json"), "--", "--rank", "2"]
-    found = profile_step.main(profile_step.parse_args(words))
+    words = ["--tiny", "--batch", "2", "--steps", "2", "--tokens", "6", "--trace", str(tmp_path / "trace.json"), "--flags=--rank 2"]
+    found = profile_step.main(cli.parse(profile_step.build_parser(), words))
     lines = capsys.readouterr().out.splitlines()
     assert "lora, 64 px, batch 2:" in lines[0] and "% of it idle" in lines[0]
     assert len(lines) == 2 + profile_step.LONGEST and 0 <= found["idle"] < 1
     assert any("linear" in name or "Addmm" in name for name, _, _ in found["longest"])
     assert (tmp_path / "trace.json").stat().st_size > 1000
-
-
-def test_flags_after_the_dashes_are_the_script_s():
-    assert profile_step.parse_args(["--batch", "2", "--", "--rank", "4", "--compile"]).flags == ("--rank", "4", "--compile")
-    assert profile_step.parse_args([]).flags == ()
