@@ -1,7 +1,8 @@
 """Generate pictures with Stable Diffusion 3.5 or 1.5, with or without a LoRA, and put base and tuned side by side.
 
 Without arguments it draws with the tiny model that is shipped, on a CPU, in seconds. Every picture is a PNG that carries its prompt,
-seed and settings; a grid shows them all. A picture depends on its prompt, seed and settings, not on what else is drawn with it.
+seed and settings; a grid shows them all; --scorer judges them. A picture depends on its prompt, seed and settings, not on what else is
+drawn with it.
 
   python demo.py --prompt "a red star on a white background"
   python demo.py --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --lora_weights_path outputs/lora_sd3 --compare \\
@@ -9,18 +10,15 @@ seed and settings; a grid shows them all. A picture depends on its prompt, seed 
 """
 
 import argparse
-import json
 import logging
-import re
 import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from src import cli
+from src import cli, scorers
 
 MAX_T5_TOKENS = 512  # what the stock pipeline takes; the model was trained with 256
-GRID_PROMPTS, GRID_SEEDS, GRID_CELL = 24, 8, 512  # grid.png shows no more prompts, pictures of each, and pixels a side
 DEFAULT_PROMPTS = ["a large red circle on a blue background", "a small yellow star at the top on a purple background",
                    "a large green cross on a white background", "a white triangle at the left on a black background"]  # fmt: skip
 
@@ -35,13 +33,6 @@ class Job:
 
 
 # --------------------------------------------------------------------------- arguments
-
-
-def layer_numbers(text: str) -> list[int]:
-    """ "7,8,9" -> [7, 8, 9]."""
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"must be block numbers such as 7,8,9, got {text!r}")
-    return [int(number) for number in text.split(",")]
 
 
 def build_parser() -> cli.Parser:
@@ -59,7 +50,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--guidance_scale", type=cli.non_negative_float, default=2.0, help="guidance weight; 1 is off, 4.5 suits SD3.5-medium")
     g.add_argument("--skip_layer_guidance", type=cli.non_negative_float, default=0.0, metavar="SCALE",
                    help="skip-layer guidance, from 1 %% to 20 %% of the steps; 2.8 is usual for SD3.5-medium, 0 is off")  # fmt: skip
-    g.add_argument("--skip_layers", type=layer_numbers, default=[7, 8, 9], metavar="N,N", help="transformer blocks that it leaves out")
+    g.add_argument("--skip_layers", type=cli.layer_numbers, default=[7, 8, 9], metavar="N,N", help="transformer blocks that it leaves out")
 
     g = parser.add_argument_group("model")
     g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd3", help="folder or Hub id of an SD3.x or SD1.x pipeline")
@@ -71,6 +62,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--max_sequence_length", type=cli.positive_int, help="T5 tokens (unset: what the model's tokenizer says, at most 256)")
     g.add_argument("--batch_size", type=cli.positive_int, default=8, help="pictures drawn at once")
 
+    cli.add_scorer_args(parser, default=None)
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where the PNGs and grid.png go")
     parser.when_unset["dtype"] = default_dtype
@@ -89,7 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that have no effect, and prompts that are none.
+    """Refuse flags that have no effect, prompts that are none, and scorers that cannot judge them.
 
     Raises:
         ValueError: naming the flag and the cure.
@@ -98,10 +90,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--compare needs --lora_weights_path: there is nothing to compare the base model with")
     if args.lora_scale != 1.0 and not args.lora_weights_path:
         raise ValueError(f"--lora_scale {args.lora_scale:g} has no effect without --lora_weights_path")
-    if args.guidance_scale <= 1:
-        for flag, given in (("--negative_prompt", args.negative_prompt), ("--skip_layer_guidance", args.skip_layer_guidance)):
-            if given:
-                raise ValueError(f"{flag} has no effect at --guidance_scale {args.guidance_scale:g}; use a value above 1")
+    if args.guidance_scale <= 1 and args.skip_layer_guidance:
+        raise ValueError(f"--skip_layer_guidance has no effect at --guidance_scale {args.guidance_scale:g}; use a value above 1")
     if args.skip_layers != build_parser().get_default("skip_layers") and not args.skip_layer_guidance:
         raise ValueError("--skip_layers has no effect without --skip_layer_guidance; 2.8 is usual")
     if args.skip_layer_guidance and args.num_inference_steps < 6:  # it acts where 1 % < i / steps < 20 %, i from 0
@@ -110,7 +100,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--resolution has no effect beside --height and --width; leave it out")
     if args.max_sequence_length and args.max_sequence_length > MAX_T5_TOKENS:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length} is more than the pipeline takes; try {MAX_T5_TOKENS} or less")
-    prompts_of(args)
+    prompts = prompts_of(args)
+    if args.scorer:
+        scorers.check(args.scorer, **cli.scorer_options(args))
+        scorers.check_prompts(args.scorer, prompts)
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -219,13 +212,23 @@ def note_long_prompts(pipeline, prompts: list[str]) -> None:
         print(f"note: {len(cut)} prompt(s), the first is number {cut[0]}, have more than CLIP's {limit} tokens; {rest}")
 
 
+# --------------------------------------------------------------------------- judging
+
+
+def load_scorer(args: argparse.Namespace):
+    """The mixture of --scorer beside the pipeline; ends with one line if its weights are not what they should be."""
+    import torch
+
+    try:
+        return scorers.build(
+            args.scorer, device="cuda" if torch.cuda.is_available() else "cpu", batch_size=args.scorer_batch_size,
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.scorer_dtype], **cli.scorer_options(args),
+        )  # fmt: skip
+    except ValueError as error:
+        build_parser().error(" ".join(str(error).split()))
+
+
 # --------------------------------------------------------------------------- files
-
-
-def file_name(job: Job, suffix: str = "") -> str:
-    """`003-a-red-star-seed7.png`: safe on every file system whatever the prompt holds."""
-    words = re.sub(r"[^a-z0-9]+", "-", job.prompt.lower()).strip("-")[:60].rstrip("-")
-    return f"{job.index:03d}-{words or 'picture'}-seed{job.seed}{suffix}.png"
 
 
 def settings_of(args: argparse.Namespace, column: str, size: tuple[int, int]) -> dict:
@@ -237,40 +240,19 @@ def settings_of(args: argparse.Namespace, column: str, size: tuple[int, int]) ->
     return settings
 
 
-def save(picture, path: Path, job: Job, settings: dict) -> None:
-    """PNG with `prompt`, `seed` and `settings` (JSON) as text, so that it can be made again, and `parameters` as other programs read it."""
-    from PIL.PngImagePlugin import PngInfo
-
-    numbers = {"Steps": settings["num_inference_steps"], "CFG scale": f"{settings['guidance_scale']:g}", "Seed": job.seed,
-               "Size": f"{picture.width}x{picture.height}", "Model": Path(settings["pretrained_model_name_or_path"]).name}  # fmt: skip
-    last = ", ".join(f"{name}: {value}" for name, value in numbers.items())
-    parameters = f"{job.prompt}\nNegative prompt: {settings['negative_prompt']}\n{last}"
-    info = PngInfo()
-    for key, text in (("prompt", job.prompt), ("seed", str(job.seed)), ("settings", json.dumps(settings)), ("parameters", parameters)):
-        info.add_itxt(key, text)
-    picture.save(path, pnginfo=info)
-
-
-def save_grid(cells: dict[tuple[str, int], object], prompts: list[str], columns: list[str], count: int, path: Path) -> None:
-    """One row per prompt, `count` pictures of each column; `cells[column, number of the job]`."""
-    from src import images
-
-    shown, seeds = prompts[:GRID_PROMPTS], min(count, GRID_SEEDS)
-    ordered = [cells[column, row * count + n] for row in range(len(shown)) for column in columns for n in range(seeds)]
-    names = [column for column in columns for _ in range(seeds)] if len(columns) > 1 else None
-    images.grid(ordered, columns=seeds * len(columns), row_labels=shown, column_labels=names).save(path)
-
-
 def main(args: argparse.Namespace) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
+    from src import gallery
+    from src.scorers.mixture import means, score_pictures
+
     for library in (diffusers_logging, transformers_logging):  # pages of notes on prompts and LoRA layers; what matters is said here
         library.set_verbosity_error()
         library.disable_progress_bar()
     started = time.perf_counter()
-    pipeline, prompts = load(args), prompts_of(args)
+    scorer, pipeline, prompts = load_scorer(args) if args.scorer else None, load(args), prompts_of(args)
     note_long_prompts(pipeline, prompts)
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [Job(index, prompt, seed) for index, (prompt, seed) in enumerate(product(prompts, seeds))]
@@ -278,19 +260,27 @@ def main(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     cells = {}  # for the grid: the pictures themselves are on disk as soon as they are drawn
+    verdicts = {column: [] for column in columns}
     for start in range(0, len(jobs), args.batch_size):
         part = jobs[start : start + args.batch_size]
         for column in columns:
             if args.compare:  # the same weights, seeds and batches: only the LoRA is switched
                 pipeline.disable_lora() if column == "base" else pipeline.enable_lora()
-            for job, picture in zip(part, draw(pipeline, part, args), strict=True):
-                path = args.output_dir / file_name(job, f"-{column}" if args.compare else "")
-                save(picture, path, job, settings_of(args, column, picture.size))
-                if job.index < GRID_PROMPTS * args.num_images:
-                    picture.thumbnail((GRID_CELL, GRID_CELL))
-                    cells[column, job.index] = picture
+            drawn = draw(pipeline, part, args)
+            scores = score_pictures(scorer, drawn, [job.prompt for job in part]) if scorer else [{}] * len(part)
+            verdicts[column] += scores
+            for job, picture, verdict in zip(part, drawn, scores, strict=True):
+                suffix = (f"-{column}" if args.compare else "") + gallery.score_suffix(verdict)
+                path = args.output_dir / gallery.file_name(job.index, job.prompt, job.seed, suffix)
+                gallery.save(picture, path, job.prompt, job.seed, settings_of(args, column, picture.size), verdict)
+                if job.index < gallery.PROMPTS * args.num_images:
+                    picture.thumbnail((gallery.CELL, gallery.CELL))
+                    cells[column, job.index] = picture, verdict
 
-    save_grid(cells, prompts, columns, args.num_images, args.output_dir / "grid.png")
+    gallery.sheet(cells, prompts, columns, args.num_images).save(args.output_dir / "grid.png")
+    for column in columns:
+        for name, (mean, count) in means(verdicts[column]).items():
+            print(f"{column}: mean {name} {mean:.4f} over {count} picture(s)")
     print(f"{len(jobs) * len(columns)} picture(s) in {time.perf_counter() - started:.0f} s: {args.output_dir / 'grid.png'}")
 
 

@@ -26,6 +26,7 @@ setup(
         "datasets": ["datasets>=4.0"],  # hub ids, parquet and webdataset; local folders need nothing
         "optimizers": ["bitsandbytes>=0.45", "prodigyopt>=1.1"],
         "trackers": ["tensorboard", "wandb>=0.20"],
+        "scorers": ["open_clip_torch>=3.0", "rapidocr>=3.10", "onnxruntime", "scipy"],  # those that need a package of their own
         "build": ["open_clip_torch>=3.0"],  # python -m src.tiny.build
         "test": ["pytest>=8", "ruff"],
     },

@@ -232,7 +232,7 @@ def planned_lora_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMem
     transformer = geometry.build(setting.config("sd3.5-medium", "transformer"))
     number = plan.BYTES[args.mixed_precision]
     counts = {"transformer": sum(p.numel() for p in transformer.parameters())}
-    weights = plan.weight_bytes(counts, transformer, number, args.quantize_base)
+    weights = plan.weight_bytes(counts, transformer, number, quantized=args.quantize_base)
     train_text_to_image_lora_sd3.add_lora(transformer, args)
     trained = sum(p.numel() for p in lora.parameters(transformer))
     return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens)

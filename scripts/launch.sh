@@ -10,13 +10,15 @@ if [ -x "$VENV/bin/python" ]; then export PATH="$(cd "$VENV" && pwd)/bin:$PATH";
 
 launch() {
   local script=$1 gpus processes launcher status; shift
-  # Arguments are checked in plain Python first: through the launcher a wrong flag would answer after 11 s, with a traceback.
-  python -c 'import importlib, sys; sys.argv[0] = sys.argv[1]; importlib.import_module(sys.argv.pop(1)[:-3]).parse_args()' "$script" "$@" || exit $?
-  case " $* " in *" --dry_run "*) exec python "$script" "$@" ;; esac
-
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true) # without nvidia-smi: 0, and no stop by pipefail
   if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l); fi
   processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
+  if [[ "${ACCELERATE_ARGS:-}" =~ --num_processes[\ =]+([0-9]+) ]]; then processes=${BASH_REMATCH[1]}; fi
+  case " $* " in *" --dry_run "*) exec python "$script" "$@" ;; esac
+
+  # Arguments are checked in plain Python first: through the launcher a wrong flag would answer after 11 s, with a traceback.
+  WORLD_SIZE=$processes python -c 'import importlib, sys; sys.argv[0] = sys.argv[1]; importlib.import_module(sys.argv.pop(1)[:-3]).parse_args()' "$script" "$@" || exit $?
+
   if [ -z "${ACCELERATE_ARGS:-}" ]; then
     ACCELERATE_ARGS="--num_processes $processes --num_machines 1 --mixed_precision no --dynamo_backend no"
     if [ "$processes" -gt 1 ]; then

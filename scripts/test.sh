@@ -6,14 +6,16 @@
 #   bash scripts/test.sh -m long      the trainings of minutes; further arguments go to pytest
 set -euo pipefail
 source "$(dirname "$0")/env.sh"
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Two workers of one thread each: torch's threads fight over the cores as soon as there are more of them.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+workers=(-n 2 --dist loadfile)
 
 if [ "$#" -gt 0 ] && [ "$1" != fast ]; then exec python -m pytest "$@"; fi
 
 say "Lint"
 ruff check .
 say "Fast tests"
-python -m pytest -q
+python -m pytest -q "${workers[@]}"
 if [ "${1:-}" = fast ]; then exit 0; fi
 say "Slow tests"
-python -m pytest -q -m "slow and not long"
+python -m pytest -q "${workers[@]}" -m "slow and not long"

@@ -14,6 +14,22 @@ from src import metrics, runtime
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "*.tmp"]
 
 SD35 = "stabilityai/stable-diffusion-3.5-"
+OPENRAIL = {  # under CreativeML Open RAIL(++)-M, by the name of their repository
+    "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stable-diffusion-xl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+ANY_PIPELINE = """import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
+image = pipeline({prompt!r}).images[0]"""
+ANY_LORA = """import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
+pipeline.load_lora_weights({where!r})
+image = pipeline({prompt!r}).images[0]"""
+UNETS = ("Diffusion-DPO", "SFT", "ReFL", "DRaFT", "DRaFT-LV")  # what the SD1.5 scripts train, each as a LoRA, too
 LOADING = {
     "LoRA": """import torch
 from diffusers import StableDiffusion3Pipeline
@@ -26,6 +42,7 @@ from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
 image = pipeline({prompt!r}).images[0]""",
+    **{f"{kind} LoRA": ANY_LORA for kind in UNETS}, **dict.fromkeys(UNETS, ANY_PIPELINE),
     "Fine-tuned transformer": """import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -48,12 +65,15 @@ def check(push_to_hub: bool) -> None:
             raise ValueError("--push_to_hub: no Hub login on this machine; run `hf auth login` or set HF_TOKEN")
 
 
-def write(run: runtime.Run, args: argparse.Namespace, *, kind: str, images: int, prompt: str) -> None:
+def write(
+    run: runtime.Run, args: argparse.Namespace, *, kind: str, prompt: str, images: int | None = None, trained_on: str | None = None
+) -> None:  # fmt: skip
     """Write README.md, and upload the folder with --push_to_hub.
 
     Args:
         kind: a key of LOADING, what was trained.
-        images: number of training pictures; prompt: one that suits the data, for the example.
+        prompt: one that suits the data, for the example.
+        images: number of training pictures of --dataset_name; or trained_on: what else training saw, and for how long.
 
     Raises:
         SystemExit: the upload failed; everything is on disk, and the message says how to go on.
@@ -63,7 +83,8 @@ def write(run: runtime.Run, args: argparse.Namespace, *, kind: str, images: int,
     folder = Path(args.output_dir)
     where = (args.hub_model_id or folder.name) if args.push_to_hub else str(folder)
     readme = folder / "README.md"
-    readme.write_text(text(args, kind=kind, images=images, prompt=prompt, where=where), encoding="utf-8")
+    trained_on = trained_on or f"{images} pictures of `{getattr(args, 'dataset_name', '')}`, {args.max_train_steps} optimizer steps"
+    readme.write_text(text(args, kind=kind, trained_on=trained_on, prompt=prompt, where=where), encoding="utf-8")
     if not args.push_to_hub:
         return
     from huggingface_hub import HfApi
@@ -71,8 +92,8 @@ def write(run: runtime.Run, args: argparse.Namespace, *, kind: str, images: int,
     api = HfApi()
     try:
         repository = api.create_repo(where, exist_ok=True).repo_id  # with the account's name, if none was given
-        readme.write_text(text(args, kind=kind, images=images, prompt=prompt, where=repository), encoding="utf-8")
-        message = f"{kind}, {args.max_train_steps} steps"
+        readme.write_text(text(args, kind=kind, trained_on=trained_on, prompt=prompt, where=repository), encoding="utf-8")
+        message = f"{kind}: {trained_on}"
         api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED, commit_message=message)
     except (OSError, ValueError) as error:  # the Hub's refusals and a broken connection are OSErrors, an impossible name a ValueError
         reason = str(error).strip().splitlines()[0]
@@ -80,15 +101,16 @@ def write(run: runtime.Run, args: argparse.Namespace, *, kind: str, images: int,
     run.print(f"uploaded to {repository}")
 
 
-def text(args: argparse.Namespace, *, kind: str, images: int, prompt: str, where: str) -> str:
+def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, where: str) -> str:
     """The card: YAML for the Hub, a picture, how to load, what was measured, how to repeat it."""
     folder, base = Path(args.output_dir), hub_name(args.pretrained_model_name_or_path)
     lines = metrics.read(folder / "metrics.jsonl")
     rows = []
-    for name, meaning in metrics.NAMES.items():
+    of_scorers = sorted({name for line in lines for name in line} - metrics.NAMES.keys())
+    for name in (*metrics.NAMES, *of_scorers):
         values = [line[name] for line in lines if line.get(name) is not None]  # null: it was not finite
         if values and name != "step":
-            rows.append(f"| `{name}` | {values[0]:.4g} | {values[-1]:.4g} | {meaning} |")
+            rows.append(f"| `{name}` | {values[0]:.4g} | {values[-1]:.4g} | {metrics.meaning(name)} |")
     grids = sorted((folder / "samples").glob("step-*.png"))
     picture = f"\n![validation pictures, before and after](samples/{grids[-1].name})\n" if grids else ""
     curves = "\n![curves and samples from first to last](summary.png)\n" if (folder / "summary.png").exists() else ""
@@ -97,7 +119,7 @@ def text(args: argparse.Namespace, *, kind: str, images: int, prompt: str, where
 {front_matter(args, kind)}---
 # {kind} of {base}
 
-{images} pictures of `{args.dataset_name}`, {args.max_train_steps} optimizer steps, seed {args.seed}.
+{trained_on}, seed {args.seed}.
 {picture}
 ```python
 {LOADING[kind].format(base=base, where=where, prompt=prompt)}
@@ -113,7 +135,10 @@ All arguments are in `args.json`; `--config args.json` repeats the run. {command
 
 def hub_name(path: str) -> str:
     """The Hub id of a base model, where it can be known: scripts/download.sh keeps the name of the repository."""
-    known = re.fullmatch(r"stable-diffusion-3\.5-(medium|large|large-turbo)", Path(path).name)
+    name = Path(path).name
+    if name in OPENRAIL:
+        return OPENRAIL[name]
+    known = re.fullmatch(r"stable-diffusion-3\.5-(medium|large|large-turbo)", name)
     return SD35 + known[1] if known else path
 
 
@@ -124,16 +149,20 @@ def front_matter(args: argparse.Namespace, kind: str) -> str:
     base, folder = hub_name(args.pretrained_model_name_or_path), Path(args.output_dir)
     fields: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a folder on this machine means nothing there
-        fields |= {"base_model": base, "base_model_relation": "adapter" if kind == "LoRA" else "finetune"}
+        fields |= {"base_model": base, "base_model_relation": "adapter" if kind.endswith("LoRA") else "finetune"}
     if base.startswith(SD35):
         fields |= {"license": "other", "license_name": "stabilityai-ai-community",
                    "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE.md"}  # fmt: skip
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", args.dataset_name) and not Path(args.dataset_name).exists():
-        fields["datasets"] = [args.dataset_name]
-    fields["tags"] = ["text-to-image", "diffusers", kind.lower()] + (["template:sd-lora"] if kind == "LoRA" else [])
+    data = getattr(args, "dataset_name", "")  # a run on a reward has none
+    if base in OPENRAIL.values():
+        fields["license"] = "openrail++" if "xl" in base else "creativeml-openrail-m"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).exists():
+        fields["datasets"] = [data]
+    tags = [*kind.lower().split(), "template:sd-lora"] if kind.endswith("LoRA") else [kind.lower()]
+    fields["tags"] = ["text-to-image", "diffusers", *tags]
     steps = sorted(path for path in (folder / "samples").glob("step-*") if path.is_dir())
     widget = []
-    for number, prompt in enumerate(args.validation_prompt or []):  # they come first among the validation prompts
+    for number, prompt in enumerate(getattr(args, "validation_prompt", None) or []):  # they come first among the validation prompts
         pictures = sorted(steps[-1].glob(f"{number:02d}-*.png")) if steps else []
         widget += [{"text": prompt, "output": {"url": pictures[0].relative_to(folder).as_posix()}}] if pictures else []
     if widget:

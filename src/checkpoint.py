@@ -113,6 +113,15 @@ def _difference(saved: dict, here: dict) -> str | None:
     return None
 
 
+def _copied(tree: Any) -> Any:
+    """A nested state with copies of its tensors on the CPU."""
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_copied(value) for value in tree)
+    return tree.detach().to("cpu", copy=True) if hasattr(tree, "detach") else tree
+
+
 class Checkpointer:
     """Saves and restores `parts`, each an object with `state_dict` and `load_state_dict` of tensors, numbers and texts.
 
@@ -135,6 +144,7 @@ class Checkpointer:
         if scaler is not None:
             self.parts["scaler"] = scaler
         self.saved: int | None = None  # the last step that was written
+        self._held: tuple[int, dict[str, Any]] | None = None
         if run.is_main:
             for stale in run.output_dir.glob("checkpoint-*.tmp"):  # of a run that was killed while saving
                 shutil.rmtree(stale)
@@ -167,6 +177,23 @@ class Checkpointer:
         if failure:
             raise SystemExit(failure)
         self.saved = step
+
+    def hold(self, step: int) -> None:
+        """Remembers all parts as they are, copied to the CPU: what `save_held` goes back to. Every process calls it.
+
+        For loops whose every state is not worth saving: reinforcement learning can only continue from the end of an epoch.
+        """
+        from src import sharding
+
+        self._held = (step, _copied(sharding.gathered({name: part.state_dict() for name, part in self.parts.items()})))
+
+    def save_held(self) -> int:
+        """Puts every part back as it was at the last `hold`, saves that, and returns its step."""
+        assert self._held is not None, "hold() comes first"
+        step, state = self._held
+        self._load(state)
+        self.save(step)
+        return step
 
     def _try_write(self, step: int, state: dict) -> str | None:
         """Writes, renames, rotates; returns what to tell the user if the disk refused."""
@@ -224,8 +251,6 @@ class Checkpointer:
         """
         import torch
 
-        from src import sharding
-
         folder = locate(spec, self.run.output_dir)
         if folder is None:
             if spec is not None:
@@ -244,7 +269,7 @@ class Checkpointer:
                 difference = f"saved by {kinds.get(name)}, this run uses {self._kinds().get(name)}"
             if difference is None:
                 try:
-                    part.load_state_dict(sharding.placed_state(state[name], part) if hasattr(part, "param_groups") else state[name])
+                    self._load({name: state[name]})
                 except (ValueError, RuntimeError, KeyError) as error:  # what torch raises for a state of another shape
                     difference = str(error).splitlines()[0]
             if difference is not None:
@@ -252,6 +277,14 @@ class Checkpointer:
         self.saved = step if folder.parent.resolve() == self.run.output_dir.resolve() else None
         self.run.print(f"resuming from {folder}, step {step}")
         return step
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Hands the parts their states, spread as the parts are."""
+        from src import sharding
+
+        for name, value in state.items():
+            part = self.parts[name]
+            part.load_state_dict(sharding.placed_state(value, part) if hasattr(part, "param_groups") else value)
 
     def _with_files(self) -> dict[str, Any]:
         return {name: part for name, part in self.parts.items() if hasattr(part, "write_files")}

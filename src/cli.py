@@ -14,15 +14,18 @@ import importlib.util
 import math
 import netrc
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 DENSITIES = ("logit_normal", "uniform", "mode", "cosmap")
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "_native_math")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
+NOISE_LEVELS = {"cps": 0.8, "precise": 1.5, "flow": 0.7}  # by --transition; their authors' values
 
 Check = Callable[[argparse.Namespace], None]
 
@@ -40,7 +43,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if action.type in (positive_int, non_negative_int, multiple_of_16):
             return "N"
-        if action.type in (number, positive_float, non_negative_float, fraction, decay):
+        if action.type in (number, positive_float, non_negative_float, fraction, positive_fraction, decay):
             return "X"
         return "PATH" if action.type is Path else "TEXT"
 
@@ -123,6 +126,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def positive_fraction(text: str) -> float:
+    """A number in (0, 1]."""
+    value = fraction(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be greater than 0, at most 1")
+    return value
+
+
 def decay(text: str) -> float:
     """A number in [0, 1): a decay of 1 would never forget its first value."""
     value = fraction(text)
@@ -150,6 +161,13 @@ def timestep_shift(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f'must be "model", "resolution" or a number greater than 0, got {text!r}') from None
 
 
+def layer_numbers(text: str) -> list[int]:
+    """ "7,8,9" -> [7, 8, 9]."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be block numbers such as 7,8,9, got {text!r}")
+    return [int(number) for number in text.split(",")]
+
+
 def existing_file(text: str) -> Path:
     """Path of a file that exists."""
     path = Path(text)
@@ -173,20 +191,27 @@ def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.
     )
 
 
-def add_speed_args(parser: Parser) -> None:
-    """What is traded between memory, speed and the time to start; the numbers stay the same but for rounding."""
+def add_speed_args(parser: Parser, *, unet: bool = False, graphs: bool = True) -> None:
+    """What is traded between memory, speed and the time to start; the numbers stay the same but for rounding.
+
+    Args:
+        unet: it may be SDXL, which needs checkpointing.
+        graphs: every forward pass of a step has its backward pass, and none without gradient lies between: CUDA graphs can be recorded.
+    """
     g = parser.add_argument_group("speed")
     g.add_argument(
-        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=False,
-        help="recompute activations in the backward pass: about a third more time for a fraction of the activation memory",
+        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None if unet else False,
+        help="recompute activations in the backward pass: about a third more time for a fraction of the activation memory"
+        + (" (unset: for SDXL only)" if unet else ""),
     )
     g.add_argument("--checkpoint_every", type=positive_int, default=1, help="recompute every N-th block only: saves less memory, less time")
     g.add_argument("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products and convolutions (Ampere GPUs and later)")
     g.add_argument("--attention_backend", choices=ATTENTION_BACKENDS, default="native", help="kernel of attention, by diffusers' names")
-    g.add_argument("--compile", action="store_true", help="torch.compile each block: minutes at the start, faster steps")
+    g.add_argument("--compile", action="store_true", help="torch.compile each block of the model: minutes at the start, faster steps")
+    recorded = "reduce-overhead: CUDA graphs, for small pictures and batches of one shape; " if graphs else ""
     g.add_argument(
-        "--compile_mode", choices=COMPILE_MODES, default="default",
-        help="reduce-overhead: CUDA graphs, for small pictures and batches of one shape; max-autotune: tries more kernels",
+        "--compile_mode", choices=[mode for mode in COMPILE_MODES if graphs or mode != "reduce-overhead"], default="default",
+        help=f"{recorded}max-autotune-no-cudagraphs: tries more kernels",
     )
 
 
@@ -199,8 +224,8 @@ def add_text_args(parser: Parser) -> None:
     )
 
 
-def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str = "dive-sd3") -> None:
-    """Where results go, what is logged, how a run is repeated and continued."""
+def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str = "dive-sd3", epochs: bool = False) -> None:
+    """Where results go, what is logged, how a run is repeated and continued; `epochs`: logged at every epoch's end, saved at some."""
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", type=Path, default=Path(output_dir), help="folder of weights, checkpoints, samples, metrics")
     g.add_argument("--config", type=Path, metavar="FILE.yaml", help="YAML (or an args.json) that sets flags by name; the command line wins")
@@ -209,8 +234,11 @@ def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str =
         "--report_to", choices=("tensorboard", "wandb", "all", "none"), default="tensorboard", help="tracker, besides metrics.jsonl"
     )
     g.add_argument("--tracker_project_name", default=tracker_project_name, help="project name in the tracker")
-    g.add_argument("--logging_steps", type=positive_int, default=10, help="optimizer steps that one line of metrics averages over")
-    g.add_argument("--checkpointing_steps", type=positive_int, default=500, help="optimizer steps between checkpoints")
+    if epochs:
+        g.add_argument("--checkpointing_epochs", type=positive_int, default=10, help="epochs between checkpoints")
+    else:
+        g.add_argument("--logging_steps", type=positive_int, default=10, help="optimizer steps that one line of metrics averages over")
+        g.add_argument("--checkpointing_steps", type=positive_int, default=500, help="optimizer steps between checkpoints")
     g.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints (unset: all)")
     g.add_argument(
         "--resume_from_checkpoint", metavar="latest|PATH",
@@ -222,18 +250,35 @@ def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str =
     g.add_argument("--hub_model_id", help="repository to push to (unset: the name of --output_dir under your account)")
 
 
-def add_data_args(parser: Parser, *, dataset_name: str | None = None, resolution: int = 512, caption_dropout: float = 0.1) -> None:
-    """Captioned pictures, how they are cut, and the caches on disk."""
-    g = parser.add_argument_group("data")
-    g.add_argument("--dataset_name", default=dataset_name,
-                   help="folder (metadata.jsonl/.csv or one .txt per picture), parquet, webdataset or Hub id")
+def add_data_args(
+    parser: Parser, *, dataset_name: str | None = None, resolution: int | None = 512, caption_dropout: float = 0.1, pairs: bool = False,
+    pretrain: bool = False,
+) -> None:  # fmt: skip
+    """Captioned pictures, or preference pairs, how they are cut, and the caches on disk; resolution None: by the model, 512 or 1024.
+
+    Args:
+        pretrain: the pictures may be left out, their flag is --pretrain_dataset_name, and text is always cached.
+    """
+    g = parser.add_argument_group("captioned pictures, sizes and caches" if pretrain else "data")
+    layouts = "folder (metadata.jsonl/.csv) or parquet of pairs, or Hub id" if pairs else (
+        "folder (metadata.jsonl/.csv or one .txt per picture), parquet, webdataset or Hub id"
+    )  # fmt: skip
+    if pretrain:
+        g.add_argument("--pretrain_dataset_name", help=f"pictures of the pre-training loss: {layouts} (unset: no such loss)")
+        g.add_argument("--pretrain_loss_weight", type=positive_float, default=1.0, help="weight of their denoising loss")
+    else:
+        g.add_argument("--dataset_name", default=dataset_name, help=layouts)
     g.add_argument("--dataset_revision", help="Hub revision of the data set (unset: its main branch)")
-    g.add_argument("--image_column", default="image", help="column of the pictures")
-    g.add_argument("--caption_column", default="text", help="column of the captions")
+    if pairs:
+        _add_pair_columns(parser, g)
+    else:
+        g.add_argument("--image_column", default="image", help="column of the pictures")
+    g.add_argument("--caption_column", default="caption" if pairs else "text", help="column of the captions")
     g.add_argument("--cache_dir", type=Path, default=Path("outputs/cache"), help="folder of downloads and of the latent and text caches")
     g.add_argument("--max_train_samples", type=positive_int, help="use only the first N samples (unset: all)")
     g.add_argument("--strict_data", action="store_true", help="stop at the first broken picture (unset: skip it and print the count)")
-    g.add_argument("--resolution", type=multiple_of_16, default=resolution, help="side in pixels; in buckets the root of the area")
+    unset = "" if resolution else " (unset: 512, for SDXL 1024)"
+    g.add_argument("--resolution", type=multiple_of_16, default=resolution, help=f"side in pixels; in buckets the root of the area{unset}")
     g.add_argument("--aspect_buckets", action="store_true", help="keep aspect ratios up to 2:1, one per global batch (unset: squares)")
     g.add_argument("--random_crop", action="store_true", help="random instead of centre crop (not with --cache_latents)")
     g.add_argument("--no_hflip", action="store_true", help="never mirror a picture (unset: half of the time)")
@@ -242,11 +287,26 @@ def add_data_args(parser: Parser, *, dataset_name: str | None = None, resolution
     g.add_argument(
         "--cache_latents", action=argparse.BooleanOptionalAction, default=True, help="encode every picture once, keep the latents on disk"
     )
-    g.add_argument(
-        "--cache_text", action=argparse.BooleanOptionalAction, default=True,
-        help="encode every caption once, keep the embeddings on disk and no text encoder in memory",
-    )
+    if not pretrain:
+        g.add_argument(
+            "--cache_text", action=argparse.BooleanOptionalAction, default=True,
+            help="encode every caption once, keep the embeddings on disk and no text encoder in memory",
+        )
     g.add_argument("--cache_batch_size", type=positive_int, default=8, help="samples per forward pass while the caches are filled")
+
+
+def _add_pair_columns(parser: Parser, group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--chosen_column", help="column of the preferred pictures; with labels, of those that a 1 prefers (unset: jpg_0, as in pickapic_v2)"
+    )
+    group.add_argument("--rejected_column", help="column of the other pictures (unset: jpg_1)")
+    group.add_argument(
+        "--label_column", help="1: the first picture is preferred, 0: the second, 0.5: neither (unset: label_0, none with --chosen_column)"
+    )
+    # In this order: whether there are labels depends on the columns that were given.
+    parser.when_unset["label_column"] = lambda args: "label_0" if args.chosen_column is None else None
+    parser.when_unset["chosen_column"] = lambda args: "jpg_0"
+    parser.when_unset["rejected_column"] = lambda args: "jpg_1"
 
 
 def add_timestep_args(parser: Parser) -> None:
@@ -262,14 +322,27 @@ def add_timestep_args(parser: Parser) -> None:
     )
 
 
-def add_optimization_args(parser: Parser, *, learning_rate: float, weight_decay: float = 1e-2, ema_decay: float = 0.999) -> None:
-    """Optimizer, schedule, clipping and the moving average of the weights."""
+def add_optimization_args(
+    parser: Parser, *, learning_rate: float, lora_learning_rate: float | None = None, weight_decay: float = 1e-2, ema_decay: float = 0.999,
+    warmup: bool = False,
+) -> None:  # fmt: skip
+    """Optimizer, schedule, clipping and the moving average of the weights.
+
+    Args:
+        lora_learning_rate: where --use_lora is a choice; warmup: a quarter of the steps by default, then constant.
+    """
+    peaks = f"{learning_rate:g}" + (f"; with --use_lora {lora_learning_rate:g}" if lora_learning_rate else "")
     g = parser.add_argument_group("optimization")
     g.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw8bit needs bitsandbytes, prodigy needs prodigyopt")
-    g.add_argument("--learning_rate", type=positive_float, help=f"peak of the schedule (unset: {learning_rate:g}; prodigy: 1)")
+    g.add_argument("--learning_rate", type=positive_float, help=f"peak of the schedule (unset: {peaks}; prodigy: 1)")
     g.add_argument("--scale_lr", action="store_true", help="multiply the learning rate by the global batch; the result is printed")
-    g.add_argument("--lr_scheduler", choices=SCHEDULES, default="constant", help="shape of the learning rate over the run")
-    g.add_argument("--lr_warmup_steps", type=non_negative_int, default=0, help="optimizer steps of linear warm-up (not with constant)")
+    default = "constant_with_warmup" if warmup else "constant"
+    g.add_argument("--lr_scheduler", choices=SCHEDULES, default=default, help="shape of the learning rate over the run")
+    unset = "; unset: with constant_with_warmup a quarter of the run" if warmup else ""
+    g.add_argument(
+        "--lr_warmup_steps", type=non_negative_int, default=None if warmup else 0,
+        help=f"optimizer steps of linear warm-up (not with constant{unset})",
+    )
     g.add_argument("--lr_num_cycles", type=positive_int, default=1, help="restarts of cosine_with_restarts")
     g.add_argument("--lr_power", type=positive_float, default=1.0, help="power of polynomial")
     g.add_argument("--adam_beta1", type=decay, default=0.9, help="decay of the first moment")
@@ -279,7 +352,15 @@ def add_optimization_args(parser: Parser, *, learning_rate: float, weight_decay:
     g.add_argument("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the global gradient norm to this; 0: no clipping")
     g.add_argument("--use_ema", action="store_true", help="keep a moving average of the trained weights; it is validated and saved")
     g.add_argument("--ema_decay", type=decay, default=ema_decay, help="decay of that average per optimizer step")
-    parser.when_unset["learning_rate"] = lambda args: 1.0 if args.optimizer == "prodigy" else learning_rate
+
+    def usual(args: argparse.Namespace) -> float:
+        if args.optimizer == "prodigy":
+            return 1.0
+        return lora_learning_rate if lora_learning_rate and args.use_lora else learning_rate
+
+    parser.when_unset["learning_rate"] = usual
+    if warmup:
+        parser.when_unset["lr_warmup_steps"] = lambda a: a.max_train_steps // 4 if a.lr_scheduler == "constant_with_warmup" else 0
 
 
 def add_budget_args(parser: Parser, *, max_train_steps: int, train_batch_size: int = 1) -> None:
@@ -310,21 +391,89 @@ def add_full_args(parser: Parser) -> None:
     g.add_argument("--save_transformer_only", action="store_true", help="save no complete pipeline folder, only transformer/")
 
 
-def add_lora_args(parser: Parser, *, rank: int = 16) -> None:
-    """Size, place and file format of the adapter."""
+def add_dpo_args(parser: Parser) -> None:
+    """The preference loss and its reference model."""
+    g = parser.add_argument_group("preference optimisation")
+    g.add_argument(
+        "--beta_dpo", type=positive_float, default=5000.0,
+        help="beta of the logit x = -beta / 2 ((m_w - m_l) - (r_w - r_l)), with mean squared errors m and r of model and reference: the "
+        "convention of the paper's code; diffusers has no half, so its 2500 is 5000 here",
+    )
+    g.add_argument(
+        "--loss_type", choices=LOSS_TYPES, default="sigmoid",
+        help="sigmoid: -log sigmoid(x); ipo: (x - 1/2)^2; hinge: max(0, 1 - x)",
+    )
+    g.add_argument("--label_smoothing", type=fraction, default=0.0, help="share of preferences taken to be the wrong way round (sigmoid)")
+    g.add_argument("--sft", action="store_true", help="fine-tune on the winners alone, by their denoising loss, without a reference")
+    g.add_argument("--reference_model", metavar="PATH|ID", help="pipeline whose UNet is the reference (unset: the base model)")
+
+
+def add_refl_args(parser: Parser) -> None:
+    """Which steps of a rollout are trained, and what the loss makes of the reward."""
+    g = parser.add_argument_group("reward gradient")
+    g.add_argument(
+        "--method", choices=("refl", "draft", "draft_lv"), default="refl",
+        help="what the gradient flows through: refl one late step, straight to the picture; draft the last --draft_k steps; "
+        "draft_lv the last step, and again for --num_renoised copies of the picture that are noised back to it",
+    )
+    g.add_argument("--num_inference_steps", type=positive_int, default=40, help="denoising steps of a training picture")
+    g.add_argument(
+        "--mid_range", type=non_negative_int, nargs=2, metavar=("FIRST", "LAST"),
+        help="refl draws its step among FIRST to LAST, counted from 0, LAST included (unset: the last quarter, 30 39 of 40)",
+    )
+    g.add_argument("--draft_k", type=positive_int, default=1, help="steps that draft sends the gradient through, each recomputed there")
+    g.add_argument("--num_renoised", type=positive_int, default=2, help="further pictures of draft_lv, at the price of a step each")
+    g.add_argument(
+        "--guidance_scale", type=non_negative_float, default=7.5,
+        help="guidance weight in the rollout, as pictures will be drawn later; 1: off, as published, at half the cost",
+    )
+    g.add_argument("--eta", type=fraction, default=1.0, help="fresh noise of a rollout's steps: 1 as in DDPM, as published; 0 DDIM, none")
+    g.add_argument(
+        "--reward_threshold", type=number,
+        help="the loss is relu(threshold - reward): better pictures teach no more (unset: 2 for image_reward alone, else minus the reward)",
+    )
+    g.add_argument(
+        "--grad_scale", type=positive_float, default=1e-3,
+        help="weight of the reward's loss: it counts beside the pre-training loss and --max_grad_norm, Adam alone ignores it",
+    )
+    g.add_argument("--decode_batch_size", type=positive_int, default=1, help="pictures that are decoded at once, with gradient")
+
+    def last_quarter(args: argparse.Namespace) -> list[int] | None:
+        steps = args.num_inference_steps
+        return [min(3 * steps // 4, steps - 1), steps - 1] if args.method == "refl" else None
+
+    parser.when_unset["mid_range"] = last_quarter
+    alone = ("image_reward", "image_reward=1", "image_reward=1.0")  # of weight 1, so that the threshold is in its own units
+    parser.when_unset["reward_threshold"] = lambda args: 2.0 if args.scorer in alone else None
+
+
+def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dropout: bool = True, unet: bool = False) -> None:
+    """Size, place and file format of the adapter.
+
+    Args:
+        dropout: False where the same forward pass has to be repeated.
+        unet: a LoRA is a choice, and without what only SD3's transformer has.
+    """
+    unset = "rank" if alpha_per_rank == 1 else f"{alpha_per_rank} x rank"
     g = parser.add_argument_group("LoRA")
+    if unet:
+        g.add_argument("--use_lora", action="store_true", help="train a LoRA instead of all weights; a reference is the UNet with it off")
     g.add_argument("--rank", type=positive_int, default=rank, help="rank of the update matrices")
-    g.add_argument("--lora_alpha", type=positive_float, help="the update is scaled by alpha / rank (unset: alpha = rank)")
-    g.add_argument("--lora_dropout", type=decay, default=0.0, help="dropout on the adapters' input")
+    g.add_argument("--lora_alpha", type=positive_float, help=f"the update is scaled by alpha / rank (unset: alpha = {unset})")
+    if dropout:
+        g.add_argument("--lora_dropout", type=decay, default=0.0, help="dropout on the adapters' input")
     g.add_argument("--use_dora", action="store_true", help="weight-decomposed LoRA: direction and magnitude separately")
     g.add_argument("--lora_layers", help="comma-separated module suffixes (unset: every attention projection that gets a gradient)")
-    g.add_argument("--lora_blocks", help='transformer blocks, for example "0-11,23" (unset: all)')
+    if not unet:
+        g.add_argument("--lora_blocks", help='transformer blocks, for example "0-11,23" (unset: all)')
     g.add_argument("--init_lora", metavar="PATH", help="start from this LoRA file or folder (unset: from zero)")
-    g.add_argument(
-        "--export_format", choices=("diffusers", "kohya"), default="diffusers", help="kohya: a second file, for ComfyUI, A1111, Forge"
-    )
-    g.add_argument("--export_merged", action="store_true", help="write the merged transformer as one safetensors file, too")
-    parser.when_unset["lora_alpha"] = lambda args: float(args.rank)
+    if not unet:
+        g.add_argument(
+            "--export_format", choices=("diffusers", "kohya"), default="diffusers", help="kohya: a second file, for ComfyUI, A1111, Forge"
+        )
+    merged = "UNet" if unet else "transformer"
+    g.add_argument("--export_merged", action="store_true", help=f"write the merged {merged} as one safetensors file, too")
+    parser.when_unset["lora_alpha"] = lambda args: float(alpha_per_rank * args.rank) if getattr(args, "use_lora", True) else None
 
 
 def add_quantization_args(parser: Parser) -> None:
@@ -355,6 +504,225 @@ def add_validation_loss_args(parser: Parser) -> None:
         "--num_validation_loss_images", type=non_negative_int,
         help="pictures never trained on, for the loss on fixed noise; chosen by content (unset: one in twenty, at most 16)",
     )
+
+
+def add_grpo_args(parser: Parser) -> None:
+    """Groups, surrogate, KL and the alternatives to the surrogate."""
+    g = parser.add_argument_group("GRPO")
+    g.add_argument("--group_size", type=positive_int, default=16, help="pictures per prompt (K); their mean reward is the baseline")
+    g.add_argument(
+        "--loss", choices=("ppo", "guard", "nft"), default="ppo",
+        help="ppo: clipped surrogate; guard: GRPO-Guard, which clips all steps alike; nft: DiffusionNFT, on pictures of the ODE sampler",
+    )
+    g.add_argument(
+        "--clip_nats", type=positive_float, default=0.66,
+        help="bound on the joint log-ratio of a step; other code clips its mean over D dimensions: 1e-5 at 512 px, D = 65,536: 0.66 nats",
+    )
+    g.add_argument("--updates_per_epoch", type=positive_int, default=2, help="optimizer steps that an epoch's pictures are divided over")
+    g.add_argument(
+        "--advantage_std", choices=("group", "global"), default="group",
+        help="divide by the standard deviation of the group's rewards, or of all of the epoch",
+    )
+    g.add_argument("--max_advantage", type=positive_float, default=5.0, help="bound on the absolute advantage")
+    g.add_argument(
+        "--kl_weight", type=non_negative_float, default=0.0,
+        help="weight of the KL of a step to the reference, joint as above: other code's weights hold; 0: none, which saves a forward pass. "
+        "With nft it weighs |velocity - reference|^2, 1e-4 is usual",
+    )
+    g.add_argument(
+        "--kl_form", choices=("exact", "flow_grpo"), default="exact",
+        help="flow_grpo: the exact one times |dt|, what Flow-GRPO's weights of 0.04 and 0.01 belong to (--transition flow only)",
+    )
+    g.add_argument("--nft_strength", type=positive_fraction, default=1.0, help="beta of DiffusionNFT: how far good and bad are told apart")
+    g.add_argument("--nft_levels", type=positive_int, default=3, help="noise levels that each picture is trained at, with nft")
+    g.add_argument("--nft_old_rate", type=non_negative_float, default=1e-3, help="the old policy's decay grows by this per epoch, with nft")
+    g.add_argument("--nft_old_decay", type=decay, default=0.5, help="largest decay of the old policy, which samples, with nft")
+
+
+def add_ddpo_args(parser: Parser) -> None:
+    """Surrogate, inner epochs, and what a reward is compared with."""
+    g = parser.add_argument_group("DDPO")
+    g.add_argument(
+        "--clip_nats", type=positive_float, default=0.66,
+        help="bound on the joint log-ratio of a step; other code clips its mean over D dimensions: 1e-5 at 512 px, D = 65,536: 0.66 nats",
+    )
+    g.add_argument("--num_inner_epochs", type=positive_int, default=1, help="times that an epoch's pictures are trained on")
+    g.add_argument(
+        "--train_batch_size", type=positive_int,
+        help="pictures per device and forward pass; divides --sample_batch_size, and they are drawn as many at once (unset: the same)",
+    )
+    g.add_argument(
+        "--train_gradient_accumulation_steps", type=positive_int,
+        help="such batches, with all their steps, per optimizer step (unset: half of an epoch's, or all if that is no whole number)",
+    )
+    g.add_argument(
+        "--train_timestep_fraction", type=positive_fraction, default=1.0,
+        help="share of the window's steps that a picture is trained on, chosen anew for each picture and inner epoch",
+    )
+    g.add_argument(
+        "--per_prompt_stat_tracking", action=argparse.BooleanOptionalAction, default=True,
+        help="compare a reward with the last ones of its prompt, not with its epoch",
+    )
+    g.add_argument("--per_prompt_stat_tracking_buffer_size", type=positive_int, default=32, help="rewards that are kept of each prompt")
+    g.add_argument(
+        "--per_prompt_stat_tracking_min_count", type=positive_int, default=16,
+        help="a prompt with fewer is compared with the epoch's pictures",
+    )
+    g.add_argument("--max_advantage", type=positive_float, default=5.0, help="bound on the absolute advantage")
+    parser.when_unset["train_batch_size"] = lambda args: args.sample_batch_size
+
+    def half(args: argparse.Namespace) -> int:
+        batches = max(1, args.sample_num_batches_per_epoch * args.sample_batch_size // args.train_batch_size)
+        return batches // (1 if batches % 2 else 2)
+
+    parser.when_unset["train_gradient_accumulation_steps"] = half
+
+
+def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
+    """How pictures are drawn for training, and how many; `--sample_...` are the names of older DDPO programs."""
+    g = parser.add_argument_group("rollout")
+    g.add_argument("--num_epochs", type=positive_int, default=epochs, help="rounds of sampling, scoring and training, resumed included")
+    g.add_argument(
+        "--sample_batch_size", type=positive_int, default=8,
+        help="pictures per device and forward pass, in sampling and in training alike: a step must be scored as it was drawn",
+    )
+    g.add_argument("--sample_num_batches_per_epoch", type=positive_int, default=batches, help="such batches per device and epoch")
+    g.add_argument("--resolution", type=multiple_of_16, default=512, help="side of the pictures in pixels")
+    g.add_argument(
+        "--num_inference_steps", "--sample_num_steps", type=positive_int, default=10, help="denoising steps of a training picture"
+    )
+    g.add_argument(
+        "--guidance_scale", "--sample_guidance_scale", type=non_negative_float, default=1.0,
+        help="guidance weight in sampling and training; 1: off, at half the cost (training distils it)",
+    )
+    g.add_argument("--negative_prompt", default="", help="what guidance moves away from")
+    g.add_argument(
+        "--transition", choices=("cps", "precise", "flow", "ode"), default="cps",
+        help="stochastic step: cps and precise keep the schedule's noise, flow (Flow-GRPO) leaves grain; ode has no log-probability",
+    )
+    g.add_argument("--noise_level", type=number, help="a of the transition (unset: cps 0.8, precise 1.5, flow 0.7)")
+    g.add_argument(
+        "--window_size", type=non_negative_int, default=3,
+        help="steps that are stochastic and trained, the others are deterministic; 0: all of --window_range",
+    )
+    g.add_argument(
+        "--window_range", type=non_negative_int, nargs=2, default=[0, 5], metavar=("FIRST", "STOP"),
+        help="the window lies in steps FIRST to STOP - 1, counted from 0",
+    )
+    g.add_argument("--window_order", choices=("random", "progressive"), default="random", help="where it starts in each epoch")
+    g.add_argument("--window_shift_epochs", type=positive_int, default=25, help="epochs after which a progressive window moves on by one")
+    g.add_argument("--decode_batch_size", type=positive_int, default=4, help="pictures that the VAE decodes at once")
+    g.add_argument("--async_rewards", action="store_true", help="score on a background thread while the next batch is drawn; same results")
+    g.add_argument("--cache_dir", type=Path, default=Path("outputs/cache"), help="folder of downloads and of the text cache")
+    g.add_argument("--cache_batch_size", type=positive_int, default=8, help="prompts per forward pass while the text cache is filled")
+    parser.when_unset["noise_level"] = lambda args: NOISE_LEVELS.get(args.transition)
+
+
+def add_prompt_args(parser: Parser, *, prompts: str) -> None:
+    """What is drawn in training."""
+    g = parser.add_argument_group("prompts")
+    g.add_argument(
+        "--prompts", default=prompts, metavar="NAME|PATH",
+        help="simple_animals, activities or shapes; a .txt with one a line, .json, .jsonl, .csv, .parquet, a data set folder or Hub id",
+    )
+    g.add_argument("--prompt_column", metavar="NAME", help="field of the prompt there (unset: the first of prompt, text, caption)")
+    g.add_argument("--prompts_revision", help="Hub revision of those data sets (unset: their main branch)")
+
+
+def add_policy_args(parser: Parser, *, full_learning_rate: float) -> None:
+    """LoRA or all weights; call it after `add_optimization_args`."""
+    g = parser.add_argument_group("policy")
+    g.add_argument(
+        "--full_weights", action="store_true",
+        help=f"train all weights, in fp32, beside a frozen copy, instead of a LoRA (learning rate then {full_learning_rate:g} if unset)",
+    )
+    lora_rate = parser.when_unset["learning_rate"]
+    parser.when_unset["learning_rate"] = lambda a: full_learning_rate if a.full_weights and a.optimizer != "prodigy" else lora_rate(a)
+
+
+def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: float = 1.0, inference_steps: int = 40) -> None:
+    """Pictures of fixed prompts and seeds by the deterministic sampler, scored during training; `steps`: for scripts without epochs."""
+    g = parser.add_argument_group("evaluation")
+    g.add_argument("--eval_prompts", metavar="NAME|PATH", help="as --prompts; shapes_held_out for the tiny world (unset: the same prompts)")
+    g.add_argument("--num_eval_prompts", type=positive_int, default=32, help="how many of them, from the first on; picture i has seed i")
+    between = "between evaluations; also before training and at the end"
+    if steps:
+        g.add_argument("--eval_steps", type=positive_int, default=steps, help=f"optimizer steps {between}")
+    else:
+        g.add_argument("--eval_epochs", type=positive_int, default=20, help=f"epochs {between}")
+    g.add_argument("--eval_num_inference_steps", type=positive_int, default=inference_steps, help="denoising steps per picture")
+    g.add_argument("--eval_guidance_scale", type=non_negative_float, default=guidance_scale, help="guidance weight; 1: off")
+    g.add_argument("--num_eval_images", type=positive_int, default=8, help="pictures that are kept in samples/")
+    g.add_argument(
+        "--eval_scorers", metavar="NAME[,NAME...]", help="measures that training does not see, as --scorer: they tell a hacked reward"
+    )
+    g.add_argument(
+        "--stop_if_eval_drops", type=positive_float, metavar="FRACTION",
+        help="end the run when one of --eval_scorers has fallen by more than this share of its value before training",
+    )
+
+
+def add_validation_pairs_args(parser: Parser) -> None:
+    """Held-out pairs of the preference scripts."""
+    g = parser.add_argument_group("validation pairs")
+    g.add_argument(
+        "--num_validation_pairs", type=non_negative_int,
+        help="pairs never trained on, for loss and accuracy on fixed noise; whole captions, by hash (unset: one in twenty, at most 64)",
+    )
+
+
+def add_scorer_args(parser: Parser, *, default: str | None) -> None:
+    """What judges the pictures, and the settings of single scorers.
+
+    Args:
+        default: names and weights when --scorer is unset; None: nothing is judged.
+    """
+    g = parser.add_argument_group("scorer")
+    g.add_argument("--scorer", default=default, metavar="NAME=WEIGHT,...",
+                   help="what judges the pictures: names and weights, a weight of 1 may be left out; `python -m src.scorers` lists them")
+    add_scorer_settings(g)
+
+
+def add_scorer_settings(g: argparse._ArgumentGroup) -> None:
+    """How scorers compute, and the settings of single scorers; `scorer_options` hands those on."""
+    g.add_argument("--scorer_batch_size", type=positive_int, default=16, help="pictures judged at once: the memory bound")
+    g.add_argument("--scorer_dtype", choices=("fp32", "bf16"), default="fp32", help="weights of the judging networks; scores are fp32")
+    g.add_argument("--aesthetic_head", help="head of aesthetic: sac+logos+ava1, ava+logos, ava+logos-relu (unset: the first)")
+    g.add_argument("--openclip_model", help="model of openclip, as open_clip calls it (unset: ViT-H-14)")
+    g.add_argument("--openclip_pretrained", help="its weights, as open_clip calls them (unset: laion2b_s32b_b79k)")
+    g.add_argument("--hps_version", help="version of hps, v2.1 or v2, whose numbers cannot be compared (unset: v2.1)")
+    g.add_argument("--judge_url", metavar="URL", help="server of vlm_judge, like http://localhost:8000/v1; its key, if any: $JUDGE_API_KEY")
+    g.add_argument("--judge_model", help="the model that it serves")
+    g.add_argument("--judge_template", metavar="FILE", help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")
+    g.add_argument("--judge_max", type=positive_float, help="highest mark that the question asks for (unset: 10)")
+    g.add_argument("--judge_timeout", type=positive_float, help="seconds to wait for an answer of vlm_judge (unset: 60)")
+    g.add_argument("--judge_concurrency", type=positive_int, help="questions to vlm_judge at a time (unset: 8)")
+    g.add_argument("--judge_cache", metavar="FOLDER", help="where answers of vlm_judge are kept (unset: they are not)")
+
+
+# setting of a scorer -> the scorer
+SCORER_OPTIONS = {
+    "aesthetic_head": "aesthetic", "openclip_model": "openclip", "openclip_pretrained": "openclip", "hps_version": "hps",
+    **dict.fromkeys(
+        ("judge_url", "judge_model", "judge_template", "judge_max", "judge_timeout", "judge_concurrency", "judge_cache"), "vlm_judge"
+    ),
+}  # fmt: skip
+
+
+def scorer_options(args: argparse.Namespace) -> dict[str, object]:
+    """The settings of single scorers, as `scorers.check` and `scorers.build` take them; None means unset."""
+    return {
+        "aesthetic_head": args.aesthetic_head, "openclip_model": args.openclip_model, "openclip_pretrained": args.openclip_pretrained,
+        "hps_version": args.hps_version, "judge_url": args.judge_url, "judge_model": args.judge_model,
+        "judge_template": args.judge_template, "judge_max": args.judge_max, "judge_timeout": args.judge_timeout,
+        "judge_concurrency": args.judge_concurrency, "judge_cache": args.judge_cache,
+    }  # fmt: skip
+
+
+def _judged_by(args: argparse.Namespace, name: str) -> bool:
+    """Whether a scorer stands in --scorer, or in the --eval_scorers of a script that has it."""
+    specs = [args.scorer, getattr(args, "eval_scorers", None)]
+    return name in [part.partition("=")[0].strip() for spec in specs if spec for part in spec.split(",")]
 
 
 # --------------------------------------------------------------------------- --config
@@ -473,9 +841,14 @@ def check_trackers(report_to: str) -> None:
         raise ValueError(f"--report_to {report_to}: no wandb login on this machine; run `wandb login`, or set WANDB_MODE=offline")
 
 
+def _data_of(args: argparse.Namespace) -> str | None:
+    return args.dataset_name if hasattr(args, "dataset_name") else args.pretrain_dataset_name
+
+
 # flags, when they count, why they do not
 _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], str], ...] = (
-    (("lr_warmup_steps",), lambda a: a.lr_scheduler != "constant", "with --lr_scheduler constant; use constant_with_warmup"),
+    (("lr_warmup_steps",), lambda a: a.lr_scheduler != "constant" or a.lr_warmup_steps == 0,
+     "with --lr_scheduler constant; use constant_with_warmup"),
     (("lr_num_cycles",), lambda a: a.lr_scheduler == "cosine_with_restarts", "without --lr_scheduler cosine_with_restarts"),
     (("lr_power",), lambda a: a.lr_scheduler == "polynomial", "without --lr_scheduler polynomial"),
     (("adam_beta1", "adam_beta2", "adam_epsilon"), lambda a: a.optimizer != "adafactor", "with --optimizer adafactor; leave it out"),
@@ -485,12 +858,37 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("mode_scale",), lambda a: a.timestep_density == "mode", "without --timestep_density mode"),
     (("checkpoint_every",), lambda a: a.gradient_checkpointing, "without --gradient_checkpointing"),
     (("compile_mode",), lambda a: a.compile, "without --compile"),
+    (("beta_dpo", "loss_type", "label_smoothing", "reference_model"), lambda a: not a.sft, "with --sft, which has no preferences"),
+    (("label_smoothing",), lambda a: a.loss_type == "sigmoid", "without --loss_type sigmoid"),
+    (("reference_model",), lambda a: not a.use_lora, "with --use_lora, whose reference is the UNet without it"),
+    (("rank", "lora_alpha", "lora_dropout", "use_dora", "lora_layers", "init_lora", "export_merged"),
+     lambda a: getattr(a, "use_lora", True), "without --use_lora"),
     (("hub_model_id",), lambda a: a.push_to_hub, "without --push_to_hub"),
     (("tracker_project_name",), lambda a: a.report_to != "none", "with --report_to none"),
-    (("cache_batch_size",), lambda a: a.cache_latents or a.cache_text, "without --cache_latents or --cache_text"),
+    (("cache_batch_size",), lambda a: getattr(a, "cache_latents", True) or getattr(a, "cache_text", True),
+     "without --cache_latents or --cache_text"),
     (("revision",), lambda a: not os.path.isdir(a.pretrained_model_name_or_path), "on a local --pretrained_model_name_or_path"),
-    (("dataset_revision",), lambda a: not os.path.exists(a.dataset_name or ""), "on a local --dataset_name"),
-)
+    (("pretrain_loss_weight", "dataset_revision", "image_column", "caption_column", "max_train_samples", "strict_data", "aspect_buckets",
+      "random_crop", "no_hflip", "caption_dropout", "dataloader_num_workers", "cache_latents"),
+     lambda a: getattr(a, "pretrain_dataset_name", True), "without --pretrain_dataset_name"),
+    (("dataset_revision",), lambda a: not os.path.exists(_data_of(a) or ""), "on a local --dataset_name"),
+    (("rank", "lora_alpha", "use_dora", "lora_layers", "lora_blocks", "init_lora", "export_format", "export_merged", "quantize_base"),
+     lambda a: not getattr(a, "full_weights", False), "with --full_weights"),
+    (("negative_prompt",), lambda a: a.guidance_scale > 1, "without --guidance_scale above 1"),
+    (("window_shift_epochs",), lambda a: a.window_order == "progressive", "without --window_order progressive"),
+    (("transition", "noise_level", "window_size", "window_range", "window_order", "clip_nats", "kl_form"),
+     lambda a: getattr(a, "loss", None) != "nft", "with --loss nft, which trains on pictures of the deterministic sampler"),
+    (("kl_form",), lambda a: a.kl_weight > 0, "without --kl_weight"),
+    (("nft_strength", "nft_levels", "nft_old_rate", "nft_old_decay"), lambda a: a.loss == "nft", "without --loss nft"),
+    (("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"), lambda a: a.per_prompt_stat_tracking,
+     "with --no-per_prompt_stat_tracking"),
+    (("mid_range",), lambda a: a.method == "refl", "without --method refl"),
+    (("draft_k",), lambda a: a.method == "draft", "without --method draft"),
+    (("num_renoised",), lambda a: a.method == "draft_lv", "without --method draft_lv"),
+    (("stop_if_eval_drops",), lambda a: a.eval_scorers, "without --eval_scorers, the measures that training does not see"),
+    (("scorer_batch_size", "scorer_dtype"), lambda a: a.scorer or getattr(a, "eval_scorers", None), "without --scorer"),
+    *(((option,), lambda a, name=name: _judged_by(a, name), f"without {name} in --scorer") for option, name in SCORER_OPTIONS.items()),
+)  # fmt: skip
 
 
 def _full_refusals(args: argparse.Namespace) -> Iterator[str]:
@@ -543,14 +941,19 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
             yield "--export_merged would write the rounded weights of --quantize_base: leave it out, and merge the LoRA into the original"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
-    if "lr_warmup_steps" in has and has["lr_scheduler"] == "constant_with_warmup" and not has["lr_warmup_steps"]:
+    short = "lr_warmup_steps" in has and parser.get_default("lr_warmup_steps") is None and has["max_train_steps"] < 4  # a quarter: 0 steps
+    if has.get("lr_warmup_steps") == 0 and has["lr_scheduler"] == "constant_with_warmup" and not short:
         yield "--lr_scheduler constant_with_warmup needs --lr_warmup_steps of at least 1"
-    if "lr_warmup_steps" in has and has.get("max_train_steps") and has["lr_warmup_steps"] >= has["max_train_steps"]:
+    if has.get("lr_warmup_steps") and has.get("max_train_steps") and has["lr_warmup_steps"] >= has["max_train_steps"]:
         yield f"--lr_warmup_steps {has['lr_warmup_steps']} must be less than --max_train_steps {has['max_train_steps']}"
+    if "chosen_column" in has and (has["chosen_column"] is None) != (has["rejected_column"] is None):
+        yield "--chosen_column and --rejected_column belong together: give both, or neither for pickapic_v2's jpg_0 and jpg_1"
     if "weights_dtype" in has:
         yield from _full_refusals(args)
     if "dataset_name" in has and not has["dataset_name"]:
-        yield "--dataset_name is required: a folder of captioned pictures, parquet, webdataset or a Hub id"
+        pictures, pairs = "a folder of captioned pictures, parquet, webdataset", "preference pairs in a folder with metadata.jsonl, parquet"
+        what = pairs if "chosen_column" in has else pictures
+        yield f"--dataset_name is required: {what} or a Hub id"
 
 
 def check_environment(args: argparse.Namespace) -> None:

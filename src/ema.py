@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.nn import Parameter
 
 from src.sharding import placed
+
+
+@contextmanager
+def swapped(parameters: list[Parameter], values: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, the parameters hold these values; afterwards exactly the bits they held before, also after an error.
+
+    In place: no graph that still has to run backward may hang on the parameters.
+    """
+    with torch.no_grad():
+        held = [p.detach().to(value.device, copy=True) for value, p in zip(values, parameters, strict=True)]
+        _fill(parameters, values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            _fill(parameters, held)
+
+
+def _fill(parameters: list[Parameter], values: list[torch.Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):  # torch's foreach copy knows no sharded tensors
+        parameter.copy_(value)
 
 
 class Ema:
@@ -38,21 +59,9 @@ class Ema:
             torch._foreach_lerp_(self.average[part], now, 1 - decay)
         self.updates += 1
 
-    def _fill(self, values: list[torch.Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):  # torch's foreach copy knows no sharded tensors
-            parameter.copy_(value)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the model holds the average; afterwards exactly the bits it held before, also after an error."""
-        with torch.no_grad():
-            trained = [p.detach().to(a.device, copy=True) for a, p in zip(self.average, self.parameters, strict=True)]
-            self._fill(self.average)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                self._fill(trained)
+    def applied(self) -> AbstractContextManager[None]:
+        """Inside, the model holds the average: see `swapped`."""
+        return swapped(self.parameters, self.average)
 
     def state_dict(self) -> dict:
         """Number of updates and the average, in the order of the parameters."""

@@ -165,7 +165,7 @@ def complete_pipeline(source: str, folder: Path, *, trained: list[str], revision
     """
     base = Path(source).expanduser()
     if not base.is_dir():
-        base = _snapshot(source, revision, variant)
+        base = _snapshot(source, revision, variant, trained)
     index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[1] is not None]
     for name in (part for part in parts if part not in trained):
@@ -176,13 +176,13 @@ def complete_pipeline(source: str, folder: Path, *, trained: list[str], revision
     shutil.copyfile(base / "model_index.json", folder / "model_index.json")
 
 
-def _snapshot(source: str, revision: str | None, variant: str | None) -> Path:
-    """The Hub's files of everything but the transformer; those that were loaded are on the disk already."""
+def _snapshot(source: str, revision: str | None, variant: str | None, trained: list[str]) -> Path:
+    """The Hub's files of everything but the trained parts; those that were loaded are on the disk already."""
     from huggingface_hub import snapshot_download
 
     weights = ["*/*.safetensors"] if variant is None else [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"]
     others = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
-    patterns = dict(allow_patterns=[*_ALWAYS_WANTED, *weights], ignore_patterns=["transformer/*", *others])
+    patterns = dict(allow_patterns=[*_ALWAYS_WANTED, *weights], ignore_patterns=[*(f"{part}/*" for part in trained), *others])
     return Path(snapshot_download(source, revision=revision, **patterns))
 
 

@@ -1,9 +1,9 @@
-"""LoRA and DoRA on an SD3 transformer: choose layers, add, switch off (= the reference model), save, load, export.
+"""LoRA and DoRA on an SD3 transformer or a UNet (SD1.x, 2.x, XL): choose layers, add, switch off (= the reference), save, load, export.
 
 LoRA adds scale * B A to a frozen weight W (out, in), with A (rank, in), B (out, rank), scale = alpha / rank; B starts at zero, so training
 starts at the base model. DoRA also learns the length of each row: m * (W + scale * B A) / |W + scale * B A|.
 
-Every function takes the transformer bare or wrapped (DDP, torch.compile). diffusers and peft are imported inside the functions.
+Every function takes the transformer (or UNet) bare or wrapped (DDP, torch.compile). diffusers and peft are imported inside the functions.
 Source: Hu et al., arXiv 2106.09685; Liu et al., arXiv 2402.09353.
 """
 
@@ -25,6 +25,7 @@ _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v
 _DUAL = ("to_q", "to_k", "to_v", "to_out.0")
 # Every attention projection. diffusers' scripts name only those of `attn`: 191 of SD3.5-medium's 243, the dual attention is never trained.
 DEFAULT_LAYERS = tuple(f"attn.{name}" for name in _JOINT) + tuple(f"attn2.{name}" for name in _DUAL)
+UNET_LAYERS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in _DUAL)  # self- and cross-attention
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -36,12 +37,17 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def part_of(module: nn.Module) -> str:
+    """`transformer` (SD3) or `unet`: the module's name in a pipeline, and before every name in a LoRA file."""
+    return "transformer" if hasattr(unwrap(module), "transformer_blocks") else "unet"
+
+
 # --------------------------------------------------------------------------- which layers
 
 
 def _dead(transformer: nn.Module) -> set[str]:
     """Layers whose gradient is always zero: the last block drops its text tokens, so the queries that they ask have no reader."""
-    blocks = transformer.transformer_blocks
+    blocks = transformer.transformer_blocks if part_of(transformer) == "transformer" else ()
     return {f"transformer_blocks.{i}.attn.add_q_proj" for i, block in enumerate(blocks) if block.context_pre_only}
 
 
@@ -61,29 +67,35 @@ def block_numbers(blocks: str, count: int, flag: str = "--lora_blocks") -> set[i
     return numbers
 
 
+_CONTAINERS = r"\.(transformer_blocks|resnets|attentions|downsamplers|upsamplers)"  # what a layer's short name comes after
+
+
 def targets(transformer: nn.Module, layers: str | None = None, blocks: str | None = None) -> list[str]:
-    """Full names of the linear layers that get a LoRA, in the model's order, without those that never get a gradient.
+    """Full names of the layers that get a LoRA, in the model's order, without those that never get a gradient.
 
     Args:
-        layers: comma-separated ends of module names ("attn.to_q,ff.net.2"); None: every attention projection, `attn2` included.
-        blocks: comma-separated numbers and ranges of transformer blocks ("0-11,23"); None: all, and layers outside the blocks too.
+        layers: comma-separated ends of module names ("attn.to_q,ff.net.2"), of linear layers, in a UNet of convolutions too
+            ("conv1,conv2"); None: every attention projection, `attn2` included.
+        blocks: comma-separated numbers and ranges of SD3's transformer blocks ("0-11,23"); None: all, and layers outside the blocks too.
 
     Raises:
         ValueError: naming --lora_layers or --lora_blocks and what exists, if a name or number matches nothing.
     """
     transformer = unwrap(transformer)
-    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    kinds = nn.Linear if part_of(transformer) == "transformer" else (nn.Linear, nn.Conv2d)
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, kinds)]
     alive = [name for name in linears if name not in _dead(transformer)]
     if blocks is not None:
         prefixes = tuple(f"transformer_blocks.{i}." for i in block_numbers(blocks, len(transformer.transformer_blocks)))
         alive = [name for name in alive if name.startswith(prefixes)]
-    wanted = DEFAULT_LAYERS if layers is None else [name.strip() for name in layers.split(",")]
+    default = DEFAULT_LAYERS if part_of(transformer) == "transformer" else UNET_LAYERS
+    wanted = default if layers is None else [name.strip() for name in layers.split(",")]
     matches = {end: [name for name in alive if name == end or name.endswith(f".{end}")] for end in wanted}
     unmatched = [end for end, names in matches.items() if not names] if layers is not None else []
     if unmatched:
-        ends = sorted({re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in alive})
+        ends = sorted({re.sub(rf"^.*{_CONTAINERS}\.\d+\.", "", f".{name}").removeprefix(".") for name in alive})
         where = "" if blocks is None else f" with --lora_blocks {blocks}"
-        raise ValueError(f"--lora_layers: no trainable linear layer{where} ends in {', '.join(unmatched)}; there are {', '.join(ends)}")
+        raise ValueError(f"--lora_layers: no trainable layer{where} ends in {', '.join(unmatched)}; there are {', '.join(ends)}")
     chosen = {name for names in matches.values() for name in names}
     return [name for name in alive if name in chosen]
 
@@ -100,16 +112,18 @@ def add(
     A is drawn from torch's global generator, N(0, 1/rank^2) as peft's "gaussian"; B is zero.
 
     Raises:
-        ValueError: what `targets` refuses.
+        ValueError: what `targets` and `check_layers` refuse.
     """
     from peft import LoraConfig
 
     transformer = unwrap(transformer)
     transformer.requires_grad_(False)
+    names = targets(transformer, layers, blocks)
+    check_layers(use_dora, names, transformer)
     transformer.add_adapter(
         LoraConfig(
             r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, use_dora=use_dora,
-            init_lora_weights="gaussian", target_modules=targets(transformer, layers, blocks),
+            init_lora_weights="gaussian", target_modules=names,
         ),
         adapter_name=ADAPTER,
     )  # fmt: skip
@@ -171,7 +185,7 @@ def disabled(transformer: nn.Module) -> Iterator[None]:
 
 
 def state(transformer: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors, detached and not copied, with the names of a saved file (without its "transformer." prefix)."""
+    """The adapters' tensors, detached and not copied, with the names of a saved file (without its "transformer." or "unet." prefix)."""
     return {key: parameter.detach() for key, parameter in _named(transformer).items()}
 
 
@@ -216,6 +230,17 @@ def _metadata(transformer: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def check_layers(use_dora: bool, names: list[str], module: nn.Module) -> None:
+    """Refuse DoRA on convolutions, whose rows it does not define.
+
+    Raises:
+        ValueError: naming --use_dora.
+    """
+    convolutions = [name for name in names if isinstance(unwrap(module).get_submodule(name), nn.Conv2d)]
+    if use_dora and convolutions:
+        raise ValueError(f"--use_dora works on linear layers, and {convolutions[0]} is a convolution; leave one of both out")
+
+
 def check_export(export_format: str, use_dora: bool) -> None:
     """Refuse, before training, a format that the adapter cannot be written in.
 
@@ -237,13 +262,14 @@ def save(transformer: nn.Module, folder: str | Path, export_format: str = "diffu
     Raises:
         ValueError: what `check_export` refuses, before anything is written.
     """
-    from diffusers import StableDiffusion3Pipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
-    metadata = _metadata(transformer)
+    metadata, part = _metadata(transformer), part_of(transformer)
     check_export(export_format, metadata["use_dora"])
     tensors = {key: tensor.cpu().contiguous() for key, tensor in state(transformer).items()}
-    StableDiffusion3Pipeline.save_lora_weights(
-        str(folder), transformer_lora_layers=tensors, transformer_lora_adapter_metadata=metadata, weight_name=WEIGHTS_NAME
+    writer = StableDiffusion3Pipeline if part == "transformer" else StableDiffusionPipeline  # whose files XL's pipeline reads as well
+    writer.save_lora_weights(
+        str(folder), weight_name=WEIGHTS_NAME, **{f"{part}_lora_layers": tensors, f"{part}_lora_adapter_metadata": metadata}
     )
     if export_format == "kohya":
         export_kohya(transformer, Path(folder) / KOHYA_NAME)
@@ -262,22 +288,23 @@ def check_init(path: str | Path) -> Path:
     return file
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a saved LoRA, without the "transformer." prefix; raises ValueError naming --init_lora."""
-    from diffusers import StableDiffusion3Pipeline
+def _read(path: str | Path, part: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a saved LoRA of this part, without its name before them; raises ValueError naming --init_lora."""
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
     from safetensors import SafetensorError
 
     flag, file = f"--init_lora {path}", check_init(path)
     try:
-        tensors, metadata = StableDiffusion3Pipeline.lora_state_dict(
-            str(file.parent), weight_name=file.name, use_safetensors=True, return_lora_metadata=True
-        )
+        reader = StableDiffusion3Pipeline if part == "transformer" else StableDiffusionPipeline
+        options = dict(weight_name=file.name, use_safetensors=True, return_lora_metadata=True)
+        tensors, *_, metadata = reader.lora_state_dict(str(file.parent), **options)  # between them may be alphas of kohya's format
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{flag}: cannot be read as safetensors ({error}); is the file complete?") from error
-    prefix = "transformer."
+    prefix = f"{part}."
     tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     if not any(key.endswith("lora_A.weight") for key in tensors):
-        raise ValueError(f"{flag}: holds no LoRA of an SD3 transformer in diffusers' format (no transformer.*.lora_A.weight)")
+        raise ValueError(f"{flag}: holds no LoRA of {'an SD3 transformer' if part == 'transformer' else 'a UNet'} in diffusers' format "
+                         f"(no {part}.*.lora_A.weight)")
     return tensors, {key.removeprefix(prefix): value for key, value in (metadata or {}).items()}
 
 
@@ -293,7 +320,7 @@ def load(transformer: nn.Module, path: str | Path) -> list[str]:
         ValueError: naming --init_lora, and the flag to change, for another rank, alpha, DoRA, shape or layers that this run leaves out.
     """
     flag = f"--init_lora {path}"
-    tensors, metadata = _read(path)
+    tensors, metadata = _read(path, part_of(transformer))
     own, ours = _named(transformer), _metadata(transformer)
     tensors = {key: tensor for key, tensor in tensors.items() if key.split(".lora_")[0] not in _dead(unwrap(transformer))}
     rank = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
@@ -386,18 +413,19 @@ def export_kohya(transformer: nn.Module, file: str | Path) -> None:
 
 def _merged_weight(layer: Any) -> Tensor:
     """The weight that acts as base and adapter together, computed in fp32, in the base's dtype."""
-    weight = layer.base_layer.weight.detach().float()
+    weight = layer.base_layer.weight.detach().float()  # (out, in), of a convolution (out, in, height, width)
     tensors = _tensors(layer)
-    merged = weight + layer.scaling[ADAPTER] * (tensors["lora_B.weight"].detach() @ tensors["lora_A.weight"].detach())
+    update = tensors["lora_B.weight"].detach().flatten(1) @ tensors["lora_A.weight"].detach().flatten(1)
+    merged = weight + layer.scaling[ADAPTER] * update.view_as(weight)
     if "lora_magnitude_vector" in tensors:
         merged = merged * (tensors["lora_magnitude_vector"].detach() / merged.norm(dim=1))[:, None]
     return merged.to(layer.base_layer.weight.dtype)
 
 
 def export_merged(transformer: nn.Module, folder: str | Path) -> None:
-    """Write base and adapter as one ordinary transformer: config.json and one safetensors file; the live model is not touched.
+    """Write base and adapter as one ordinary transformer or UNet: config.json and one safetensors file; the live model is not touched.
 
-    `SD3Transformer2DModel.from_pretrained(folder)` reads it. In the base's dtype, so bf16 rounds the sum once.
+    `SD3Transformer2DModel.from_pretrained(folder)`, or `UNet2DConditionModel`'s, reads it. In the base's dtype: bf16 rounds the sum once.
 
     Raises:
         ValueError: the base is quantised: what is left of its weights is not worth keeping.

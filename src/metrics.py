@@ -20,20 +20,45 @@ if TYPE_CHECKING:
 
 NAMES = {
     "step": "optimizer steps done",
-    "loss": "training loss: squared velocity error, mean over latent values and the samples of the window",
+    "loss": "training loss: squared velocity error (mean over latent values), preference loss, or what ReFL makes of the reward; mean over "
+    "the window's samples",
     "grad_norm": "global norm of the gradient before clipping, mean over the window",
     "lr": "learning rate of the last step in the window",
     "epoch": "passes over the training set so far",
-    "val_loss": "the training loss on held-out pictures with fixed noise, mean over the noise levels below",
+    "accuracy": "share of pairs that the model prefers as people do: its error fell more on the winner than on the loser; ties count half",
+    "policy_margin": "squared error of the predicted noise on the loser minus that on the winner",
+    "reference_margin": "that margin of the reference model",
+    "val_loss": "the training loss on held-out samples with fixed noise, mean over noise levels",
+    "val_accuracy": "the accuracy on held-out pairs with fixed noise, mean over noise levels",
     "val_loss_sigma_0.25": "that loss at noise level 0.25: detail",
     "val_loss_sigma_0.5": "that loss at noise level 0.5",
     "val_loss_sigma_0.75": "that loss at noise level 0.75: the median of training with shift 3",
     "val_loss_sigma_0.95": "that loss at noise level 0.95: composition",
+    "reward": "weighted sum of the scorers on pictures drawn for training, mean over those of the epoch or window that could be judged",
+    "reward_std": "standard deviation of that sum over those pictures",
+    "pretrain_loss": "squared error of the predicted noise on the captioned pictures of the pre-training loss, before its weight",
+    "unjudged": "pictures of the epoch that a scorer could not judge: they are left out of the update",
+    "no_signal": "share of the epoch's pictures whose advantage is 0, as in a group of equal rewards",
+    "policy_loss": "the part of the loss that follows the reward; 0 at ratio 1, so its size says nothing",
+    "kl": "KL divergence of a denoising step from the reference's, nats, joint over the latent (nft: squared velocity difference)",
+    "log_ratio": "mean absolute log-ratio of a denoising step to the policy that drew it, nats; 0 in the first update of an epoch",
+    "clip_fraction": "share of the trained steps whose log-ratio lies beyond the clip",
+    "skipped_updates": "updates of the epoch that were left out because no advantage was other than 0",
+    "eval_reward": "the training reward on the evaluation prompts, deterministic sampler, fixed seeds",
     "images_per_second": "training samples per second over all processes, without validation and saving",
     "seconds": "seconds since this process started to train, validation and saving included",
     "memory_gb": "peak memory of the main process: on the GPU, or in RAM without one (1 GB = 10^9 bytes)",
 }
+FAMILIES = {  # of names that end in that of a scorer
+    "reward/": "this scorer on pictures drawn for training, on its own scale",
+    "eval/": "this scorer on the evaluation prompts, deterministic sampler, fixed seeds",
+}
 VARYING = frozenset({"images_per_second", "seconds", "memory_gb"})  # the only names that a resumed run writes differently
+
+
+def meaning(name: str) -> str | None:
+    """The line of meaning of a metric, or None: then it must not be written."""
+    return NAMES.get(name) or next((text for start, text in FAMILIES.items() if name.startswith(start)), None)
 
 
 class Log:
@@ -44,13 +69,15 @@ class Log:
 
     Args:
         every: optimizer steps per line.
+        total: optimizer steps of the run (None: --max_train_steps).
+        images_per_add: pictures that one call of `add` stands for (None: those of an optimizer step).
     """
 
-    def __init__(self, run: Run, every: int):
+    def __init__(self, run: Run, every: int, *, total: int | None = None, images_per_add: int | None = None):
         self.run, self.every = run, every
         self.path = run.output_dir / "metrics.jsonl"
-        self.total: int = run.args.max_train_steps
-        self.images_per_step: int = run.args.train_batch_size * run.args.gradient_accumulation_steps * run.world
+        self.total: int = run.args.max_train_steps if total is None else total
+        self.images_per_add: int = images_per_add or run.args.train_batch_size * run.args.gradient_accumulation_steps * run.world
         self._fresh: dict[str, list[Tensor]] = {}  # this process's values since the last synchronisation
         self._settled: dict[str, list[float]] = {}  # the open window's earlier values, means over the processes
         self._written = 0  # last step of the last window
@@ -61,13 +88,18 @@ class Log:
         self._began, self._clock = time.monotonic(), None  # the clock starts after the first step: it loads, compiles, warms up
         self._timed = 0  # steps since the clock started
 
+    @property
+    def step(self) -> int:
+        """The last step that was written, or resumed from; 0 before."""
+        return self._step
+
     def add(self, **scalars: Tensor) -> None:
         """Adds one optimizer step's values: scalar tensors, means over the micro-batches of this process.
 
         Every process passes the same names. Nothing waits for the GPU here.
         """
         for name, value in scalars.items():
-            assert name in NAMES, f"give {name!r} a line of meaning in metrics.NAMES"
+            assert meaning(name), f"give {name!r} a line of meaning in metrics.NAMES"
             self._fresh.setdefault(name, []).append(value.detach().double().reshape(()))
         if self._clock is None:
             self._clock = time.monotonic()
@@ -88,7 +120,7 @@ class Log:
         means = {name: math.fsum(values) / len(values) for name, values in self._settled.items()}
         now = time.monotonic()
         steps, since = (self._timed, self._clock) if self._timed else (1, self._began)  # a window of the first step alone
-        speed = steps * self.images_per_step / max(now - since, 1e-9)
+        speed = steps * self.images_per_add / max(now - since, 1e-9)
         timing = {"images_per_second": speed, "seconds": now - self._began, "memory_gb": self.run.peak_memory() / 1e9}
         self._settled, self._written, self._timed, self._clock = {}, step, 0, now
         line = self._append(step, {**means, **floats, **timing})
@@ -111,7 +143,7 @@ class Log:
         self._bar.update(self._step - self._bar.n)
 
     def _show(self, line: dict[str, float]) -> None:
-        shown = {"loss": ".4f", "lr": ".2e", "images_per_second": ".2f", "memory_gb": ".2f"}
+        shown = {"loss": ".4f", "reward": ".4g", "lr": ".2e", "images_per_second": ".2f", "memory_gb": ".2f"}
         units = {"images_per_second": "img/s", "memory_gb": "GB"}
         self._bar.set_postfix({units.get(name, name): format(line[name], spec) for name, spec in shown.items() if name in line})
         if self._step == self.total:
@@ -147,7 +179,7 @@ class Log:
                     )
 
     def _append(self, step: int, floats: dict[str, float]) -> dict[str, float]:
-        unnamed = floats.keys() - NAMES.keys()
+        unnamed = [name for name in floats if not meaning(name)]
         assert not unnamed, f"give {sorted(unnamed)} a line of meaning in metrics.NAMES"
         if not self._opened:
             self._rewind()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
-from src import inputs, memory, optim, quantize, rounding
-from src.data import buckets, captions
+from src import inputs, memory, optim, policy, quantize, rewards, rounding, speed
+from src.data import buckets
 from src.pipelines import sd3
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number, by --mixed_precision
@@ -31,65 +33,193 @@ class Whole:
     gradient: int
 
 
-def show(args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None) -> None:
-    """Print the plan of a flow-matching run.
+@dataclass(frozen=True)
+class Preference:
+    """What a preference run adds: pairs instead of pictures, and a reference model."""
+
+    reference: bool  # it is consulted
+    copy: bool  # and lies in memory beside the trained one
+
+
+def show(
+    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None = None, family: ModuleType = sd3,
+    preference: Preference | None = None,
+) -> None:  # fmt: skip
+    """Print the plan of a supervised or a preference run.
 
     Args:
-        adapt: applied to the transformer on the meta device; leaves exactly the parameters trainable that the run trains.
-        whole: None for adapters.
+        adapt: applied to the denoiser on the meta device; leaves exactly the parameters trainable that the run trains.
+        whole: None for adapters; preference: None for captioned pictures.
 
     Raises:
         ValueError: the data set cannot be read.
     """
-    images, held_out = inputs.open_images(args, progress=True)
-    path, tokens, batch = args.pretrained_model_name_or_path, text_tokens(args), args.train_batch_size * args.gradient_accumulation_steps
-    transformer, counts = sd3.transformer_from_config(path, args.revision), sd3.parameter_counts(path, args.revision)
-    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision], vars(args).get("quantize_base"))
+    samples, held_out = inputs.open_pairs(args, progress=True) if preference else inputs.open_images(args, progress=True)
+    denoiser = family.denoiser_from_config(args.pretrained_model_name_or_path, args.revision)
+    counts = family.parameter_counts(args.pretrained_model_name_or_path, args.revision)
+    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER, vars(args).get("quantize_base"))
     if whole:
-        weights |= {part: size for part, size in weight_bytes(counts, transformer, whole.weight).items() if part in whole.parts}
-    adapt(transformer)
-    trained = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
-    trained += sum(counts[part] for part in whole.parts if part != "transformer") if whole else 0
-    rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
-    flops = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args)) * batch
-    step = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole)
-
-    rows = [("model", path)]
-    for part, count in counts.items():
-        rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {_residence(args, part)}"))
+        trainable = {part: counts[part] for part in whole.parts}
+        weights |= weight_bytes(trainable, denoiser, whole.weight, family.DENOISER)
+    adapt(denoiser)
+    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
+    tokens, batch = text_tokens(args, family), args.train_batch_size * args.gradient_accumulation_steps
+    reference = weights[family.DENOISER] if preference and preference.copy else 0
     trained_bytes = trained * per_trained_parameter(args, whole)
-    rows += [
-        ("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}"),
-        ("activations", f"{_size(step.kept)} kept of {args.train_batch_size} picture(s), {_size(step.working)} more in the backward pass"),
-        ("memory", _memory(args, weights, step)),
-        ("pictures", f"{len(images):,} to train on, {len(held_out or [])} held out, {len(images.skipped)} skipped"),
-        ("steps", f"{args.max_train_steps:,} of {batch} picture(s), one process: {args.max_train_steps * batch / len(images):.1f} epochs"),
+    rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
+    flops = sample_flops(family, denoiser, args, tokens, preference) * batch
+    step = step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole) if family is sd3 else None
+
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
+    if reference:
+        rows.insert(-1, ("  reference", f"{counts[family.DENOISER]:>15,} parameters  {_size(reference):>9}"))
+    kind, epochs = "pairs" if preference else "pictures", args.max_train_steps * batch / len(samples)
+    rows += _activation_rows(step, f"{args.train_batch_size} picture(s)") + [
+        ("memory", _memory(args, weights, trained_bytes + reference, step)),
+        (kind, _samples(samples, held_out)),
+        ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(flops)} per step, {_flops(flops * args.max_train_steps)} in all, at {tokens} text tokens"),
     ]
-    for name, (entries, size) in cache_bytes(args, images, held_out, transformer, tokens).items():
-        rows.append((f"{name} cache", f"{entries:,} entries, {_size(size)} in {args.cache_dir} (what is there already is used again)"))
+    rows += [_cache_row(args, name, *found) for name, found in cache_bytes(args, samples, held_out, denoiser, tokens, family).items()]
+    _print(rows)
+
+
+def show_rollouts(
+    args: argparse.Namespace, *, batch: int, updates: int, trained_steps: int, reference: bool, other_passes: int = 0
+) -> None:  # fmt: skip
+    """Print the plan of a run that learns from its own pictures.
+
+    Args:
+        batch: pictures of one forward pass of training. updates: optimizer steps per epoch.
+        trained_steps: denoising steps, or noise levels, that each picture is trained at.
+        reference: whether each of them takes a forward pass of the reference, too. other_passes: further ones without gradient, of an
+            older copy of what is trained.
+
+    Raises:
+        ValueError: the prompts cannot be read.
+    """
+    path, found = args.pretrained_model_name_or_path, rewards.read_prompts(args)
+    transformer, counts = sd3.transformer_from_config(path, args.revision), sd3.parameter_counts(path, args.revision)
+    whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
+    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision], quantized=args.quantize_base)
+    if whole:  # the reference is a frozen copy
+        copy = weights["transformer"] if reference else 0
+        weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"] + copy
+    policy.adapt(transformer, args)
+    trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
+    trained_bytes = trained * (per_trained_parameter(args, whole) + EMA_BYTES * other_passes)
+
+    extra = reference + other_passes
+    pictures, passes = args.sample_batch_size * args.sample_num_batches_per_epoch, 2 if args.guidance_scale > 1 else 1
+    peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, batch=passes * batch, accumulated=True,
+                       averages=other_passes)  # fmt: skip
+    step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
+    forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
+    each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
+    prompts = {"", args.negative_prompt, *found.texts}
+    entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + _activation_rows(peak, f"{passes * batch} picture(s)") + [
+        ("memory", _memory(args, weights, trained_bytes, peak) + "; scorers come on top"),
+        ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
+        ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
+        ("  sampling", f"{pictures * args.num_inference_steps * passes:,} forward passes"),
+        ("  training", f"{pictures * trained_steps * passes:,} forward and backward passes, each beside {extra} without gradient"),
+        ("steps", f"{args.num_epochs * updates:,} in {args.num_epochs:,} epochs, {args.num_epochs * pictures:,} pictures"),
+        ("compute", f"{each / forward:.1f} forward passes' worth a picture, {_flops(each * pictures)} an epoch, "
+                    f"{_flops(each * pictures * args.num_epochs)} in all, at {tokens} text tokens"),
+        _cache_row(args, "text", len(prompts), len(prompts) * (entry + ENTRY_BYTES)),
+    ]  # fmt: skip
+    _print(rows)
+
+
+def show_reward_gradient(
+    args: argparse.Namespace, *, adapt: Callable[[nn.Module], None], whole: Whole | None, family: ModuleType, rollout_steps: float,
+    trained_steps: int, recomputed: bool,
+) -> None:  # fmt: skip
+    """Print the plan of a run that follows the gradient of a reward.
+
+    Args:
+        adapt, whole: as for `show`.
+        rollout_steps: denoising steps of a picture without gradient, on average; trained_steps: with gradient; recomputed: these once more.
+
+    Raises:
+        ValueError: the prompts, or the pictures of the pre-training loss, cannot be read.
+    """
+    path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args, progress=True)
+    denoiser = family.denoiser_from_config(path, args.revision)
+    adapt(denoiser)
+    trained, tokens = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), text_tokens(args, family)
+    counts, batch = family.parameter_counts(path, args.revision), args.train_batch_size * args.gradient_accumulation_steps
+    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER) | {"vae": counts["vae"] * 4}
+    if whole:
+        weights |= weight_bytes({part: counts[part] for part in whole.parts}, denoiser, whole.weight, family.DENOISER)
+    trained_bytes = trained * per_trained_parameter(args, whole)
+
+    passes = 2 if args.guidance_scale > 1 else 1
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
+    forward = _passes(denoiser, args.resolution, tokens, family)[0]
+    each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
+    rate, texts = optim.learning_rate(args.learning_rate, args.scale_lr, batch), {"", *found.texts}
+    width, pooled = family.text_width(denoiser.config)
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
+        ("memory", _memory(args, weights, trained_bytes) + "; scorers, too"),
+        ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_steps} steps"),
+        ("pictures", f"{len(pretraining or []):,} for the pre-training loss"),
+        ("steps", f"{args.max_train_steps:,} of {batch} drawn picture(s), one process"),
+        ("  a picture", f"{rollout_steps:g} denoising steps without gradient, {trained_steps} with, {passes} pass(es) each"),
+        ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
+        ("compute", f"{_flops(each * batch)} per step, {_flops(each * batch * args.max_train_steps)} in all, at {tokens} text tokens; "
+                    "decoding and scoring come on top"),
+        _cache_row(args, "text", len(texts), len(texts) * ((tokens * width + pooled) * BYTES[args.mixed_precision] + ENTRY_BYTES)),
+    ]  # fmt: skip
+    _print(rows)
+
+
+def _model_rows(
+    args: argparse.Namespace, counts: dict[str, int], weights: dict[str, int], trained: int, trained_bytes: float, whole: Whole | None
+) -> list[tuple[str, str]]:
+    rows = [("model", args.pretrained_model_name_or_path)]
+    for part, count in counts.items():
+        rows.append((f"  {part}", f"{count:>15,} parameters  {_size(weights[part]):>9}  {_residence(args, part)}"))
+    return rows + [("trained", f"{trained:>15,} parameters  {_size(trained_bytes):>9}  {_state(args, whole)}")]
+
+
+def _cache_row(args: argparse.Namespace, name: str, entries: int, size: int) -> tuple[str, str]:
+    return f"{name} cache", f"{entries:,} entries, {_size(size)} in {args.cache_dir} (what is there already is used again)"
+
+
+def _print(rows: list[tuple[str, str]]) -> None:
     wide = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{wide}}  {value}".rstrip() for name, value in rows))
     print("dry run: no weights were read, nothing was trained")
 
 
+def _samples(samples: Any, held_out: Any) -> str:
+    ties = f", {samples.ties:,} ties dropped" if hasattr(samples, "ties") else ""
+    return f"{len(samples):,} to train on, {len(held_out or [])} held out, {len(samples.skipped)} skipped{ties}"
+
+
 # --------------------------------------------------------------------------- what it holds
 
 
-def weight_bytes(counts: dict[str, int], transformer: nn.Module, number: int, quantized: str | None = None) -> dict[str, int]:
-    """Bytes of each part at `number` bytes a weight; the transformer's position embeddings, a buffer, included.
+def weight_bytes(
+    counts: dict[str, int], denoiser: nn.Module, number: int, name: str = "transformer", quantized: str | None = None
+) -> dict[str, int]:
+    """Bytes of each frozen part at `number` bytes a weight; the position embeddings of SD3's transformer, a buffer, included.
 
     Args:
-        counts: parameters of each part; transformer: on the meta device, before adapters; quantized: --quantize_base.
+        counts: parameters of each part; denoiser: on the meta device (without adapters, if quantized); name: its own among them;
+            quantized: --quantize_base.
     """
-    buffers = sum(buffer.numel() for buffer in transformer.buffers())
-    found = {part: (count + (buffers if part == "transformer" else 0)) * number for part, count in counts.items()}
+    buffers = sum(buffer.numel() for buffer in denoiser.buffers())
+    found = {part: (count + (buffers if part == name else 0)) * number for part, count in counts.items()}
     if quantized:
-        packed = quantize.quantizable(transformer).values()
+        packed = quantize.quantizable(denoiser).values()
         saved = sum(layer.weight.numel() for layer in packed) * (number - quantize.BYTES[quantized])
         scales = sum(4 * layer.out_features for layer in packed) if quantized == "int8" else 0
-        found["transformer"] -= round(saved - scales)
+        found[name] -= round(saved - scales)
     return found
 
 
@@ -121,30 +251,34 @@ class StepMemory:
 
 
 def step_memory(
-    args: argparse.Namespace, transformer: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None = None
-) -> StepMemory:
-    """What a step will hold, by the arithmetic of `src/memory.py`.
+    args: argparse.Namespace, transformer: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None = None,
+    batch: int | None = None, accumulated: bool | None = None, averages: int = 0,
+) -> StepMemory:  # fmt: skip
+    """What a step of SD3 will hold, by the arithmetic of `src/memory.py`.
 
     Args:
         transformer: on the meta device, with adapters or selected weights; weights: bytes of the parts; trained: number of parameters;
             tokens: L.
+        batch: of a forward pass, None: --train_batch_size; accumulated: over several of them, None: as --gradient_accumulation_steps says.
+        averages: of what is trained, besides --use_ema.
     """
+    accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
     step = memory.Step(
-        batch=args.train_batch_size, image_tokens=(args.resolution // (sd3.VAE_SCALE * sd3.PATCH)) ** 2, text_tokens=tokens,
+        batch=batch or args.train_batch_size, image_tokens=(args.resolution // (sd3.VAE_SCALE * sd3.PATCH)) ** 2, text_tokens=tokens,
         autocast=args.mixed_precision != "no", wide=(whole.weight if whole else BYTES[args.mixed_precision]) == 4,
         checkpoint_every=checkpoint_every(args), compiled=args.compile,
     )  # fmt: skip
     kept, working = memory.activation_bytes(transformer, step)
     gradient = whole.gradient if whole else 4
-    stays = [size for part, size in weights.items() if not part.startswith("text") or not args.cache_text]
-    resident = sum(stays) + trained * (per_trained_parameter(args, whole) - gradient)
+    stays = [size for part, size in weights.items() if not part.startswith("text") or not _text_is_cached(args)]
+    resident = sum(stays) + trained * (per_trained_parameter(args, whole) - gradient + EMA_BYTES * averages)
     updating = 0
     if whole and whole.weight == 2:
         pieces = max(p.numel() for p in transformer.parameters() if p.requires_grad) if whole.gradient == 0 else rounding.PIECE
         updating = UPDATE_BYTES * min(pieces, trained)
     peak = memory.peak_bytes(
         resident=resident, gradients=trained * gradient, kept=kept, working=working, updating=updating,
-        accumulated=args.gradient_accumulation_steps > 1,
+        accumulated=accumulated,
     )  # fmt: skip
     return StepMemory(resident, kept, working, peak)
 
@@ -155,75 +289,99 @@ def _state(args: argparse.Namespace, whole: Whole | None) -> str:
     return ", ".join([*held, f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")])
 
 
+def _text_is_cached(args: argparse.Namespace) -> bool:
+    return getattr(args, "cache_text", True)  # without the flag there is no other way
+
+
 def _residence(args: argparse.Namespace, part: str) -> str:
-    return "only while the text cache is filled" if part.startswith("text") and args.cache_text else ""
+    return "only while the text cache is filled" if part.startswith("text") and _text_is_cached(args) else ""
 
 
-def _memory(args: argparse.Namespace, weights: dict[str, int], step: StepMemory) -> str:
-    """The two high points, of tensors alone: CUDA itself takes about half a gigabyte more."""
+def _activation_rows(step: StepMemory | None, what: str) -> list[tuple[str, str]]:
+    """None where there is no account of them."""
+    return [("activations", f"{_size(step.kept)} kept of {what}, {_size(step.working)} more in the backward pass")] if step else []
+
+
+def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float, step: StepMemory | None = None) -> str:
+    """The two high points, of tensors alone: CUDA itself takes about half a gigabyte more. Without `step`, what is certain of them."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
-    filling = f"{_size(text)} while the text cache is filled, " if args.cache_text else ""
-    return f"{filling}{_size(step.peak)} at the peak of a step"
+    filling = f"{_size(text)} while the text cache is filled, " if _text_is_cached(args) else ""
+    if step is not None:
+        return f"{filling}{_size(step.peak)} at the peak of a step"
+    training = sum(weights.values()) + trained - (text if _text_is_cached(args) else 0)
+    return f"{filling}{_size(training)} while training; activations come on top"
 
 
 def cache_bytes(
-    args: argparse.Namespace, images: captions.CaptionedImages, held_out: captions.CaptionedImages | None, transformer: nn.Module,
-    tokens: int,
-) -> dict[str, tuple[int, int]]:  # fmt: skip
-    """Entries and bytes of the latent and the text cache, those that the flags ask for."""
-    config, number, found = transformer.config, BYTES[args.mixed_precision], {}
+    args: argparse.Namespace, samples: Any, held_out: Any, denoiser: nn.Module, tokens: int, family: ModuleType = sd3
+) -> dict[str, tuple[int, int]]:
+    """Entries and bytes of the latent and the text cache, those that the flags ask for; samples, held_out: opened pictures or pairs."""
+    config, number, found = denoiser.config, BYTES[args.mixed_precision], {}
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     if args.cache_latents:
         keyed = {}  # pictures that are in the data set twice are cached once; only what is trained on is mirrored
-        for part, copies in ((images, 1 if args.no_hflip else 2), (held_out, 1)):
+        for part, copies in ((samples, 1 if args.no_hflip else 2), (held_out, 1)):
             for record in part.records if part else ():
-                size = buckets.assign(record.width, record.height, shapes)
-                keyed[record.key, size] = max(copies, keyed.get((record.key, size), 0))
-        value = 2 * config.in_channels * number  # bytes per latent: mean and standard deviation
-        sizes = [copies * (value * h * w // sd3.VAE_SCALE**2 + ENTRY_BYTES) for (_, (h, w)), copies in keyed.items()]
+                first, *others = (record.winner, record.loser) if hasattr(record, "winner") else (record,)  # a pair has one size
+                size = buckets.assign(first.width, first.height, shapes)
+                for picture in (first, *others):
+                    keyed[picture.key, size] = max(copies, keyed.get((picture.key, size), 0))
+        value = 2 * config["in_channels"] * number  # bytes per latent: mean and standard deviation
+        sizes = [copies * (value * h * w // family.VAE_SCALE**2 + ENTRY_BYTES) for (_, (h, w)), copies in keyed.items()]
         found["latent"] = (sum(keyed.values()), sum(sizes))
     if args.cache_text:
-        prompts = {"", *inputs.validation_prompts(args), *(record.prompt for part in (images, held_out) if part for record in part.records)}
-        entry = (tokens * config.joint_attention_dim + config.pooled_projection_dim) * number + ENTRY_BYTES
-        found["text"] = (len(prompts), len(prompts) * entry)
+        prompts = {"", *inputs.validation_prompts(args)}
+        prompts |= {record.prompt for part in (samples, held_out) if part for record in part.records}
+        width, pooled = family.text_width(config)
+        found["text"] = (len(prompts), len(prompts) * ((tokens * width + pooled) * number + ENTRY_BYTES))
     return found
 
 
-def text_tokens(args: argparse.Namespace) -> int:
-    """L: CLIP's tokens plus T5's."""
-    path = args.pretrained_model_name_or_path
-    clip = sd3.read_config(path, "tokenizer/tokenizer_config.json", args.revision)["model_max_length"]
-    return clip + (args.max_sequence_length or sd3.default_sequence_length(path, args.revision))
+def text_tokens(args: argparse.Namespace, family: ModuleType = sd3) -> int:
+    """L, of all text encoders."""
+    return family.text_tokens(args.pretrained_model_name_or_path, args.revision, getattr(args, "max_sequence_length", None))
 
 
 # --------------------------------------------------------------------------- what it costs
 
 
-def step_flops(transformer: nn.Module, resolution: int, tokens: int, *, checkpointing: int) -> int:
+def sample_flops(
+    family: ModuleType, denoiser: nn.Module, args: argparse.Namespace, tokens: int, preference: Preference | None
+) -> int:
+    """Of one sample in an optimizer step: a picture; or a pair, with the reference's forward passes (without one, its winner alone)."""
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
+    if preference is None or not preference.reference:
+        return step
+    return 2 * (step + _passes(denoiser, args.resolution, tokens, family)[0])
+
+
+def step_flops(denoiser: nn.Module, resolution: int, tokens: int, *, checkpointing: int, family: ModuleType = sd3) -> int:
     """Floating-point operations (a multiply-add is two) of one picture's forward and backward pass, counted on the meta device.
 
     Counted, because no fixed multiple of the forward pass is right: frozen weights need no gradient, so the backward pass of a linear
     layer costs one forward, but that of attention costs 2.5. A LoRA of SD3.5-medium comes to 2.13 forwards at 512 px and 2.37 at 1024.
 
     Args:
-        transformer: on the meta device, with the parameters trainable that are trained.
-        tokens: L, CLIP's tokens plus T5's.
+        denoiser: on the meta device, with the parameters trainable that are trained.
+        tokens: L, of all text encoders.
         checkpointing: every how many blocks one runs forward twice (the few layers outside of them counted as blocks are); 0: none.
     """
+    forward, both = _passes(denoiser, resolution, tokens, family)
+    blocks = speed.blocks(denoiser)
+    again = len(blocks[::checkpointing]) / len(blocks) if checkpointing else 0
+    return both + round(again * forward)
+
+
+def _passes(denoiser: nn.Module, resolution: int, tokens: int, family: ModuleType) -> tuple[int, int]:
+    """FLOPs of one picture's forward pass, and of forward and backward pass together."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config, side = transformer.config, resolution // sd3.VAE_SCALE
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        prediction = transformer(
-            hidden_states=torch.empty(1, config.in_channels, side, side), timestep=torch.empty(1),
-            encoder_hidden_states=torch.empty(1, tokens, config.joint_attention_dim),
-            pooled_projections=torch.empty(1, config.pooled_projection_dim), return_dict=False,
-        )[0]  # fmt: skip
+        prediction = denoiser(**family.example_inputs(denoiser.config, resolution // family.VAE_SCALE, tokens), return_dict=False)[0]
         forward = counter.get_total_flops()
         prediction.sum().backward()
-    transformer.zero_grad()
-    again = len(transformer.transformer_blocks[::checkpointing]) / len(transformer.transformer_blocks) if checkpointing else 0
-    return counter.get_total_flops() + round(again * forward)
+    denoiser.zero_grad()
+    return forward, counter.get_total_flops()
 
 
 # --------------------------------------------------------------------------- how it reads

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -80,6 +80,10 @@ class Run:
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()
+
+    def progress(self, items: Sequence[Any], text: str) -> Iterable[Any]:
+        """The items, with a bar on the main process that goes away at the end."""
+        return tqdm(items, desc=text, leave=False, disable=not self.is_main, mininterval=0.5)
 
     def gather(self, tensor: Tensor) -> Tensor:
         """(n, ...) on every process, n the same everywhere -> (world * n, ...) in the order of the ranks."""

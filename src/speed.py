@@ -6,6 +6,7 @@ A `model` is an SD3 transformer or an SD1.5 UNet of diffusers, bare or wrapped, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ def apply(model: nn.Module, args: argparse.Namespace) -> None:
         checkpoint_blocks(model, args.checkpoint_every)
     if args.compile:
         compile_blocks(model, mode=args.compile_mode)
+
+
+def as_written(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Inside, compiled blocks run uncompiled: validation's batches of other sizes would each be compiled, for a few passes."""
+    return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------- attention

@@ -8,14 +8,14 @@ import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from src import ema, images, inputs, metrics, runtime, seeds
+from src import ema, images, inputs, metrics, runtime, seeds, speed
 from src.data import buckets, samples
-from src.pipelines import sd3
 
 # Levels of the validation loss: the quartiles of (0, 1) and, for composition, a level near pure noise.
 SIGMAS = (0.25, 0.5, 0.75, 0.95)
@@ -28,22 +28,26 @@ LIGHT, DARK = "#9bb7d4", "#1f5fa8"  # curves: as measured, and smoothed
 class Validator:
     """Validates at step 0, every --validation_steps, and at the end.
 
-    A run that is continued makes the same pictures again; samples of later steps, which an earlier run left, are removed as they are
-    superseded, so that `samples` always tells one story.
-
     Args:
-        loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises.
+        model: the family's, of which the denoiser is used.
+        loss: `loss(transformer, x0, noise, sigma, condition) -> (b,)`, the function that training minimises; or
+        measure: `() -> {metric: value}` of the held-out samples, equal on all processes.
+        panels: title and metric of each curve in summary.png; None: those of a supervised run.
         average: its weights stand in for the raw ones while validating, if given.
     """
 
     def __init__(
-        self, run: runtime.Run, args: argparse.Namespace, data: inputs.Inputs, model: sd3.SD3, log: metrics.Log,
-        *, loss: Callable[..., Tensor], average: ema.Ema | None = None,
+        self, run: runtime.Run, args: argparse.Namespace, data: inputs.Inputs, model: Any, log: metrics.Log,
+        *, loss: Callable[..., Tensor] | None = None, measure: Callable[[], dict[str, float]] | None = None,
+        panels: dict[str, str] | None = None, average: ema.Ema | None = None,
     ):  # fmt: skip
-        self.run_, self.args, self.data, self.transformer = run, args, data, model.transformer
+        self.run_, self.args, self.data, self.denoiser = run, args, data, model.denoiser
         self.log, self.loss, self.average = log, loss, average
+        self.measure, self.panels = measure or self._losses, panels
         self.prompts = inputs.validation_prompts(args)
-        self.folder = Path(args.output_dir) / "samples"
+        seeds_of = [args.validation_seed + n for n in range(args.num_validation_images)]
+        names = [[f"{p:02d}-{seed}.png" for seed in seeds_of] for p in range(len(self.prompts))]
+        self.album = Album(run, Path(args.output_dir), self.prompts, names)
 
     def run_if_due(self, step: int) -> None:
         if step % self.args.validation_steps == 0 and step < self.args.max_train_steps:
@@ -51,25 +55,23 @@ class Validator:
 
     @torch.no_grad()
     def run(self, step: int) -> None:
-        """Validation loss and pictures at this step; the transformer's mode is restored, also after an error."""
-        training = self.transformer.training
-        self.transformer.eval()
-        # Compiled blocks run uncompiled meanwhile: batches of other sizes would each be compiled for a few passes.
-        as_written = torch.compiler.set_stance("force_eager") if self.args.compile else contextlib.nullcontext()
+        """Validation loss and pictures at this step; the denoiser's mode is restored, also after an error."""
+        training = self.denoiser.training
+        self.denoiser.eval()
         try:
-            with as_written, self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
+            with speed.as_written(self.args), self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
                 if len(self.data.held_out):
-                    self.log.record(step, **self._losses())
+                    self.log.record(step, **self.measure())
                 if self.prompts:
-                    self._save(step, self._render())
+                    self.album.save(step, self._render())
         finally:
-            self.transformer.train(training)
+            self.denoiser.train(training)
 
     def run_last(self, step: int) -> None:
         """The last validation, then `summary.png` from everything that was logged."""
         self.run(step)
         if self.run_.is_main:
-            summary(Path(self.args.output_dir), self.prompts)
+            summary(Path(self.args.output_dir), self.prompts, self.panels)
 
     def _losses(self) -> dict[str, float]:
         """Mean loss over the held-out pictures at each of SIGMAS, and over all; the processes share the pictures."""
@@ -83,7 +85,7 @@ class Validator:
             positions = range(i * len(SIGMAS), (i + 1) * len(SIGMAS))
             noise = seeds.normal(FIXED_SEED, 0, positions, "validation", x0.shape[1:], run.device)  # (S, 16, h, w)
             with run.accelerator.autocast():
-                loss = self.loss(self.transformer, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
+                loss = self.loss(self.denoiser, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)))
             if turn <= last:
                 total += loss
         means = (run.accelerator.reduce(total, "sum") / len(self.data.held_out)).tolist()  # (S,)
@@ -100,8 +102,8 @@ class Validator:
         for start in range(0, share, args.train_batch_size):  # no more at once than training holds
             part = mine[start : start + args.train_batch_size]
             with run.accelerator.autocast():
-                pictures = sd3.render(
-                    self.data.model, self.transformer, self.data.condition([prompt for prompt, _ in part]),
+                pictures = self.data.family.render(
+                    self.data.model, self.denoiser, self.data.condition([prompt for prompt, _ in part]),
                     negative=negative, seeds=[seed for _, seed in part], height=args.resolution, width=args.resolution,
                     num_inference_steps=args.validation_inference_steps, guidance_scale=args.validation_guidance_scale,
                 )  # fmt: skip
@@ -110,17 +112,30 @@ class Validator:
             rendered.append((pictures * 255).round().to(torch.uint8))  # a quarter of the memory, and of the traffic
         return run.gather(torch.cat(rendered))[: len(jobs)].cpu().float() / 255  # (jobs, 3, H, W)
 
-    def _save(self, step: int, rendered: Tensor) -> None:
-        """PNGs under samples/step-N, and a grid with the pictures from before training beside them."""
-        if not self.run_.is_main:
+
+class Album:
+    """The pictures of each validation: PNGs under samples/step-N, and a grid with those from before training beside them.
+
+    A run that is continued makes the same pictures again; samples of later steps, which an earlier run left, are removed as they are
+    superseded, so that `samples` always tells one story.
+
+    Args:
+        names: file names of each prompt's pictures, equally many for all.
+    """
+
+    def __init__(self, run: runtime.Run, output_dir: Path, prompts: list[str], names: list[list[str]]):
+        self.run, self.folder, self.prompts, self.names = run, output_dir / "samples", prompts, names
+
+    def save(self, step: int, rendered: Tensor) -> None:
+        """Writes pictures (n, 3, H, W) in [0, 1], prompt by prompt; the main process does."""
+        if not self.run.is_main:
             return
         for stale in self.folder.glob(STEPS):
             if _step_of(stale) >= step:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        folder, count = self.folder / f"step-{step:06d}", self.args.num_validation_images
+        folder, count = self.folder / f"step-{step:06d}", len(self.names[0])
         folder.mkdir(parents=True)
-        pictures = images.to_pil(rendered)
-        names = [f"{p:02d}-{self.args.validation_seed + n}.png" for p in range(len(self.prompts)) for n in range(count)]
+        pictures, names = images.to_pil(rendered), [name for row in self.names for name in row]
         for name, picture in zip(names, pictures, strict=True):
             picture.save(folder / name)
 
@@ -128,21 +143,25 @@ class Validator:
         earlier = [self.folder / "step-000000" / name for name in names]
         if step > 0 and all(path.exists() for path in earlier):  # a run that was resumed in another folder has none
             columns.insert(0, ("before", [images.open_rgb(path) for path in earlier]))
-        cells = [picture for p in range(len(self.prompts)) for _, part in columns for picture in part[p * count : (p + 1) * count]]
+        cells = [picture for p in range(len(self.names)) for _, part in columns for picture in part[p * count : (p + 1) * count]]
         above = [label for label, _ in columns for _ in range(count)]
         grid = images.grid(cells, columns=count * len(columns), row_labels=self.prompts, column_labels=above)
         grid.save(self.folder / f"step-{step:06d}.png")
-        self.run_.log_image("samples", grid, step)
+        self.run.log_image("samples", grid, step)
 
 
 # --------------------------------------------------------------------------- summary.png
 
 
-def summary(output_dir: Path, prompts: list[str]) -> Path:
-    """Draw `summary.png`: the curves of metrics.jsonl, and below them a film strip of the samples from first to last."""
+def summary(output_dir: Path, prompts: list[str], panels: dict[str, str] | None = None) -> Path:
+    """Draw `summary.png`: the curves of metrics.jsonl, and below them a film strip of the samples from first to last.
+
+    Args:
+        panels: title and metric of each curve; None: those of a supervised run.
+    """
     strip = _film_strip(output_dir / "samples", prompts)
     width = max(1100, strip.width if strip else 0)
-    curves = _curves(metrics.read(output_dir / "metrics.jsonl"), width)
+    curves = _curves(metrics.read(output_dir / "metrics.jsonl"), width, panels)
     sheet = Image.new("RGB", (width, curves.height + (strip.height if strip else 0)), "white")
     sheet.paste(curves, (0, 0))
     if strip:
@@ -181,30 +200,24 @@ def _film_strip(folder: Path, prompts: list[str]) -> Image.Image | None:
     return images.grid(cells, columns=len(steps), row_labels=prompts, column_labels=names)
 
 
-def _curves(lines: list[dict], width: int) -> Image.Image:
-    """Training loss, validation loss, and by how much the latter changed at each noise level; `width` pixels wide."""
+def _curves(lines: list[dict], width: int, panels: dict[str, str] | None) -> Image.Image:
+    """One curve for each of `panels`, or the losses of a supervised run; `width` pixels wide."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def points(name: str) -> list[tuple[int, float]]:
-        return [(line["step"], line[name]) for line in lines if line.get(name) is not None]  # null: it was not finite
-
-    validated = points("val_loss")
-    figure, axes = plt.subplots(1, 3 if validated else 1, figsize=(width / 100, 3.3), dpi=100, layout="constrained", squeeze=False)
+    supervised = panels is None
+    if panels is None:
+        panels = {"training loss": "loss"} | ({"validation loss, fixed noise": "val_loss"} if _points(lines, "val_loss") else {})
+    levels = supervised and len(panels) == 2
+    count = len(panels) + levels
+    figure, axes = plt.subplots(1, count, figsize=(width / 100, 3.3), dpi=100, layout="constrained", squeeze=False)
     axes = list(axes[0])
-    _curve(axes[0], points("loss"), "training loss")
-    if validated:
-        _curve(axes[1], validated, "validation loss, fixed noise")
-        shades = plt.get_cmap("viridis")
-        for number, sigma in enumerate(SIGMAS):
-            values = points(f"val_loss_sigma_{sigma}")
-            changes = [(step, 100 * (value / values[0][1] - 1)) for step, value in values if values[0][1]]
-            axes[2].plot(*zip(*changes, strict=True), color=shades(number / len(SIGMAS)), linewidth=1.6, marker=".", label=f"sigma {sigma}")
-        axes[2].axhline(0, color="#888888", linewidth=0.8)
-        axes[2].set_title("validation loss by level, change in %", fontsize=11)
-        axes[2].legend(fontsize=8, frameon=False)
+    for axis, (title, name) in zip(axes, panels.items(), strict=False):
+        _curve(axis, _points(lines, name), title)
+    if levels:
+        _changes(axes[2], lines, plt.get_cmap("viridis"))
     for axis in axes:
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.25)
@@ -215,6 +228,21 @@ def _curves(lines: list[dict], width: int) -> Image.Image:
     figure.savefig(memory, format="png")
     plt.close(figure)
     return images.open_rgb(memory.getvalue())
+
+
+def _points(lines: list[dict], name: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]  # null: it was not finite
+
+
+def _changes(axis, lines: list[dict], shades) -> None:
+    """By how much the validation loss changed at each noise level."""
+    for number, sigma in enumerate(SIGMAS):
+        values = _points(lines, f"val_loss_sigma_{sigma}")
+        changes = [(step, 100 * (value / values[0][1] - 1)) for step, value in values if values[0][1]]
+        axis.plot(*zip(*changes, strict=True), color=shades(number / len(SIGMAS)), linewidth=1.6, marker=".", label=f"sigma {sigma}")
+    axis.axhline(0, color="#888888", linewidth=0.8)
+    axis.set_title("validation loss by level, change in %", fontsize=11)
+    axis.legend(fontsize=8, frameon=False)
 
 
 def _curve(axis, points: list[tuple[int, float]], title: str) -> None:

@@ -68,3 +68,23 @@ def tiny_sd3_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-random-sd3"
     tiny_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd15_folder(tmp_path_factory) -> Path:
+    """Folder of a tiny random SD1.5 pipeline in fp32; read it, do not write into it."""
+    import unets
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-random-sd15"
+    unets.sd15_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory) -> Path:
+    """Folder of a tiny random SDXL pipeline in fp32; read it, do not write into it."""
+    import unets
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-random-sdxl"
+    unets.sdxl_pipeline().save_pretrained(folder)
+    return folder

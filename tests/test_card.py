@@ -164,7 +164,7 @@ def test_the_upload_holds_the_result_and_not_the_checkpoints(folder, hub, capsys
     text = written(folder, push_to_hub=True, hub_model_id="me/heart")
     assert stub.created == ("me/heart", True)
     repository, paths, message = stub.uploaded
-    assert (repository, message) == ("me/heart", "LoRA, 10 steps")
+    assert (repository, message) == ("me/heart", "LoRA: 11 pictures of `datas/photos`, 10 optimizer steps")
     assert paths == ["README.md", "args.json", "metrics.jsonl", "pytorch_lora_weights.safetensors", "samples/step-000000.png",
                      "samples/step-000000/00-0.png", "samples/step-000010.png", "samples/step-000010/00-0.png", "summary.png"]  # fmt: skip
     assert "load_lora_weights('me/heart')" in text

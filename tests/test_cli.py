@@ -27,13 +27,18 @@ def source_of(thing) -> ast.AST:
 
 
 def reads(tree: ast.AST) -> set[str]:
-    """X of every `args.X`, `run.args.X`, `self.args.X` in a piece of code."""
+    """X of every `args.X`, `run.args.X`, `self.args.X` in a piece of code; "?X" where it is read only if the script has it, by
+    `getattr(args, "X", default)`, or stands in for a value that was not given, as in `total or args.X`."""
     found = set()
+    choices = [node for node in ast.walk(tree) if isinstance(node, (ast.IfExp, ast.BoolOp))]
+    chosen = {id(inner) for node in choices for inner in ast.walk(node)}
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node.args[0]) == "args":
+            found |= {f"?{key.value}" for key in node.args[1:2] if isinstance(key, ast.Constant)}
         if isinstance(node, ast.Attribute):
             owner = node.value
             if (isinstance(owner, ast.Name) and owner.id == "args") or (isinstance(owner, ast.Attribute) and owner.attr == "args"):
-                found.add(node.attr)
+                found.add(f"?{node.attr}" if id(node) in chosen else node.attr)
     return found
 
 
@@ -58,7 +63,9 @@ def reached(tree: ast.AST, names: dict, seen: set) -> set[str]:
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call) and hands_on(node)):
         target = resolve(call.func, names)
         module = getattr(target, "__module__", "") or ""
-        if target is None or id(target) in seen or not module.startswith("src.") or module in ("src.cli", "src.plan"):
+        if target is None or id(target) in seen or not module.startswith("src."):
+            continue
+        if module in ("src.cli", "src.plan") and target.__name__ != "scorer_options":  # which hands them on to the scorers
             continue
         if target.__name__.startswith("check"):
             continue
@@ -73,12 +80,13 @@ def reached(tree: ast.AST, names: dict, seen: set) -> set[str]:
 
 
 def flags_of_script(name: str) -> tuple[set[str], set[str]]:
-    """Declared and read flags."""
+    """Declared and read flags; what is read only where a script has it counts for those that do."""
     module = importlib.import_module(name)
     declared = {action.dest for action in module.build_parser()._actions} - {"help", "config"}  # cli.parse itself reads --config
     tree = ast.parse(inspect.getsource(module))
     tree.body = [node for node in tree.body if getattr(node, "name", "") != "check"]
-    return declared, reached(tree, vars(module), set())
+    found = reached(tree, vars(module), set())
+    return declared, {name for name in found if not name.startswith("?")} | {name for name in declared if f"?{name}" in found}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

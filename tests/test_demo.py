@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import demo
-from src import lora
+from src import gallery, images, lora
 from src.pipelines import sd3, stock
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def refusal(capsys, *argv):
 
 def test_names_are_safe_whatever_the_prompt_holds():
     prompts = ["../../etc/passwd", "a/b\\c:d*?\"<>|", "🙂", "", "日本語", "line\nbreak\ttab", "x" * 300, "con.", "-rf ~", "$(reboot)"]
-    names = [demo.file_name(demo.Job(i, prompt, 7)) for i, prompt in enumerate(prompts)]
+    names = [gallery.file_name(i, prompt, 7) for i, prompt in enumerate(prompts)]
     assert names[0] == "000-etc-passwd-seed7.png" and names[2] == "002-picture-seed7.png" and names[5] == "005-line-break-tab-seed7.png"
     assert len(set(names)) == len(prompts)
     for name in names:
@@ -131,12 +131,39 @@ def test_the_same_command_gives_the_same_bytes(draw):
 
 
 def test_the_grid_of_a_long_list_is_cut_and_every_picture_is_kept(draw, monkeypatch):
-    monkeypatch.setattr(demo, "GRID_PROMPTS", 1)
-    monkeypatch.setattr(demo, "GRID_SEEDS", 2)
+    monkeypatch.setattr(gallery, "PROMPTS", 1)
+    monkeypatch.setattr(gallery, "SEEDS", 2)
     out = draw("--prompt", "a", "--prompt", "b", "--num_images", 3, steps=1)
     assert len(pictures(out)) == 6
     wide = Image.open(out / "grid.png").width
     assert 2 * 128 < wide < 4 * 128  # label and two cells of 128
+
+
+# ---------------------------------------------------------------------------------------------- scores
+
+
+def test_scores_stand_in_names_files_grid_and_output(draw, lora_folder, capsys):
+    """--compare with two scorers that need no weights: each picture carries what its own pixels score."""
+    from src.scorers import jpeg
+
+    prompt = ("--prompt", "a red circle on a blue background", "--num_images", 2)
+    out = draw(*prompt, "--scorer", "shapes=2,jpeg_compressibility", "--lora_weights_path", lora_folder, "--compare", steps=1)
+    printed = capsys.readouterr().out
+    sizes = {"base": [], "tuned": []}
+    for name, picture in pictures(out).items():
+        scores = json.loads(picture.text["scores"])
+        assert scores["jpeg_compressibility"] == pytest.approx(-jpeg.kilobytes(images.from_pil(picture)[None]).item())
+        assert scores["total"] == pytest.approx(2 * scores["shapes"] + scores["jpeg_compressibility"] / 100)
+        assert name.endswith(f"-shapes{scores['shapes']:.3g}-jpeg_compressibility{scores['jpeg_compressibility']:.3g}.png")
+        sizes["base" if "-base-" in name else "tuned"].append(scores["jpeg_compressibility"])
+    assert [len(values) for values in sizes.values()] == [2, 2] and sizes["base"] != sizes["tuned"]
+    for column, values in sizes.items():
+        assert f"{column}: mean jpeg_compressibility {sum(values) / 2:.4f} over 2 picture(s)" in printed
+    plain = draw(*prompt, name="plain", steps=1)
+    assert Image.open(out / "grid.png").height > Image.open(plain / "grid.png").height  # room for the scores
+    assert all("scores" not in picture.text for picture in pictures(plain).values())
+    draw(*prompt, "--scorer", "shapes", name="one", steps=1)
+    assert "base: mean shapes" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------- LoRA
@@ -265,7 +292,7 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
 @pytest.mark.parametrize(("argv", "line"), [
     (["--compare"], "--compare needs --lora_weights_path"),
     (["--lora_scale", "0.5"], "--lora_scale 0.5 has no effect without --lora_weights_path"),
-    (["--negative_prompt", "x", "--guidance_scale", "1"], "--negative_prompt has no effect at --guidance_scale 1"),
+    (["--negative_prompt", "x", "--guidance_scale", "1"], "--negative_prompt x has no effect without --guidance_scale above 1"),
     (["--skip_layer_guidance", "2.8", "--guidance_scale", "1"], "--skip_layer_guidance has no effect at --guidance_scale 1"),
     (["--skip_layer_guidance", "2.8"], "--skip_layers 7,8,9: the blocks of"),
     (["--skip_layer_guidance", "2.8", "--num_inference_steps", "5"], "use --num_inference_steps 6 or more"),
@@ -282,6 +309,9 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
     (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     (["--promt", "x"], "unknown flag --promt; did you mean --prompt?"),
     (["--output_dir", "README.md"], "--output_dir README.md"),
+    (["--scorer", "shaeps"], "--scorer shaeps: unknown scorer 'shaeps'; did you mean shapes"),
+    (["--scorer", "ocr", "--prompt", "a sign"], "ocr cannot judge prompt 0 'a sign'"),
+    (["--scorer_batch_size", "2"], "--scorer_batch_size 2 has no effect without --scorer"),
     (["--pretrained_model_name_or_path", "nowhere"], "--pretrained_model_name_or_path nowhere: no such folder"),
     (["--pretrained_model_name_or_path", "src"], "--pretrained_model_name_or_path src: no model_index.json"),
 ])  # fmt: skip

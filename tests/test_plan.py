@@ -109,7 +109,7 @@ def test_memory_counts_what_stays(arguments, monkeypatch):
     def planned(**changes):
         args = argparse.Namespace(**(vars(arguments(use_ema=True, rank=2)) | changes))
         step = plan.step_memory(args, torch.nn.Identity(), weights, trained=100_000_000, tokens=32)
-        return step.resident / 1e9, step.peak / 1e9, plan._memory(args, weights, step), plan._residence(args, "text_encoder_3")
+        return step.resident / 1e9, step.peak / 1e9, plan._memory(args, weights, 0, step), plan._residence(args, "text_encoder_3")
 
     assert plan.per_trained_parameter(arguments(use_ema=True, rank=2)) == 20
     resident, peak, text, residence = planned()
@@ -124,7 +124,7 @@ def test_memory_counts_what_stays(arguments, monkeypatch):
 def test_bytes_of_a_quantised_base_are_those_of_the_loaded_one(world, kind):
     pytest.importorskip("bitsandbytes")
     held = sd3.load(world.model, dtype=torch.bfloat16, parts=("transformer",), quantized=kind).transformer
-    weights = plan.weight_bytes(sd3.parameter_counts(world.model), sd3.transformer_from_config(world.model), 2, kind)
+    weights = plan.weight_bytes(sd3.parameter_counts(world.model), sd3.transformer_from_config(world.model), 2, quantized=kind)
     assert weights["transformer"] == sum(tensor.nbytes for tensor in (*held.parameters(), *held.buffers()))
 
 

@@ -15,10 +15,21 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "models", "datas", "outputs", "benchmarks")
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md"))])
 SHELL = sorted([*ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh")])
-PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("benchmarks/*.py"), *ROOT.glob("src/tiny/*.py")])
+PROGRAMS = sorted([*ROOT.glob("train_*.py"), ROOT / "demo.py", *ROOT.glob("benchmarks/*.py"), *ROOT.glob("src/tiny/*.py"),
+                   *ROOT.glob("src/*/__main__.py")])  # fmt: skip
 SOURCES = [*PAGES, *SHELL, *PROGRAMS]
 # Who parses the arguments of a wrapper.
-WRAPPED = {"demo.sh": "demo.py", **{f"scripts/{path.stem}.sh": path.name for path in ROOT.glob("train_*.py")}}
+NAMED_OTHERWISE = {  # wrappers
+    "train_grpo_sd3": "train_aesthetic_rlhf_grpo_lora_sd3", "train_ddpo_sd3": "train_aesthetic_ddpo_sd3",
+    "train_dpo_sd15": "train_dpo_sd_v1_5", "train_refl_sd15": "train_refl_v1_5",
+}  # fmt: skip
+
+
+def wrapper_of(script):
+    return f"scripts/{NAMED_OTHERWISE.get(script.stem, script.stem)}.sh"
+
+
+WRAPPED = {"demo.sh": "demo.py", **{wrapper_of(path): path.name for path in ROOT.glob("train_*.py")}}
 OWN_ARGUMENTS = {"scripts/test.sh", "scripts/download.sh", "scripts/quickstart.sh"}  # parse none, or hand them to pytest
 
 
@@ -51,7 +62,8 @@ def program(words):
     if words[:1] == ["bash"] and len(words) > 1 and words[1].endswith(".sh"):
         return words[1], words[2:]
     if words[:2] in (["python", "-m"], ["python3", "-m"]) and words[2:] and words[2].startswith("src."):
-        return words[2].replace(".", "/") + ".py", words[3:]
+        module = words[2].replace(".", "/")
+        return f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py", words[3:]
     if words[:1] in (["python"], ["python3"]) and len(words) > 1 and words[1].endswith(".py"):
         return words[1], words[2:]
     return None
@@ -109,7 +121,8 @@ def test_every_command_exists_and_knows_its_flags(where, file, words, known):
     assert (ROOT / file).is_file(), f"{where} runs {file}, which does not exist"
     if file in OWN_ARGUMENTS:
         return
-    unknown = {word.split("=")[0] for word in words if word.startswith("--")} - known(file)
+    own = words[: words.index("--")] if "--" in words else words  # what follows is for another program
+    unknown = {word.split("=")[0] for word in own if word.startswith("--")} - known(file)
     assert not unknown, f"{where}: {file} does not know {sorted(unknown)}"
 
 
@@ -117,7 +130,7 @@ def test_no_flag_in_prose_is_invented(known):
     """`--flag` in backticks on a page belongs to one of our programs, or to a named tool."""
     files = [name_of(path) for path in PROGRAMS if "def build_parser" in path.read_text()]
     ours = set().union(*(known(file) for file in files))
-    theirs = {"--num_processes", "--multi_gpu", "--entries", "--lib", "--tests", "--strict-markers"}  # accelerate, pytest
+    theirs = {"--num_processes", "--multi_gpu", "--machine_rank", "--entries", "--lib", "--tests", "--strict-markers"}  # accelerate, pytest
     for path in PAGES:
         for flag in re.findall(r"`(--[a-z][\w-]*)[^`]*`", path.read_text(encoding="utf-8")):
             assert flag in ours | theirs, f"{name_of(path)} mentions {flag}, which no program has"
@@ -141,7 +154,7 @@ def test_every_script_in_the_readme_table_exists_and_every_trainer_is_there():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=name_of)
 def test_every_trainer_has_a_wrapper_that_knows_a_tiny_run(path):
-    wrapper = ROOT / "scripts" / f"{path.stem}.sh"
+    wrapper = ROOT / wrapper_of(path)
     assert wrapper.is_file() and "TINY" in wrapper.read_text()
 
 

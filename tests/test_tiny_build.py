@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.tiny import build, shapes, tokenizers
+from src.tiny import autoencoder, build, build_sd3, denoiser, shapes, tokenizers
 
 SHIPPED = Path(__file__).parent.parent / "models" / "tiny-sd3"
 needs_shipped = pytest.mark.skipif(not (SHIPPED / "model_index.json").exists(), reason="models/tiny-sd3 is not built")
@@ -56,7 +56,8 @@ def weights(folder):
 def training_data(pipe):
     """Random latents of variance 1 with one caption."""
     means = torch.randn(8, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    return build.TrainingData(means, torch.zeros_like(means), build.tokenize(pipe, ["a red circle"] * 8), build.tokenize(pipe, [""]))
+    text, empty = build_sd3.tokenize(pipe, ["a red circle"] * 8), build_sd3.tokenize(pipe, [""])
+    return denoiser.TrainingData(means, torch.zeros_like(means), text, empty, build_sd3.times)
 
 
 # ---------------------------------------------------------------------------------------------- the build
@@ -76,7 +77,7 @@ def test_the_weights_are_fp16_safetensors(built):
 
 def test_latents_are_scaled_to_mean_0_and_std_1(pipe):
     """The measured figures must be in the config, where encoding and decoding read them."""
-    means, stds = build.encode_latents(pipe.vae, shapes.drawings(8, seed=0))
+    means, stds = autoencoder.encode_latents(pipe.vae, shapes.drawings(8, seed=0))
     latents = (means - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     variance = latents.var() + (stds * pipe.vae.config.scaling_factor).square().mean()
     assert latents.mean().item() == pytest.approx(0, abs=0.02)
@@ -98,15 +99,15 @@ def test_the_same_seed_builds_the_same_weights(built, tmp_path):
 
 def test_prompts_are_encoded_as_the_stock_pipeline_does(pipe):
     prompts = ["a red circle on a blue background", ""]
-    states, pooled = build.encode_text(pipe, build.tokenize(pipe, prompts))
+    states, pooled = build_sd3.encode_text(pipe, build_sd3.tokenize(pipe, prompts))
     expected = pipe.encode_prompt(prompts, prompts, prompts, do_classifier_free_guidance=False, max_sequence_length=16)
     assert states.shape == (2, 32, 128) and pooled.shape == (2, 128)
     assert torch.allclose(states, expected[0], atol=1e-5) and torch.allclose(pooled, expected[2], atol=1e-5)
 
 
 def test_the_loss_reaches_transformer_and_all_text_encoders(pipe):
-    build.flow_loss(pipe, training_data(pipe).batch(2, torch.Generator().manual_seed(0))).backward()
-    for module in build.learners(pipe):
+    build_sd3.loss(pipe, training_data(pipe).batch(2, torch.Generator().manual_seed(0))).backward()
+    for module in build_sd3.learners(pipe):
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         assert sum(gradient.abs().sum() for gradient in gradients) > 0
         module.zero_grad()
@@ -114,42 +115,42 @@ def test_the_loss_reaches_transformer_and_all_text_encoders(pipe):
 
 def test_the_pooled_embedding_is_taken_at_the_first_end_token(pipe):
     """What follows the first end token is padding: other padding must not change the pooled embedding."""
-    text = build.tokenize(pipe, ["a red circle"])
-    end = (text.clip_g[0] == pipe.tokenizer_2.eos_token_id).nonzero()[0].item()
-    other = text.clip_g.clone()
+    _, clip_g, _ = build_sd3.tokenize(pipe, ["a red circle"])
+    end = (clip_g[0] == pipe.tokenizer_2.eos_token_id).nonzero()[0].item()
+    other = clip_g.clone()
     other[0, end + 1 :] = 5
-    pooled = [pipe.text_encoder_2(ids).text_embeds for ids in (text.clip_g, other)]
+    pooled = [pipe.text_encoder_2(ids).text_embeds for ids in (clip_g, other)]
     assert torch.equal(*pooled)
 
 
 def test_a_batch_is_noise_times_and_captions_of_which_a_tenth_are_empty(pipe):
     """Logit-normal times have median 0.5, which a shift of 3 moves to 3 * 0.5 / (1 + 2 * 0.5) = 0.75."""
     batch = training_data(pipe).batch(2000, torch.Generator().manual_seed(0))
-    assert batch.latents.shape == batch.noise.shape == (2000, 16, 8, 8) and batch.text.t5.shape == (2000, 16)
-    assert batch.sigma.min() > 0 and batch.sigma.max() < 1
-    assert batch.sigma.median().item() == pytest.approx(0.75, abs=0.02)
-    empty = (batch.text.t5[:, 0] == pipe.tokenizer_3.eos_token_id).float().mean().item()
+    assert batch.latents.shape == batch.noise.shape == (2000, 16, 8, 8) and batch.text[2].shape == (2000, 16)
+    assert batch.time.min() > 0 and batch.time.max() < 1
+    assert batch.time.median().item() == pytest.approx(0.75, abs=0.02)
+    empty = (batch.text[2][:, 0] == pipe.tokenizer_3.eos_token_id).float().mean().item()
     assert empty == pytest.approx(0.1, abs=0.02)
 
 
 def test_two_processes_share_a_batch_without_overlap(pipe):
     batch = training_data(pipe).batch(6, torch.Generator().manual_seed(0))
     parts = [batch.part(rank, 2) for rank in (0, 1)]
-    assert torch.equal(torch.stack([part.sigma for part in parts], 1).flatten(), batch.sigma)
-    assert torch.equal(parts[1].text.clip_l, batch.text.clip_l[1::2])
-    mean = torch.stack([build.flow_loss(pipe, part) for part in parts]).mean()
-    assert torch.allclose(mean, build.flow_loss(pipe, batch), rtol=1e-4)
+    assert torch.equal(torch.stack([part.time for part in parts], 1).flatten(), batch.time)
+    assert torch.equal(parts[1].text[0], batch.text[0][1::2])
+    mean = torch.stack([build_sd3.loss(pipe, part) for part in parts]).mean()
+    assert torch.allclose(mean, build_sd3.loss(pipe, batch), rtol=1e-4)
 
 
 def test_training_lowers_the_flow_loss(tmp_path, offline):
     """On two fixed batches of random latents: a loss of about 2 (noise and latents of variance 1) falls by a tenth in 20 steps."""
     pytest.importorskip("open_clip")
-    pipe = build.make_sd3(0, layers=2, heads=2, vae_channels=(4, 4, 8, 8))
+    pipe = build_sd3.make_sd3(0, layers=2, heads=2, vae_channels=(4, 4, 8, 8))
     data = training_data(pipe)
-    optimizer = torch.optim.AdamW([parameter for module in build.learners(pipe) for parameter in module.parameters()], lr=2e-3)
+    optimizer = torch.optim.AdamW([parameter for module in build_sd3.learners(pipe) for parameter in module.parameters()], lr=2e-3)
     losses = []
     for step in range(20):
-        loss = build.flow_loss(pipe, data.batch(8, torch.Generator().manual_seed(step % 2)))
+        loss = build_sd3.loss(pipe, data.batch(8, torch.Generator().manual_seed(step % 2)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -158,10 +159,12 @@ def test_training_lowers_the_flow_loss(tmp_path, offline):
 
 
 def test_random_blots_are_pictures_in_many_colours():
-    pictures = build.vae_pictures(8, seed=0)
+    pictures = autoencoder.vae_pictures(8, seed=0, blots=4)
     assert pictures.shape == (8, 3, 64, 64) and pictures.dtype == torch.uint8
-    assert torch.equal(pictures, build.vae_pictures(8, seed=0))
+    assert torch.equal(pictures, autoencoder.vae_pictures(8, seed=0, blots=4))
     assert len(pictures[3].flatten(1).unique(dim=1).T) >= 2
+    drawings = autoencoder.vae_pictures(8, seed=0, blots=0)  # pictures 3 and 7, every fourth, are blots above and drawings here
+    assert [torch.equal(*both) for both in zip(pictures, drawings, strict=True)] == [True, True, True, False] * 2
 
 
 def test_evaluate_prints_the_figures(built, capsys):
@@ -232,7 +235,7 @@ def test_shipped_tokenizers_load_offline_and_hold_every_held_out_caption(offline
 def test_drawings_survive_the_shipped_autoencoder(offline):
     from diffusers import AutoencoderKL
 
-    ceiling = build.vae_ceiling(AutoencoderKL.from_pretrained(SHIPPED / "vae", local_files_only=True), n=32)
+    ceiling = autoencoder.vae_ceiling(AutoencoderKL.from_pretrained(SHIPPED / "vae", local_files_only=True), n=32)
     assert min(ceiling.values()) >= 0.95
 
 
@@ -243,6 +246,6 @@ def test_the_shipped_model_follows_most_held_out_prompts_and_not_all(offline):
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(SHIPPED, local_files_only=True)
-    guided = build.evaluate(pipe, 64, guidance_scale=2.0)["correct"]
+    guided = denoiser.evaluate(build_sd3, pipe, 64, guidance_scale=2.0)["correct"]
     assert 0.55 <= guided <= 0.95
-    assert build.evaluate(pipe, 64, guidance_scale=1.0)["correct"] < guided
+    assert denoiser.evaluate(build_sd3, pipe, 64, guidance_scale=1.0)["correct"] < guided

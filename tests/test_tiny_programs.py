@@ -26,9 +26,9 @@ def make(folder, *argv):
 
 
 def test_the_shipped_data_set_is_what_its_command_makes(tmp_path):
-    """The page gives 160 new and 96 known drawings; here the captions of all, and the first pictures of each kind."""
+    """The page gives 160 new and 320 known drawings; here the captions of all, and the first pictures of each kind."""
     lines = [json.loads(line) for line in (ROOT / "datas/shapes-new/metadata.jsonl").read_text().splitlines()]
-    drawings = shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(96, 1)
+    drawings = shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(320, 1)
     assert [line["text"] for line in lines] == [drawing.caption for drawing in drawings]
     for number in (0, 1, 160, 161):
         shipped = Image.open(ROOT / "datas/shapes-new" / lines[number]["file_name"])
@@ -43,7 +43,7 @@ def test_a_written_folder_is_read_by_the_trainers_loader(tmp_path):
 
 
 def test_held_out_triples_are_not_written():
-    for drawing in shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(96, 1):
+    for drawing in shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(320, 1):
         assert not shapes.is_held_out(drawing.shape, drawing.color, drawing.background)
 
 

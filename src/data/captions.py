@@ -110,12 +110,12 @@ def open_captioned(
     """
     check_source(dataset_name, image_column=image_column, caption_column=caption_column)
     source = open_source(dataset_name, image_column=image_column, caption_column=caption_column, cache_dir=cache_dir, revision=revision)
-    memo = _Memo(cache_dir / "scans" / f"{_key(os.path.abspath(dataset_name).encode())}.json")
+    memo = Memo.of(dataset_name, cache_dir)
     rows: list[int] = []
     records: list[Record] = []
     skipped: list[str] = []
     try:
-        for row, found in _scan(source, memo, progress):
+        for row, found in scan(source, memo, progress):
             if isinstance(found, Record):
                 rows.append(row)
                 records.append(found)
@@ -148,7 +148,7 @@ def _report(dataset_name: str, usable: int, skipped: list[str], ignored: int) ->
 # --------------------------------------------------------------------------- the scan
 
 
-def _scan(source: Source, memo: _Memo, progress: bool) -> Iterator[tuple[int, Record | str]]:
+def scan(source: Source, memo: Memo, progress: bool) -> Iterator[tuple[int, Record | str]]:
     """(row, record or what is wrong with it) in order; a thread pool works at most a block ahead."""
     from tqdm import tqdm
 
@@ -161,11 +161,11 @@ def _scan(source: Source, memo: _Memo, progress: bool) -> Iterator[tuple[int, Re
                 yield row, found
 
 
-def _inspect(source: Source, number: int, memo: _Memo) -> Record | str:
+def _inspect(source: Source, number: int, memo: Memo) -> Record | str:
     from src.images import measure
 
     row: Row = source.rows[number]
-    prompt = _text(row.caption)
+    prompt = caption_text(row.caption)
     if prompt is None:
         return f"{row.name}: {row.problem or 'no caption'}"
     try:
@@ -187,14 +187,14 @@ def _key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _text(caption: Any) -> str | None:
+def caption_text(caption: Any) -> str | None:
     """The caption without white space around it, of a list the first text in it; None if there is none."""
     if isinstance(caption, (list, tuple)):
-        return next((text for text in map(_text, caption) if text), None)
+        return next((text for text in map(caption_text, caption) if text), None)
     return caption.strip() or None if isinstance(caption, str) else None
 
 
-class _Memo:
+class Memo:
     """Sizes of pictures that were decoded before, by content. Only an accelerator: unreadable, it starts empty."""
 
     def __init__(self, file: Path):
@@ -204,6 +204,11 @@ class _Memo:
             self._before = {key: (int(w), int(h)) for key, (w, h) in json.loads(file.read_text()).items()}
         except (FileNotFoundError, ValueError, TypeError, AttributeError):
             self._before = {}
+
+    @classmethod
+    def of(cls, dataset_name: str, cache_dir: Path) -> Memo:
+        """That of a data set, wherever it is opened from."""
+        return cls(cache_dir / "scans" / f"{_key(os.path.abspath(dataset_name).encode())}.json")
 
     def size(self, key: str) -> tuple[int, int] | None:
         return self._before.get(key) or self._now.get(key)

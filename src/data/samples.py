@@ -28,9 +28,9 @@ class Batch:
     positions: list[int]  # in the global batch
     prompts: list[str]  # after caption dropout
     size: tuple[int, int]  # (H, W) px
-    pixels: Tensor | None  # (b, 3, H, W) float32 in [-1, 1]
-    latent_mean: Tensor | None  # (b, 16, h, w) of the VAE's posterior, unscaled
-    latent_std: Tensor | None  # (b, 16, h, w)
+    pixels: Tensor | None  # (b, 3, H, W) float32 in [-1, 1]; of pairs (b, 2, 3, H, W), the winner first
+    latent_mean: Tensor | None  # (b, C, h, w) of the VAE's posterior, unscaled; of pairs (b, 2, C, h, w)
+    latent_std: Tensor | None  # as latent_mean
     embeds: Tensor | None  # (b, L, D)
     pooled: Tensor | None  # (b, P)
 
@@ -94,20 +94,31 @@ class Samples(Dataset):
         return seeds.uniform(self.seed, key.step, [key.position], stream).item()
 
     def __getitem__(self, key: Key) -> dict:
-        record, size = self.images.records[key.index], self.sizes[key.index]
-        prompt = "" if self.caption_dropout and self._draw(key, "caption") < self.caption_dropout else record.prompt
-        flip = self.flip and self._draw(key, "flip") < 0.5
+        size = self.sizes[key.index]
+        dropped = self.caption_dropout and self._draw(key, "caption") < self.caption_dropout
+        prompt = "" if dropped else self.images.records[key.index].prompt
+        flip = bool(self.flip and self._draw(key, "flip") < 0.5)
+        crop = (self._draw(key, "crop_y"), self._draw(key, "crop_x")) if self.random_crop else (0.5, 0.5)
         sample = {"index": key.index, "position": key.position, "prompt": prompt, "size": size}
-        if self.latents is None:
-            crop = (self._draw(key, "crop_y"), self._draw(key, "crop_x")) if self.random_crop else (0.5, 0.5)
-            sample["pixels"] = fit(self.images.image(key.index), size, crop=crop, flip=flip)  # (3, H, W)
-        else:
-            entry = self.latents.read(latent_key(record, size, flip))
-            sample |= {"latent_mean": entry["mean"], "latent_std": entry["std"]}  # (16, h, w)
+        sample |= self._picture(key.index, size, crop, flip)
         if self.text is not None:
             entry = self.text.read(prompt)
             sample |= {"embeds": entry["embeds"], "pooled": entry["pooled"]}  # (L, D), (P,)
         return sample
+
+    def _picture(self, index: int, size: tuple[int, int], crop: tuple[float, float], flip: bool) -> dict[str, Tensor]:
+        """Pixels (3, H, W), or latent mean and std (C, h, w) with a cache."""
+        return look(self.images, index, size, crop, flip, self.latents)
+
+
+def look(
+    images: CaptionedImages, index: int, size: tuple[int, int], crop: tuple[float, float], flip: bool, latents: TensorCache | None
+) -> dict[str, Tensor]:
+    """One picture as a sample holds it: pixels (3, H, W) in [-1, 1], or latent mean and std (C, h, w) from the cache."""
+    if latents is None:
+        return {"pixels": fit(images.image(index), size, crop=crop, flip=flip)}
+    entry = latents.read(latent_key(images.records[index], size, flip))
+    return {"latent_mean": entry["mean"], "latent_std": entry["std"]}
 
 
 def collate(samples: list[dict]) -> Batch:

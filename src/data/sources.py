@@ -115,7 +115,7 @@ class Folder:
         return self.rows[row].where.read_bytes()
 
 
-def _metadata_lines(file: Path) -> Iterator[dict]:
+def metadata_lines(file: Path) -> Iterator[dict]:
     """The rows of metadata.jsonl or metadata.csv.
 
     Raises:
@@ -141,7 +141,7 @@ def _metadata_lines(file: Path) -> Iterator[dict]:
         raise ValueError(f"--dataset_name: {file} cannot be read as CSV ({error})") from error
 
 
-def _columns(entries: list[dict]) -> list[str]:
+def columns_of(entries: list[dict]) -> list[str]:
     return list(dict.fromkeys(str(key) for entry in entries for key in entry if key is not None))
 
 
@@ -158,8 +158,8 @@ def _check_columns(file: Path, columns: list[str], image_column: str, caption_co
 
 
 def _open_metadata(at: Located, image_column: str, caption_column: str) -> Folder:
-    entries = list(_metadata_lines(at.files[0]))
-    columns = _columns(entries)
+    entries = list(metadata_lines(at.files[0]))
+    columns = columns_of(entries)
     name_column = _check_columns(at.files[0], columns, image_column, caption_column)
     rows = [
         Row(str(entry.get(name_column)), at.path / str(entry.get(name_column) or "(no file name)"), entry.get(caption_column))
@@ -316,29 +316,39 @@ def _check_table(name: str, schema: Any, image_column: str, caption_column: str)
     return found[0]
 
 
-def _open_table(at: Located, dataset_name: str, image_column: str, caption_column: str, cache_dir: Path, revision: str | None) -> Table:
+def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | None) -> Any:
+    """The `datasets.Dataset` of local parquet files, or of the Hub's "train" split, read by index.
+
+    Raises:
+        ValueError: naming --dataset_name, if it cannot be read.
+    """
     import datasets
 
     where = str(cache_dir / "datasets")
     try:
         if at.kind == "parquet":
-            table = datasets.load_dataset("parquet", data_files=[str(file) for file in at.files], split="train", cache_dir=where)
-        else:
-            table = datasets.load_dataset(dataset_name, split="train", cache_dir=where, revision=revision)
+            return datasets.load_dataset("parquet", data_files=[str(file) for file in at.files], split="train", cache_dir=where)
+        return datasets.load_dataset(dataset_name, split="train", cache_dir=where, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
         if at.kind == "parquet":
             raise ValueError(f"--dataset_name {dataset_name} cannot be read as parquet: {error}") from error
         raise ValueError(
-            f"--dataset_name {dataset_name} is no local path, and cannot be had from the Hugging Face Hub either ({_first_line(error)}); "
+            f"--dataset_name {dataset_name} is no local path, and cannot be had from the Hugging Face Hub either ({first_line(error)}); "
             "check the spelling, the connection and, for a gated data set, the login (hf auth login)"
         ) from error
+
+
+def _open_table(at: Located, dataset_name: str, image_column: str, caption_column: str, cache_dir: Path, revision: str | None) -> Table:
+    import datasets
+
+    table = load_table(at, dataset_name, cache_dir, revision)
     column = _check_table(dataset_name, table.features.arrow_schema, image_column, caption_column)
     captions = list(table.select_columns([caption_column])[caption_column])
     pictures = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], table.column_names, pictures, column)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -369,8 +379,8 @@ def check_source(dataset_name: str, *, image_column: str = "image", caption_colu
     """
     at = locate(dataset_name)
     if at.kind == "metadata":
-        entries = list(itertools.islice(_metadata_lines(at.files[0]), 2000))
-        name_column = _check_columns(at.files[0], _columns(entries), image_column, caption_column)
+        entries = list(itertools.islice(metadata_lines(at.files[0]), 2000))
+        name_column = _check_columns(at.files[0], columns_of(entries), image_column, caption_column)
         if not any((at.path / str(entry.get(name_column))).is_file() for entry in entries):
             raise ValueError(
                 f"--dataset_name: of the first {len(entries)} pictures that {at.files[0]} names, none exists; "
@@ -391,7 +401,7 @@ def check_source(dataset_name: str, *, image_column: str = "image", caption_colu
         try:
             files = [pyarrow.parquet.ParquetFile(file) for file in at.files[:1]]
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"--dataset_name: {at.files[0]} cannot be read as parquet: {_first_line(error)}") from error
+            raise ValueError(f"--dataset_name: {at.files[0]} cannot be read as parquet: {first_line(error)}") from error
         _check_table(str(at.files[0]), files[0].schema_arrow, image_column, caption_column)
         if len(at.files) == 1 and files[0].metadata.num_rows == 0:
             raise ValueError(f"--dataset_name: {at.files[0]} has no rows")

@@ -4,11 +4,8 @@ Shapes: b batch, h w latent side (pixels / 8), H W pixels, L text tokens (CLIP's
 `pixels` lie in [-1, 1], `images` in [0, 1]. diffusers and transformers are imported inside the functions that need them.
 """
 
-import gc
 import json
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,44 +16,17 @@ from torch import Tensor, nn
 from src import flow, quantize
 from src.lora import unwrap
 from src.pipelines import geometry
+from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
+from src.pipelines.common import sample_posterior as sample_posterior  # every family offers it under its own name
+from src.pipelines.common import unload_text_encoders as unload_text_encoders
 
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
 PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 transformer)
 MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
 PARTS = ("transformer", "vae", "text")
+DENOISER = "transformer"  # the denoiser's name in a pipeline
 
 SD35_MEDIUM = geometry.MODELS["sd3.5-medium"]["transformer"]
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the transformer sees of the prompts: embeds (b, L, D), CLIP's tokens then T5's, and pooled (b, P), CLIP only."""
-
-    embeds: Tensor
-    pooled: Tensor
-
-    def __len__(self) -> int:
-        return self.embeds.shape[0]
-
-    def __getitem__(self, index: slice | Tensor | list[int]) -> "Conditioning":
-        """Some of the prompts, as a batch: a slice, a mask or a list of numbers (not one number, which would drop the batch axis)."""
-        return Conditioning(self.embeds[index], self.pooled[index])
-
-    def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
-        """Like `Tensor.to`: device, dtype, non_blocking."""
-        return Conditioning(self.embeds.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
-
-    def expand(self, batch: int) -> "Conditioning":
-        """One prompt repeated to (batch, ...) without copying; a condition that already has that many is returned as it is."""
-        return Conditioning(self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1))
-
-    def chunk(self, size: int) -> list["Conditioning"]:
-        """Pieces of at most `size` prompts, in order."""
-        return [self[start : start + size] for start in range(0, len(self), size)]
-
-    @staticmethod
-    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        return Conditioning(torch.cat([p.embeds for p in parts]), torch.cat([p.pooled for p in parts]))
 
 
 @dataclass
@@ -72,6 +42,11 @@ class SD3:
     transformer_config: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def denoiser(self) -> nn.Module | None:
+        """The transformer, by the name that all model families share."""
+        return self.transformer
+
+    @property
     def shift(self) -> float:
         """The timestep shift of the model's own schedule (3.0 in SD3.5)."""
         return float(self.scheduler.config.shift)
@@ -85,13 +60,6 @@ class SD3:
 # --------------------------------------------------------------------------- checking and loading
 
 
-def _is_hub_id(path: str) -> bool:
-    """owner/name, unless `owner` is a folder here or one of ours: then it is a local path that is missing."""
-    owner = path.split("/")[0]
-    local = Path(path).exists() or owner in ("models", "outputs", "datas") or Path(owner).is_dir()
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not local
-
-
 def check_folder(path: str | Path) -> None:
     """Refuse a base model that cannot be loaded, reading only small files; a Hub id passes.
 
@@ -100,7 +68,7 @@ def check_folder(path: str | Path) -> None:
     """
     flag = f"--pretrained_model_name_or_path {path}"
     folder = Path(path).expanduser()
-    if _is_hub_id(str(path)):
+    if is_hub_id(str(path)):
         return
     if not folder.exists():
         raise ValueError(
@@ -116,7 +84,7 @@ def check_folder(path: str | Path) -> None:
         raise ValueError(f"{flag}: model_index.json is damaged ({error}); download the model again") from error
     if not name.startswith("StableDiffusion3"):
         raise ValueError(f"{flag}: holds a {name or 'nameless model'}, this program takes a StableDiffusion3Pipeline (SD3 or SD3.5)")
-    named = {part for part, kind in index.items() if isinstance(kind, list) and _has(index, part)}
+    named = {part for part, kind in index.items() if isinstance(kind, list) and has_part(index, part)}
     missing = [part for part in sorted(named | {"transformer", "vae", "scheduler"}) if not (folder / part).is_dir()]
     if missing:
         raise ValueError(
@@ -131,7 +99,7 @@ def check_resolution(path: str | Path, *sides: int) -> None:
     Raises:
         ValueError: naming --resolution and the largest side that the model can take.
     """
-    if _is_hub_id(str(path)):
+    if is_hub_id(str(path)):
         return
     limit = read_config(path, "transformer/config.json")["pos_embed_max_size"] * PATCH * VAE_SCALE
     if max(sides) > limit:
@@ -140,21 +108,7 @@ def check_resolution(path: str | Path, *sides: int) -> None:
 
 def block_count(path: str | Path) -> int | None:
     """Transformer blocks of a local model folder; None for a Hub id, which nothing is downloaded of."""
-    return None if _is_hub_id(str(path)) else read_config(path, "transformer/config.json")["num_layers"]
-
-
-def read_config(path: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
-    """A small JSON file of the model, from the local folder or from the Hub (where only that file is downloaded)."""
-    if _is_hub_id(str(path)):
-        from huggingface_hub import hf_hub_download
-
-        return json.loads(Path(hf_hub_download(str(path), name, revision=revision)).read_text())
-    return json.loads((Path(path).expanduser() / name).read_text())
-
-
-def _has(index: dict[str, Any], component: str) -> bool:
-    """Whether model_index.json names the component; [null, null] stands for one that was left out, as T5 often is."""
-    return index.get(component, [None, None])[1] is not None
+    return None if is_hub_id(str(path)) else read_config(path, "transformer/config.json")["num_layers"]
 
 
 def load(
@@ -175,12 +129,12 @@ def load(
 
     check_folder(path)
     assert set(parts) <= set(PARTS), f"parts must be among {PARTS}, got {tuple(parts)}"
-    source = str(path) if _is_hub_id(str(path)) else str(Path(path).expanduser())
+    source = str(path) if is_hub_id(str(path)) else str(Path(path).expanduser())
     encoders, tokenizers = ("text_encoder", "text_encoder_2", "text_encoder_3"), ("tokenizer", "tokenizer_2", "tokenizer_3")
     absent = dict.fromkeys(("image_encoder", "feature_extractor"))  # IP-adapters, which nothing here uses
     absent |= {part: None for part in ("transformer", "vae") if part not in parts}
     index = read_config(source, "model_index.json", revision)
-    absent |= {name: None for name in encoders + tokenizers if "text" not in parts or not _has(index, name)}
+    absent |= {name: None for name in encoders + tokenizers if "text" not in parts or not has_part(index, name)}
     pipe = StableDiffusion3Pipeline.from_pretrained(source, revision=revision, variant=variant, dtype=dtype, **absent)
     if quantized and pipe.transformer is not None:
         quantize.linear_layers(pipe.transformer, quantized, device)
@@ -215,14 +169,6 @@ def reload_clips(model: SD3, *, revision: str | None = None, variant: str | None
     return clips
 
 
-def unload_text_encoders(model: SD3) -> None:
-    """Drop the text encoders (9.5 GB of T5 in bf16) once every prompt is encoded."""
-    model.text_encoders.clear()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 # --------------------------------------------------------------------------- text
 
 
@@ -233,17 +179,12 @@ def default_sequence_length(source: Any, revision: str | None = None) -> int:
         source: a local folder, a Hub id, or the tokenizer itself. A model without T5 gets 256, the stock pipeline's zeros.
     """
     if isinstance(source, str | Path):
-        if not _has(read_config(source, "model_index.json", revision), "tokenizer_3"):
+        if not has_part(read_config(source, "model_index.json", revision), "tokenizer_3"):
             return MAX_SEQUENCE_LENGTH
         length = read_config(source, "tokenizer_3/tokenizer_config.json", revision).get("model_max_length", MAX_SEQUENCE_LENGTH)
     else:
         length = MAX_SEQUENCE_LENGTH if source is None else source.model_max_length
     return int(min(MAX_SEQUENCE_LENGTH, length))
-
-
-def _token_ids(tokenizer: Any, prompts: list[str], length: int, device: torch.device) -> Tensor:
-    """(b, length) token numbers, padded; what does not fit is cut off without a word (the stock pipeline warns at every batch)."""
-    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
 
 
 def encode_prompts(model: SD3, prompts: Sequence[str], max_sequence_length: int | None = None) -> Conditioning:
@@ -262,13 +203,13 @@ def encode_prompts(model: SD3, prompts: Sequence[str], max_sequence_length: int 
     hidden, pooled = [], []
     for encoder, tokenizer in zip(model.text_encoders[:2], model.tokenizers[:2], strict=True):
         # Both CLIPs are cut at the first tokenizer's length, as in the stock pipeline.
-        out = encoder(_token_ids(tokenizer, prompts, model.tokenizers[0].model_max_length, device), output_hidden_states=True)
+        out = encoder(token_ids(tokenizer, prompts, model.tokenizers[0].model_max_length, device), output_hidden_states=True)
         hidden.append(out.hidden_states[-2].to(dtype))
         pooled.append(out[0])
     if t5 is None:
         t5_hidden = torch.zeros(len(prompts), length, model.transformer_config["joint_attention_dim"], device=device, dtype=dtype)
     else:
-        t5_hidden = t5(_token_ids(model.tokenizers[2], prompts, length, device))[0].to(t5.dtype)  # (b, length, D)
+        t5_hidden = t5(token_ids(model.tokenizers[2], prompts, length, device))[0].to(t5.dtype)  # (b, length, D)
     clip = torch.cat(hidden, dim=-1)  # (b, 77, 768 + 1280)
     clip = nn.functional.pad(clip, (0, t5_hidden.shape[-1] - clip.shape[-1]))  # (b, 77, D)
     return Conditioning(torch.cat([clip, t5_hidden], dim=-2), torch.cat(pooled, dim=-1))
@@ -285,11 +226,6 @@ def encode_images(model: SD3, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """
     posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
     return posterior.mean, posterior.std
-
-
-def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-    """mean + std * noise in fp32; all (b, 16, h, w)."""
-    return mean.float() + std.float() * noise.float()
 
 
 def scale_latents(model: SD3, latents: Tensor) -> Tensor:
@@ -343,15 +279,6 @@ def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> f
     return model.shift if shift == "model" else float(shift)
 
 
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside (no LoRA dropout), the former mode after, also after an exception."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
 
 
 def _check_skip_layers(skip_layers: Sequence[int], layers: int, guidance_scale: float, steps: int, start: float, stop: float) -> None:
@@ -402,7 +329,7 @@ def render(
     pipe.set_progress_bar_config(disable=True)
     device, dtype = _device_and_dtype(bare)
     images = []
-    with _evaluating(transformer):
+    with evaluating(transformer):
         for start in range(0, len(condition), batch_size):
             rows = slice(start, start + batch_size)
             part = condition[rows].to(device, dtype)
@@ -430,6 +357,9 @@ def transformer_from_config(source: str | Path | dict[str, Any], revision: str |
         return SD3Transformer2DModel.from_config(config)
 
 
+denoiser_from_config = transformer_from_config  # by the name that all model families share
+
+
 def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str, int]:
     """Parameters of each part that the model has, by its name in model_index.json; reads configs only, never weights."""
     from diffusers import AutoencoderKL
@@ -447,9 +377,27 @@ def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str,
     with torch.device("meta"):
         parts["vae"] = AutoencoderKL.from_config(read_config(path, "vae/config.json", revision))
         for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-            if _has(index, name):
+            if has_part(index, name):
                 parts[name] = text_encoder(name)
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+
+
+def text_tokens(path: str | Path, revision: str | None = None, max_sequence_length: int | None = None) -> int:
+    """L of a model: CLIP's tokens plus T5's, which are `max_sequence_length` or, if None, the model's own."""
+    clip = read_config(path, "tokenizer/tokenizer_config.json", revision)["model_max_length"]
+    return clip + (max_sequence_length or default_sequence_length(path, revision))
+
+
+def text_width(config: dict[str, Any]) -> tuple[int, int]:
+    """(D, P) from the transformer's config: width of a text token, and of the pooled embedding."""
+    return config["joint_attention_dim"], config["pooled_projection_dim"]
+
+
+def example_inputs(config: dict[str, Any], side: int, tokens: int) -> dict[str, Tensor]:
+    """Empty inputs of one picture of latents (side, side) with L = `tokens`, on the default device: for counting FLOPs."""
+    width, pooled = text_width(config)
+    return dict(hidden_states=torch.empty(1, config["in_channels"], side, side), timestep=torch.empty(1),
+                encoder_hidden_states=torch.empty(1, tokens, width), pooled_projections=torch.empty(1, pooled))  # fmt: skip
 
 
 def forward_flops(transformer: nn.Module, height: int, width: int, text_tokens: int) -> int:

@@ -1,6 +1,6 @@
 """Write captioned drawings as a data set folder: PNGs and metadata.jsonl. The shipped datas/shapes-new was made by
 
-    python -m src.tiny.dataset --output datas/shapes-new --new 160 --known 96
+    python -m src.tiny.dataset --output datas/shapes-new --new 160 --known 320
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
     g.add_argument("--new_shape", choices=shapes.NEW_SHAPES, default="heart", help="the shape that the base model does not know")
     g.add_argument("--new", type=cli.non_negative_int, default=160, help="drawings of the new shape")
-    g.add_argument("--known", type=cli.non_negative_int, default=96, help="drawings of the known shapes, so that they are not forgotten")
+    g.add_argument("--known", type=cli.non_negative_int, default=320, help="drawings of the known shapes, so that they are not forgotten")
     g.add_argument("--resolution", type=cli.multiple_of_16, default=64, help="side of the pictures in pixels")
     g.add_argument("--seed", type=cli.non_negative_int, default=1, help="names the series of drawings; the base model saw seed 0")
     return parser

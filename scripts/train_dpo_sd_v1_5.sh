@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Diffusion-DPO: align SD1.5 with human preferences. SDXL is told from its folder.
+#
+#   needs     one GPU, models/stable-diffusion-v1-5 (bash scripts/download.sh stable-diffusion-v1-5) and pairs: pickapic_v2 (322 GB) is
+#             downloaded unless --dataset_name names others
+#   24 GB     add --optimizer adamw8bit --gradient_checkpointing, or --use_lora
+#   override  any argument:  bash scripts/train_dpo_sd_v1_5.sh --dataset_name datas/mine --chosen_column good --rejected_column bad
+#   paper     2048 pairs a step: batch 4 x accumulation 512 on one GPU; --learning_rate 1e-8 --scale_lr gives 2.05e-5 there
+#   try it    TINY=1 bash scripts/train_dpo_sd_v1_5.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
+#   plan it   bash scripts/train_dpo_sd_v1_5.sh --dry_run
+set -euo pipefail
+source "$(dirname "$0")/launch.sh"
+
+if [ "${TINY:-}" = 1 ]; then
+  launch train_dpo_sd15.py \
+    --pretrained_model_name_or_path models/tiny-sd15 --dataset_name datas/pairs --resolution 64 --no_hflip --mixed_precision no \
+    --beta_dpo 1000 --learning_rate 2e-4 --lr_scheduler constant_with_warmup --lr_warmup_steps 20 --caption_dropout 0.1 \
+    --train_batch_size 32 --dataloader_num_workers 0 --max_train_steps 300 --checkpointing_steps 150 --validation_steps 100 \
+    --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
+    --validation_prompt "a red star on a blue background" --validation_prompt "a green circle on a white background" \
+    --output_dir outputs/tiny_dpo_sd15 "$@"
+else
+  launch train_dpo_sd15.py \
+    --pretrained_model_name_or_path models/stable-diffusion-v1-5 --dataset_name yuvalkirstain/pickapic_v2 --resolution 512 \
+    --mixed_precision bf16 --beta_dpo 5000 --learning_rate 1e-8 --scale_lr --lr_scheduler constant_with_warmup --lr_warmup_steps 500 \
+    --train_batch_size 4 --gradient_accumulation_steps 512 --max_train_steps 2000 --checkpointing_steps 250 --checkpoints_total_limit 2 \
+    --validation_steps 250 --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/dpo_sd15 "$@"
+fi

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# All weights of SD1.5's UNet against a reward, by the reward's own gradient: ReFL.
+#
+#   needs     one GPU, models/stable-diffusion-v1-5 and the weights of the scorers (scripts/download.sh)
+#   override  any argument:  bash scripts/train_refl_v1_5.sh --scorer pickscore --prompts datas/my-prompts.txt --use_lora
+#   prompts   ImageReward's list works as it is: --prompts refl_data.json
+#   hold back --pretrain_dataset_name datas/photos adds the denoising loss of captioned pictures
+#   relatives --method draft --draft_k 1, --method draft_lv
+#   try it    TINY=1 bash scripts/train_refl_v1_5.sh      the tiny model against a tiny CLIP, on a CPU, in minutes
+#   plan it   bash scripts/train_refl_v1_5.sh --dry_run
+set -euo pipefail
+source "$(dirname "$0")/launch.sh"
+
+if [ "${TINY:-}" = 1 ]; then
+  launch train_refl_sd15.py \
+    --pretrained_model_name_or_path models/tiny-sd15 --resolution 64 --mixed_precision no --prompts shapes --scorer tiny_clip \
+    --num_inference_steps 20 --guidance_scale 2 --train_batch_size 16 --decode_batch_size 16 --grad_scale 1 --learning_rate 1e-4 \
+    --max_train_steps 200 --checkpointing_steps 100 --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 64 \
+    --eval_num_inference_steps 20 --eval_guidance_scale 2 --eval_steps 50 --eval_scorers shapes_strict --use_ema --ema_decay 0.98 \
+    --output_dir outputs/tiny_refl_sd15 "$@"
+else
+  launch train_refl_sd15.py \
+    --pretrained_model_name_or_path models/stable-diffusion-v1-5 --prompts activities --scorer image_reward --gradient_checkpointing \
+    --train_batch_size 4 --gradient_accumulation_steps 16 --max_train_steps 100 --learning_rate 1e-5 --use_ema --checkpointing_steps 25 \
+    --eval_steps 25 --eval_scorers clip --checkpoints_total_limit 2 --output_dir outputs/refl_sd15 "$@"
+fi

@@ -1,0 +1,334 @@
+"""Prompts that pictures are drawn for in training on a reward, and which of them an epoch draws, K pictures each.
+
+A source of prompts is named by one text: a list of ours (`BUILT_IN`), a text file with one prompt a line, JSON lines or a JSON list such as
+ImageReward's (every field besides the prompt is metadata for the scorers), or the text column of a data set. Which prompt a sample gets is
+a function of (seed, epoch, position in the epoch) alone: it does not depend on the number of processes, and a resumed run needs no stored
+state.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src import seeds
+
+COLUMNS = ("prompt", "text", "caption")  # where the prompts are looked for, in this order, if no column is named
+
+_ANIMALS = (
+    "ant", "badger", "bat", "bear", "bee", "beetle", "bison", "butterfly", "camel", "cat", "cheetah", "chicken", "cow", "crab", "crow",
+    "deer", "dog", "dolphin", "donkey", "duck", "eagle", "elephant", "falcon", "fish", "flamingo", "fox", "frog", "giraffe", "goat",
+    "goose", "hamster", "hedgehog", "horse", "kangaroo", "koala", "leopard", "lion", "lizard", "llama", "monkey", "mouse", "octopus",
+    "otter", "owl", "panda", "parrot", "peacock", "penguin", "pig", "rabbit", "raccoon", "rhino", "seal", "shark", "sheep", "snail",
+    "snake", "spider", "squirrel", "swan", "tiger", "turtle", "whale", "wolf", "zebra",
+)  # fmt: skip
+_ACTORS = ("bear", "cat", "dog", "duck", "elephant", "fox", "frog", "hedgehog", "horse", "monkey", "owl", "penguin", "rabbit", "tiger")
+_ACTIVITIES = (
+    "baking bread", "brushing its teeth", "flying a kite", "painting a fence", "playing the violin", "reading a newspaper",
+    "repairing a clock", "riding a bicycle", "watering a garden",
+)  # fmt: skip
+_SHAPES = 512  # captions of drawings in `shapes`: more only make the text cache larger
+_SHAPES_HELD_OUT = 256  # what models/README.md measures on
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and what a scorer may want to know besides (the other fields of its JSON line)."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------- our own lists
+
+
+def simple_animals() -> list[str]:
+    """65 animals, one word each, after an article."""
+    return [f"{_article(animal)} {animal}" for animal in _ANIMALS]
+
+
+def activities() -> list[str]:
+    """14 animals in 9 activities that no photograph shows: 126 prompts whose pictures have to be composed."""
+    return [f"{_article(actor)} {actor} {activity}" for actor, activity in itertools.product(_ACTORS, _ACTIVITIES)]
+
+
+def shapes() -> list[str]:
+    """512 different captions of drawings that models/tiny-sd3 was trained on; none names a held-out triple."""
+    from src.tiny import shapes as world
+
+    captions: dict[str, None] = {}
+    for index in itertools.count():
+        captions[world.drawing(index, seed=0).caption] = None
+        if len(captions) == _SHAPES:
+            return list(captions)
+
+
+def shapes_held_out() -> list[str]:
+    """256 captions of triples that no training set holds."""
+    from src.tiny import shapes as world
+
+    return world.held_out_prompts(_SHAPES_HELD_OUT)
+
+
+BUILT_IN: dict[str, Callable[[], list[str]]] = {
+    "simple_animals": simple_animals, "activities": activities, "shapes": shapes, "shapes_held_out": shapes_held_out,
+}  # fmt: skip
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
+
+
+# --------------------------------------------------------------------------- reading
+
+
+def is_local(source: str, *, flag: str = "--prompts") -> bool:
+    """Whether the source can be read without a download; False for a Hub id.
+
+    Raises:
+        ValueError: naming `flag` and what it may be, for what is no source.
+    """
+    return _kind(source, flag) != "hub"
+
+
+def read(source: str, *, column: str | None = None, cache_dir: Path, revision: str | None = None, flag: str = "--prompts") -> list[Prompt]:
+    """All prompts of a source, in its order; a prompt that stands there twice is drawn twice as often.
+
+    Args:
+        column: field of the prompt in JSON, CSV, parquet or a data set; None: the first of `COLUMNS` that exists.
+        cache_dir: where a data set of the Hub is downloaded to.
+        revision: of a data set of the Hub.
+
+    Raises:
+        ValueError: naming `flag`: unknown name, missing file, a line that cannot be read, no such column, or no prompt at all.
+    """
+    kind, where = _kind(source, flag), f"{flag} {source}"
+    if kind == "built-in":
+        return [Prompt(text) for text in BUILT_IN[source]()]
+    if kind == "lines":
+        found = [Prompt(line.strip()) for line in _text(Path(source), where).splitlines() if line.strip()]
+    elif kind == "rows":
+        file = Path(source).expanduser()
+        file = next(file / name for name in _METADATA if (file / name).is_file()) if file.is_dir() else file
+        rows = {".csv": _csv_rows, ".json": _json_list}.get(file.suffix.lower(), _json_rows)(file, where)
+        found = _from_rows(rows, column, where)
+    else:
+        found = _from_table(source, kind, column, cache_dir, revision, where)
+    if not found:
+        raise ValueError(f"{where} holds no prompt; one per line, or one per row")
+    return found
+
+
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_ALLOWED = f"one of {', '.join(BUILT_IN)}, a .txt, .json, .jsonl, .csv or .parquet file, a data set folder, or a Hub id (owner/name)"
+
+
+def _kind(source: str, flag: str) -> str:
+    """built-in, lines, rows, parquet or hub; raises ValueError for what is none of them."""
+    path = Path(source).expanduser()
+    if source in BUILT_IN:
+        return "built-in"
+    if path.is_file():
+        kind = {".txt": "lines", ".json": "rows", ".jsonl": "rows", ".csv": "rows", ".parquet": "parquet"}.get(path.suffix.lower())
+        if kind:
+            return kind
+    elif path.is_dir():
+        if any((path / name).is_file() for name in _METADATA):
+            return "rows"
+        if any(path.glob("*.parquet")):
+            return "parquet"
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.suffix and not Path(source.split("/")[0]).is_dir():
+        return "hub"
+    else:
+        near = difflib.get_close_matches(source, BUILT_IN, n=1)
+        raise ValueError(f"{flag} {source}: no such file; " + (f"did you mean {near[0]}?" if near else f"give {_ALLOWED}"))
+    raise ValueError(f"{flag} {source}: cannot be read as prompts; give {_ALLOWED}")
+
+
+def _text(file: Path, where: str) -> str:
+    try:
+        return file.expanduser().read_text(encoding="utf-8-sig")  # -sig: Windows editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+
+
+def _json_rows(file: Path, where: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_text(file, where).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: line {number} is not JSON ({error.msg}); one object a line") from error
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: line {number} must be an object like {{"prompt": "a fox"}}')
+        rows.append(row)
+    return rows
+
+
+def _json_list(file: Path, where: str) -> list[dict[str, Any]]:
+    """Rows of one JSON list of objects, or of texts."""
+    try:
+        rows = json.loads(_text(file, where))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: line {error.lineno} is not JSON ({error.msg}); one list of objects or of texts") from error
+    if not isinstance(rows, list):
+        raise ValueError(f'{where}: must hold one list such as [{{"prompt": "a fox"}}], got a {type(rows).__name__}')
+    rows = [{COLUMNS[0]: row} if isinstance(row, str) else row for row in rows]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f'{where}: entry {number} must be a text or an object like {{"prompt": "a fox"}}, got {row!r}')
+    return rows
+
+
+def _csv_rows(file: Path, where: str) -> list[dict[str, Any]]:
+    return list(csv.DictReader(_text(file, where).splitlines()))
+
+
+def _column(names: Sequence[str], column: str | None, where: str) -> str:
+    """The column of the prompts: the one asked for, else the first of COLUMNS that is there."""
+    found = next((name for name in ((column,) if column else COLUMNS) if name in names), None)
+    if found is None:
+        raise ValueError(f"{where} has no column {column or ' or '.join(COLUMNS)}; it has {', '.join(names)}: give one as --prompt_column")
+    return found
+
+
+def _from_rows(rows: list[dict[str, Any]], column: str | None, where: str) -> list[Prompt]:
+    if not rows:
+        return []
+    name = _column(list(dict.fromkeys(key for row in rows for key in row)), column, where)
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            raise ValueError(f"{where}: row {number} has no text in {name!r}, but {row.get(name)!r}")
+    return [Prompt(row[name].strip(), {key: value for key, value in row.items() if key != name}) for row in rows]
+
+
+def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, revision: str | None, where: str) -> list[Prompt]:
+    """The prompts of a parquet file or folder, or of a data set of the Hub: that one column, its pictures are not read."""
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        path = Path(source).expanduser()
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        try:
+            name = _column(parquet.read_schema(files[0]).names, column, where)
+            values = [value for file in files for value in parquet.ParquetFile(file).read(columns=[name])[name].to_pylist()]
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{where} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+    else:
+        import datasets
+
+        try:
+            table = datasets.load_dataset(source, split="train", cache_dir=str(cache_dir / "datasets"), revision=revision)
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
+            raise ValueError(
+                f"{where} is no local path, and cannot be had from the Hugging Face Hub either ({str(error).strip().splitlines()[0]}); "
+                f"give {_ALLOWED}"
+            ) from error
+        name = _column(table.column_names, column, where)
+        values = list(table.select_columns([name])[name])
+    return _from_rows([{name: value} for value in values], name, where)
+
+
+# --------------------------------------------------------------------------- which prompts an epoch draws
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b samples that one process draws and trains on together."""
+
+    positions: list[int]  # in the epoch, over all processes: the key of every random number of a sample
+    prompts: list[Prompt]
+    groups: list[int]  # equal numbers are pictures of one prompt; never the same in two epochs
+
+    @property
+    def texts(self) -> list[str]:
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def metadata(self) -> list[dict[str, Any]]:
+        return [prompt.metadata for prompt in self.prompts]
+
+
+class GroupSampler:
+    """K pictures of each of some prompts in every epoch, dealt out so that the result does not depend on the number of processes.
+
+    An epoch has N = batch_size x processes x batches_per_epoch positions; group g holds positions g K ... g K + K - 1. Batch m of rank r
+    has the positions m x world x batch_size + r x batch_size + 0, 1, ...: those that one process with a world times larger batch would
+    have. The prompts pass by in a new order each time, and an epoch takes up where the one before stopped.
+
+    Args:
+        prompts: to choose from. group_size: K.
+        batch_size: samples per process and batch; batches_per_epoch: of each process.
+
+    Raises:
+        ValueError: an epoch does not hold a whole number of groups.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], *, group_size: int, batch_size: int, batches_per_epoch: int, seed: int, rank: int = 0,
+        world: int = 1,
+    ):  # fmt: skip
+        check_group_size(group_size, batch_size * batches_per_epoch * world)
+        self.prompts, self.group_size, self.batch_size, self.batches_per_epoch = list(prompts), group_size, batch_size, batches_per_epoch
+        self.seed, self.rank, self.world = seed, rank, world
+        self.samples_per_epoch = batch_size * world * batches_per_epoch  # N
+        self.groups_per_epoch = self.samples_per_epoch // group_size
+
+    def batches(self, epoch: int) -> list[Batch]:
+        """This process's batches of an epoch, counted from 0."""
+        chosen, found = self._chosen(epoch), []
+        for number in range(self.batches_per_epoch):
+            start = (number * self.world + self.rank) * self.batch_size
+            positions = list(range(start, start + self.batch_size))
+            groups = [position // self.group_size for position in positions]
+            numbers = [epoch * self.groups_per_epoch + group for group in groups]
+            found.append(Batch(positions, [self.prompts[chosen[group]] for group in groups], numbers))
+        return found
+
+    def texts(self, epoch: int) -> list[str]:
+        """The prompt of each position of an epoch, over all processes."""
+        return [self.prompts[index].text for index in self._chosen(epoch) for _ in range(self.group_size)]
+
+    def updates(self, epoch: int, count: int) -> list[list[int]]:
+        """Which batches, by number, each of `count` optimizer steps trains on: each batch once, the same numbers on every process."""
+        order = torch.randperm(self.batches_per_epoch, generator=seeds.generator(self.seed, "updates", epoch)).tolist()
+        size = self.batches_per_epoch // count
+        return [order[start : start + size] for start in range(0, count * size, size)]
+
+    def _chosen(self, epoch: int) -> list[int]:
+        """Index of the prompt of each group: a window of the endless series of shuffled passes."""
+        count, first = len(self.prompts), epoch * self.groups_per_epoch
+        passes = range(first // count, (first + self.groups_per_epoch - 1) // count + 1)
+        series = [index for number in passes for index in self._shuffled(number)]
+        start = first - passes[0] * count
+        return series[start : start + self.groups_per_epoch]
+
+    def _shuffled(self, number: int) -> list[int]:
+        return torch.randperm(len(self.prompts), generator=seeds.generator(self.seed, "prompts", number)).tolist()
+
+
+def check_group_size(group_size: int, samples_per_epoch: int) -> None:
+    """Refuse groups that would be cut at the end of an epoch.
+
+    Raises:
+        ValueError: naming --group_size, with a number that works.
+    """
+    if samples_per_epoch % group_size:
+        fitting = [size for size in range(2, samples_per_epoch + 1) if samples_per_epoch % size == 0]
+        nearest = min(fitting, key=lambda size: (abs(size - group_size), size))
+        raise ValueError(
+            f"--group_size {group_size} does not divide the {samples_per_epoch} samples of an epoch (--sample_batch_size x "
+            f"--sample_num_batches_per_epoch x processes); try {nearest}"
+        )

@@ -1,0 +1,66 @@
+"""What the demo leaves on disk: pictures that say how they were made and what they scored, and a sheet of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from src import images
+
+PROMPTS, SEEDS, CELL = 24, 8, 512  # the sheet shows no more prompts, pictures of each, and pixels a side
+
+
+def file_name(index: int, prompt: str, seed: int, suffix: str = "") -> str:
+    """`003-a-red-star-seed7.png`: safe on every file system whatever the prompt holds."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
+    return f"{index:03d}-{words or 'picture'}-seed{seed}{suffix}.png"
+
+
+def score_suffix(scores: Mapping[str, float]) -> str:
+    """`-aesthetic5.43-clip0.281` for the parts of a mixture; nothing for no scores."""
+    return "".join(f"-{name}{value:.3g}" for name, value in scores.items() if name != "total")
+
+
+def parameters(prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
+    """Prompt and settings in the three lines that other programs read."""
+    numbers = {"Steps": settings["num_inference_steps"], "CFG scale": f"{settings['guidance_scale']:g}", "Seed": seed,
+               "Size": f"{settings['width']}x{settings['height']}",
+               "Model": Path(settings["pretrained_model_name_or_path"]).name}  # fmt: skip
+    last = ", ".join(f"{name}: {value}" for name, value in numbers.items())
+    return f"{prompt}\nNegative prompt: {settings['negative_prompt']}\n{last}"
+
+
+def save(picture: Image.Image, path: Path, prompt: str, seed: int, settings: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+    """PNG with `prompt`, `seed`, `settings` (JSON), so that it can be made again, `scores` (JSON), and `parameters` for other programs."""
+    texts = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings), "parameters": parameters(prompt, seed, settings)}
+    if scores:
+        texts["scores"] = json.dumps({name: value if math.isfinite(value) else None for name, value in scores.items()})
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_itxt(key, text)
+    picture.save(path, pnginfo=info)
+
+
+def sheet(
+    cells: Mapping[tuple[str, int], tuple[Image.Image, Mapping[str, float]]], prompts: Sequence[str], columns: Sequence[str], count: int
+) -> Image.Image:
+    """One row per prompt, `count` pictures of each column, and below each what it scored.
+
+    Args:
+        cells: (column, number of the picture) -> picture and scores; picture n of prompt p has number p * count + n.
+    """
+    shown, seeds = prompts[:PROMPTS], min(count, SEEDS)
+    ordered = [cells[column, row * count + n] for row in range(len(shown)) for column in columns for n in range(seeds)]
+    names = [column for column in columns for _ in range(seeds)] if len(columns) > 1 else None
+    labels = [" ".join(f"{name} {value:.3g}" for name, value in scores.items() if name != "total") for _, scores in ordered]
+    return images.grid(
+        [picture for picture, _ in ordered], columns=seeds * len(columns), row_labels=shown, column_labels=names,
+        labels=labels if any(labels) else None,
+    )  # fmt: skip

@@ -1,0 +1,100 @@
+"""What the model families share: the text conditioning, small files of a model folder or Hub repository, and a few steps."""
+
+import gc
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser sees of the prompts: embeds (b, L, D), one row per token, and pooled (b, P), CLIP only; P is 0 in SD1.x and 2.x."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return self.embeds.shape[0]
+
+    def __getitem__(self, index: slice | Tensor | list[int]) -> "Conditioning":
+        """Some of the prompts, as a batch: a slice, a mask or a list of numbers (not one number, which would drop the batch axis)."""
+        return Conditioning(self.embeds[index], self.pooled[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> "Conditioning":
+        """Like `Tensor.to`: device, dtype, non_blocking."""
+        return Conditioning(self.embeds.to(*args, **kwargs), self.pooled.to(*args, **kwargs))
+
+    def expand(self, batch: int) -> "Conditioning":
+        """One prompt repeated to (batch, ...) without copying; a condition that already has that many is returned as it is."""
+        return Conditioning(self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1))
+
+    def chunk(self, size: int) -> list["Conditioning"]:
+        """Pieces of at most `size` prompts, in order."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        return Conditioning(torch.cat([p.embeds for p in parts]), torch.cat([p.pooled for p in parts]))
+
+
+# --------------------------------------------------------------------------- files
+
+
+def is_hub_id(path: str) -> bool:
+    """owner/name, unless `owner` is a folder here or one of ours: then it is a local path that is missing."""
+    owner = path.split("/")[0]
+    local = Path(path).exists() or owner in ("models", "outputs", "datas") or Path(owner).is_dir()
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not local
+
+
+def read_config(path: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
+    """A small JSON file of the model, from the local folder or from the Hub (where only that file is downloaded)."""
+    if is_hub_id(str(path)):
+        from huggingface_hub import hf_hub_download
+
+        return json.loads(Path(hf_hub_download(str(path), name, revision=revision)).read_text())
+    return json.loads((Path(path).expanduser() / name).read_text())
+
+
+def has_part(index: dict[str, Any], component: str) -> bool:
+    """Whether model_index.json names the component; [null, null] stands for one that was left out, as T5 often is."""
+    return index.get(component, [None, None])[1] is not None
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def token_ids(tokenizer: Any, prompts: list[str], length: int, device: torch.device) -> Tensor:
+    """(b, length) token numbers, padded; what does not fit is cut off without a word (the stock pipeline warns at every batch)."""
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
+
+
+def unload_text_encoders(model: Any) -> None:
+    """Drop a model's text encoders (SD3: 9.5 GB of T5 in bf16) once every prompt is encoded."""
+    model.text_encoders.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """mean + std * noise in fp32; all (b, C, h, w)."""
+    return mean.float() + std.float() * noise.float()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside (no LoRA dropout), the former mode after, also after an exception."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

@@ -1,0 +1,299 @@
+"""Rollouts of a policy on SD3: `sample` denoises with noise in a window of steps and remembers them, `replay` scores them again.
+
+One picture is one trajectory x_0 .. x_T of T denoising steps (here the index counts steps: x_0 is noise, x_T the picture). Only steps of
+the window are stochastic (see `transitions`) and can be trained; the others follow the ODE, the last one always.
+
+Shapes: b pictures, T denoising steps, W steps of the window, h w latent side (pixels / 8).
+
+The policy must score a step exactly as it did when it drew it, or the ratio of probabilities is not 1 where it must be. Hence: the policy
+stays in eval mode, `replay` takes the batches that `sample` made (kernels differ from batch size to batch size), autocast and torch.compile
+apply to both or to neither, and `sample` computes the velocities of the window with gradients on, if only to throw the graph away: torch
+may choose other kernels without, and torch.compile makes a graph for each.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from src import seeds, transitions
+from src.lora import unwrap
+from src.pipelines import sd3
+
+CHANNELS = 16
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What `sample` keeps of b pictures: the finished latents, and what it takes to replay the steps of the window.
+
+    Attributes:
+        final: (b, 16, h, w) float32, for `sd3.decode_latents`.
+        latents: (b, W + 1, 16, h, w), the state before each step of the window and after its last; in the dtype given to `sample`.
+        means: (b, W, 16, h, w) float32, of those steps by the policy that drew them.
+        log_probs: (b, W) float64, of those steps, joint over all dimensions, nats.
+        sigmas: (T + 1,) float32 on the CPU, the whole schedule from 1 to 0.
+        window: numbers of the stochastic steps, within 0 .. T - 2.
+        transition, noise_level: of those steps; "ode" and None if the window is empty.
+        guidance_scale: above 1: classifier-free guidance, in sampling and in replay.
+    """
+
+    final: Tensor
+    latents: Tensor
+    means: Tensor
+    log_probs: Tensor
+    sigmas: Tensor
+    window: range
+    transition: str
+    noise_level: float | None
+    guidance_scale: float
+
+    def __len__(self) -> int:
+        return self.final.shape[0]
+
+    @property
+    def dimensions(self) -> int:
+        """D = 16 h w, numbers in a latent: log-probabilities are sums over so many."""
+        return self.final[0].numel()
+
+    def to(self, device: torch.device | str) -> "Trajectory":
+        """Moved; keep what waits for training on the CPU, then GPU memory does not grow with the number of pictures."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ("final", "latents", "means", "log_probs")}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of b pictures under the policy of now, beside what it was when the pictures were drawn.
+
+    Attributes:
+        velocity: (b, 16, h, w) float32, guided if the trajectory is.
+        mean, old_mean: (b, 16, h, w) float32, of the next latent; by this policy and by the one that sampled.
+        step_std: (b, 1, 1, 1) float32, the same for both.
+        log_prob, old_log_prob: (b,) float64, of the latent that was drawn, joint over all dimensions, nats.
+        sigma, sigma_next: (b,) float32 on the CPU, noise levels before and after.
+    """
+
+    velocity: Tensor
+    mean: Tensor
+    old_mean: Tensor
+    step_std: Tensor
+    log_prob: Tensor
+    old_log_prob: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """log of the joint probability ratio of the two policies, nats: (b,) float64; 0 for the policy that sampled."""
+        return self.log_prob - self.old_log_prob
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def check_window(num_inference_steps: int, size: int | None, window_range: tuple[int, int] | None) -> None:
+    """Refuse a window that does not fit the steps.
+
+    Args:
+        size: steps of the window; None: all of the range.
+        window_range: (first, stop): the window lies in steps first .. stop - 1, counted from 0; None: all but the last step.
+
+    Raises:
+        ValueError: naming --num_inference_steps, --window_size or --window_range, what is allowed, and what to try.
+    """
+    if num_inference_steps < 2:
+        raise ValueError(f"--num_inference_steps must be at least 2, got {num_inference_steps}: the last step is never stochastic")
+    stop_at_most = num_inference_steps - 1
+    first, stop = window_range or (0, stop_at_most)
+    if not 0 <= first < stop <= stop_at_most:
+        raise ValueError(
+            f"--window_range {first} {stop} must satisfy 0 <= first < stop <= {stop_at_most}: of {num_inference_steps} steps the last has "
+            f"no log-probability; try --window_range 0 {max(1, min(stop, stop_at_most))}"
+        )
+    if size is not None and not 1 <= size <= stop - first:
+        raise ValueError(f"--window_size {size} must lie in 1 .. {stop - first}, the steps of --window_range {first} {stop}")
+
+
+def choose_window(
+    epoch: int, seed: int, *, num_inference_steps: int, size: int | None = None, window_range: tuple[int, int] | None = None,
+    order: str = "random", shift_every: int = 25,
+) -> range:  # fmt: skip
+    """The steps that are stochastic and trained in this epoch: a function of (epoch, seed) alone.
+
+    Args:
+        size, window_range: see `check_window`.
+        order: "random": the window starts anywhere in the range, each place as likely; "progressive": it starts at the first step of the
+            range and moves on by one every `shift_every` epochs, from the end back to the start.
+
+    Raises:
+        ValueError: what `check_window` refuses.
+
+    Source: progressive: MixGRPO, arXiv 2507.21802; random: Flow-GRPO-Fast (Flow-GRPO's repository).
+    """
+    check_window(num_inference_steps, size, window_range)
+    assert order in ("random", "progressive"), f"order must be random or progressive, got {order!r}"
+    first, stop = window_range or (0, num_inference_steps - 1)
+    size = stop - first if size is None else size
+    places = stop - first - size + 1
+    if order == "progressive":
+        start = first + epoch // shift_every % places
+    else:
+        start = first + int(torch.randint(places, (), generator=seeds.generator(seed, "window", epoch)))
+    return range(start, start + size)
+
+
+def schedule(model: sd3.SD3, num_inference_steps: int, shift: float | None = None) -> Tensor:
+    """Noise levels (T + 1,) float32 on the CPU, from 1 to 0: those of the model's own scheduler, hence of `sd3.render`.
+
+    Args:
+        shift: timestep shift; None: the model's own. Another one than the model's makes other pictures than `sd3.render`.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler.config, shift=model.shift if shift is None else shift)
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler.sigmas.cpu()
+
+
+def _velocity(
+    network: nn.Module, x: Tensor, sigma: Tensor, condition: sd3.Conditioning, negative: sd3.Conditioning | None, guidance_scale: float
+) -> Tensor:
+    """Predicted velocity (b, 16, h, w) float32; with guidance both predictions come from one forward pass of 2 b pictures."""
+    sigma = sigma.to(x.device, non_blocking=True)
+    if guidance_scale <= 1:
+        return sd3.velocity(network, x, sigma, condition)
+    both = sd3.Conditioning.cat([negative.expand(len(condition)), condition])  # (2 b, L, D)
+    against, towards = sd3.velocity(network, torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+    return against + guidance_scale * (towards - against)
+
+
+def _check_guidance(guidance_scale: float, negative: sd3.Conditioning | None) -> None:
+    if guidance_scale > 1 and negative is None:
+        raise ValueError(f"guidance scale {guidance_scale} needs a negative prompt's embeddings (those of '' by default)")
+    if guidance_scale <= 1 and negative is not None:
+        raise ValueError(f"a negative prompt has no effect at guidance scale {guidance_scale}; use more than 1 or leave it out")
+
+
+def _bare_in_eval_mode(policy: nn.Module) -> nn.Module:
+    bare = unwrap(policy)
+    assert not bare.training, "call policy.eval(): with dropout a replayed step would not be the one that was sampled"
+    return bare
+
+
+@torch.no_grad()
+def sample(
+    policy: nn.Module, condition: sd3.Conditioning, *, negative: sd3.Conditioning | None = None, seed: int, epoch: int,
+    positions: Sequence[int], sigmas: Tensor, height: int, width: int, guidance_scale: float = 1.0, transition: str = "ode",
+    noise_level: float | None = None, window: range = range(0), dtype: torch.dtype = torch.float32,
+) -> Trajectory:  # fmt: skip
+    """Denoise b pictures from noise in one batch; stochastic steps in `window`, deterministic ones elsewhere.
+
+    A picture depends on (seed, epoch, its position) and not on the batch, process or device it is drawn in, but for rounding.
+
+    Args:
+        policy: in eval mode; bare, with LoRA, compiled or wrapped by DDP.
+        condition: b prompts on the policy's device. negative: b or 1 prompts, with guidance_scale > 1 alone.
+        positions: of the pictures among all of this epoch, over all processes.
+        sigmas: (T + 1,) on the CPU, from `schedule`.
+        height, width: pixels, multiples of 16.
+        window: steps within 0 .. T - 2; empty for the plain ODE, which takes transition "ode" and no noise level.
+        dtype: of the kept latents; samples are rounded to it before they are scored and before denoising goes on.
+
+    Raises:
+        ValueError: what `transitions.check` refuses, a window beyond the steps, a negative prompt without guidance or the reverse.
+        FloatingPointError: NaN or infinity in the latents.
+    """
+    network, steps, device = _bare_in_eval_mode(policy), len(sigmas) - 1, condition.embeds.device
+    assert len(positions) == len(condition), f"{len(condition)} prompts but {len(positions)} positions"
+    _check_guidance(guidance_scale, negative)
+    if len(window) and not (window.step == 1 and 0 <= window.start and window.stop < steps):
+        raise ValueError(f"the window {window} must lie within steps 0 to {steps - 2} of {steps}; the last one has no log-probability")
+    if (transition == "ode") == (len(window) > 0):
+        raise ValueError(f"transition {transition!r} does not go with a window of {len(window)} steps: only `ode` has an empty one")
+    shape = (CHANNELS, height // sd3.VAE_SCALE, width // sd3.VAE_SCALE)
+    x = seeds.normal(seed, epoch, positions, "rollout", shape, device).to(dtype)  # (b, 16, h, w)
+    latents, means, log_probs = [], [], []
+    for t in range(steps):
+        sigma, sigma_next = sigmas[t].expand(len(x)), sigmas[t + 1].expand(len(x))  # (b,)
+        with torch.set_grad_enabled(t in window):  # the very kernels that `replay` will run
+            velocity = _velocity(network, x, sigma, condition, negative, guidance_scale).detach()  # (b, 16, h, w)
+        if t == window.start:
+            latents.append(x)
+        if t in window:
+            noise = seeds.normal(seed, epoch, positions, f"rollout step {t}", shape, device)
+            mean, step_std = transitions.moments(transition, x, velocity, sigma, sigma_next, noise_level)
+            x = transitions.draw(mean, step_std, noise, dtype)
+            latents.append(x)
+            means.append(mean)
+            log_probs.append(transitions.log_prob(x, mean, step_std))
+        else:
+            x = transitions.moments("ode", x, velocity, sigma, sigma_next)[0].to(dtype)
+    if not x.isfinite().all():
+        raise FloatingPointError("the sampled latents hold NaN or infinity; try --mixed_precision bf16 or no, or a smaller --learning_rate")
+    return Trajectory(
+        final=x.float(), latents=torch.stack(latents, 1), means=torch.stack(means, 1) if means else x.new_empty(len(x), 0, *shape),
+        log_probs=torch.stack(log_probs, 1) if log_probs else x.new_empty(len(x), 0, dtype=torch.float64),
+        sigmas=sigmas, window=window, transition=transition, noise_level=noise_level, guidance_scale=guidance_scale,
+    )  # fmt: skip
+
+
+def replay(
+    policy: nn.Module, trajectory: Trajectory, t: int | Tensor, condition: sd3.Conditioning, negative: sd3.Conditioning | None = None
+) -> Step:
+    """Step t of a trajectory under `policy`, with gradient (unless torch.no_grad): the same batch that `sample` drew.
+
+    For the reference model: `with torch.no_grad(), lora.disabled(policy)`.
+
+    Args:
+        t: number of a step in trajectory.window, or one for each picture: (b,) integers on the CPU.
+        condition, negative: as in `sample`.
+    """
+    bare = _bare_in_eval_mode(policy)
+    network = policy if torch.is_grad_enabled() else bare  # DDP has nothing to do where no gradient is; it would exchange buffers
+    _check_guidance(trajectory.guidance_scale, negative)
+    steps = torch.as_tensor(t).expand(len(trajectory))  # (b,)
+    assert all(step in trajectory.window for step in steps.tolist()), f"step {t} is not in the window {trajectory.window}"
+    rows, columns = torch.arange(len(trajectory)), steps - trajectory.window.start
+    device = condition.embeds.device
+    x, drawn, old_mean, old_log_prob = (
+        kept[rows, place].to(device)
+        for kept, place in (
+            (trajectory.latents, columns), (trajectory.latents, columns + 1), (trajectory.means, columns), (trajectory.log_probs, columns),
+        )
+    )  # fmt: skip
+    sigma, sigma_next = trajectory.sigmas[steps], trajectory.sigmas[steps + 1]  # (b,)
+    velocity = _velocity(network, x, sigma, condition, negative, trajectory.guidance_scale)
+    mean, step_std = transitions.moments(trajectory.transition, x, velocity, sigma, sigma_next, trajectory.noise_level)
+    return Step(
+        velocity=velocity, mean=mean, old_mean=old_mean, step_std=step_std, log_prob=transitions.log_prob(drawn, mean, step_std),
+        old_log_prob=old_log_prob, sigma=sigma, sigma_next=sigma_next,
+    )  # fmt: skip
+
+
+def tolerance(dtype: torch.dtype, compiled: bool) -> float:
+    """Largest |log-ratio|, nats, that rounding may give a step replayed right after sampling; dtype: of the frozen weights.
+
+    Both run the same kernels, and where it was measured (a CPU: fp32, bf16, eager, compiled) it is 0. Eager fp32 is held to that. Elsewhere
+    a library may still choose another kernel between the two; what is let pass is below a tenth of the trainers' clip.
+    """
+    return 0.0 if dtype == torch.float32 and not compiled else 0.05
+
+
+def check_on_policy(step: Step, tolerance: float) -> None:
+    """Refuse to go on if the policy that has just sampled does not score its own steps as it did: its ratios are not 1.
+
+    Args:
+        step: replayed before any update. tolerance: largest |log-ratio|, nats; 0 in eager fp32.
+
+    Raises:
+        RuntimeError: says by how much, and what to look for.
+    """
+    worst = step.log_ratio.detach().abs().max().item()
+    if not worst <= tolerance:
+        raise RuntimeError(
+            f"replaying the step that was just sampled gives a log-ratio of {worst:.3g} nats, at most {tolerance:g} is rounding: the "
+            "gradient would be wrong. Look for dropout, autocast or torch.compile on one side only, batches of another size than in "
+            "sampling, or weights that changed in between (EMA weights still applied)"
+        )

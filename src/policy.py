@@ -1,0 +1,204 @@
+"""What reinforcement learning trains, from its arguments: a LoRA or all weights of the transformer, and the reference it started as."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src import card, ema, full, lora, optim, quantize, runtime, seeds, sharding, speed, transitions
+from src.pipelines import sd3, sd3_rollout
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a base model, an adapter or a result folder that cannot work, before anything is loaded.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    sd3.check_folder(args.pretrained_model_name_or_path)
+    sd3.check_resolution(args.pretrained_model_name_or_path, args.resolution)
+    optim.check(args.optimizer)
+    quantize.check(args.quantize_base)
+    card.check(args.push_to_hub)
+    lora.check_export(args.export_format, args.use_dora)
+    if args.init_lora:
+        lora.check_init(args.init_lora)
+    if args.full_weights:
+        full.check_output(args.output_dir, args.pretrained_model_name_or_path)
+        sharding.check(os.environ, pieces=False, train_text_encoder=False, optimizer=args.optimizer)
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("FSDP2 spreads weights that are trained as a whole: add --full_weights, or train the LoRA with --multi_gpu")
+
+
+def check_steps(args: argparse.Namespace) -> None:
+    """Refuse stochastic steps that do not exist or have no log-probability; raises ValueError naming the flag."""
+    transitions.check(args.transition, args.noise_level or 0.0)
+    sd3_rollout.check_window(args.num_inference_steps, args.window_size or None, tuple(args.window_range))
+
+
+def window(args: argparse.Namespace, epoch: int) -> range:
+    """The steps that are stochastic and trained in this epoch."""
+    return sd3_rollout.choose_window(
+        epoch, args.seed, num_inference_steps=args.num_inference_steps, size=args.window_size or None,
+        window_range=tuple(args.window_range), order=args.window_order, shift_every=args.window_shift_epochs,
+    )  # fmt: skip
+
+
+def samples_per_epoch(args: argparse.Namespace) -> int:
+    """Pictures of an epoch over all processes, of which the launcher says how many there are."""
+    return args.sample_batch_size * args.sample_num_batches_per_epoch * int(os.environ.get("WORLD_SIZE", 1))
+
+
+def adapt(transformer: nn.Module, args: argparse.Namespace) -> None:
+    """Leave trainable what the flags train: an adapter on frozen weights, or with --full_weights all that get a gradient."""
+    if args.full_weights:
+        full.select(transformer)
+    else:
+        options = {"use_dora": args.use_dora, "layers": args.lora_layers, "blocks": args.lora_blocks}
+        lora.add(transformer, rank=args.rank, alpha=args.lora_alpha, **options)
+
+
+class Policy:
+    """The model with the transformer that is trained, always in eval mode: nothing in a rollout may depend on dropout.
+
+    Base weights are in the run's precision or fewer bits, a LoRA in fp32; with --full_weights all weights are in fp32.
+
+    Args:
+        needs_reference: keep what `reference` needs; a frozen copy of all weights with --full_weights.
+
+    Attributes:
+        model: transformer (bare) and VAE.
+        network: what to call for a gradient: the transformer, or its wrapper for several processes once `prepare` was called.
+    """
+
+    def __init__(self, run: runtime.Run, args: argparse.Namespace, *, needs_reference: bool):
+        self.run, self.args = run, args
+        if args.lora_layers or args.lora_blocks:  # refuses a name that does not exist before anything is loaded
+            lora.targets(sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision), args.lora_layers, args.lora_blocks)
+        self.model = self._load(("vae",), run.weight_dtype)
+        self.model.transformer = self._load(("transformer",), torch.float32 if args.full_weights else run.weight_dtype).transformer
+        self.network: nn.Module = self.transformer
+        seeds.seed_everything(args.seed, "lora")
+        adapt(self.transformer, args)
+        self._copy, self._start = None, None
+        if args.init_lora:
+            fresh = lora.load(self.transformer, args.init_lora)
+            run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers not in it start from zero" if fresh else ""))
+            self._start = _Start(self.transformer)
+        if args.full_weights and needs_reference:
+            self._copy = self._load(("transformer",), run.weight_dtype).transformer
+        for transformer in filter(None, (self.transformer, self._copy)):  # all that draw or score a step: other kernels round otherwise
+            speed.apply(transformer, args)
+
+    def _load(self, parts: tuple[str, ...], dtype: torch.dtype) -> sd3.SD3:
+        args = self.args
+        return sd3.load(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=dtype,
+                        device=self.run.device, parts=parts, quantized=args.quantize_base)  # fmt: skip
+
+    @property
+    def transformer(self) -> nn.Module:
+        return self.model.transformer
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """What is trained, in the model's order; after `prepare` those that are sharded."""
+        return full.parameters(self.transformer) if self.args.full_weights else lora.parameters(self.transformer)
+
+    @property
+    def kind(self) -> str:
+        """Of the result, as the run's README calls it."""
+        return "Full fine-tuning" if self.args.full_weights else "LoRA"
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Makes `network` work on several processes; returns the optimizer to step."""
+        self.network, optimizer = sharding.prepare(self.run.accelerator, self.transformer, optimizer)
+        return optimizer
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The model that training started from, without gradient: the LoRA off, or as --init_lora had it, or the frozen copy.
+
+        No graph that still has to run backward may be alive: the weights may be exchanged meanwhile.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.run.accelerator.autocast())
+            if self._start is not None:
+                stack.enter_context(self._start.applied())
+            elif self._copy is None:
+                assert not self.args.full_weights, "the policy was made without a reference"
+                stack.enter_context(lora.disabled(self.transformer))
+            yield self._copy or self.transformer
+
+    def parts(self, updates: int) -> dict[str, Any]:
+        """What a checkpoint holds of it, and that an epoch has so many `updates`."""
+        weights = full.State({"transformer": self.transformer}) if self.args.full_weights else lora.State(self.transformer)
+        parts = {"weights" if self.args.full_weights else "lora": weights, "pace": Pace(updates)}
+        return parts | ({"reference": self._start} if self._start else {})
+
+    def save(self, folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
+        """Write the weights to `folder`, and their moving average, if one is kept, to `folder`/ema; every process calls it."""
+
+        def write(where: Path) -> None:
+            if self.args.full_weights:
+                full.save({"transformer": self.transformer}, where, write=self.run.is_main)
+            elif self.run.is_main:
+                lora.save(self.transformer, where, export_format)
+
+        write(folder)
+        if average:
+            with average.applied():
+                write(folder / "ema")
+
+    def writer(self, average: ema.Ema | None) -> Callable[[Path], None] | None:
+        """What adds the weights to a checkpoint in the format of other programs; whole weights are there already."""
+        return None if self.args.full_weights else lambda folder: self.save(folder, average)
+
+    def save_result(self, average: ema.Ema | None) -> None:
+        """The run's result in its folder, in every format that was asked for; with --full_weights a whole pipeline."""
+        args = self.args
+        self.save(args.output_dir, average, args.export_format)
+        if args.full_weights and self.run.is_main:
+            full.complete_pipeline(self.model.path, args.output_dir, trained=["transformer"], revision=args.revision, variant=args.variant)
+        if args.export_merged and self.run.is_main:
+            lora.export_merged(self.transformer, args.output_dir / "merged_transformer")
+
+
+class Pace:
+    """Optimizer steps per epoch, a part of a checkpoint: its number counts steps, so a resumed run has to keep them."""
+
+    def __init__(self, updates: int):
+        self.updates = updates
+
+    def state_dict(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["updates"] != self.updates:
+            raise ValueError(f"saved with {state['updates']} optimizer steps an epoch, this run has {self.updates}")
+
+
+class _Start:
+    """The adapters as training started with them; a part of a checkpoint, since the file that they came from may change."""
+
+    def __init__(self, transformer: nn.Module):
+        self.parameters = lora.parameters(transformer)
+        self.values = [parameter.detach().clone() for parameter in self.parameters]
+
+    def applied(self) -> contextlib.AbstractContextManager[None]:
+        return ema.swapped(self.parameters, self.values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {str(number): value for number, value in enumerate(self.values)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for number, value in enumerate(self.values):
+            value.copy_(state[str(number)])

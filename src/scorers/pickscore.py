@@ -1,0 +1,33 @@
+"""PickScore: which picture people would pick for a prompt, a CLIP ViT-H/14 trained on their choices (https://arxiv.org/abs/2305.01569)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from src.scorers import networks
+from src.scorers.base import Loader, Scorer, Weights
+
+if TYPE_CHECKING:
+    from src.scorers.base import Judge
+
+WEIGHTS = Weights("pickscore", ("config.json", "model.safetensors|pytorch_model.bin"), "yuvalkirstain/PickScore_v1")
+
+
+def load(loader: Loader) -> Judge:
+    model, tokenizer = networks.pretrained("CLIPModel", WEIGHTS, loader), networks.clip_tokenizer()
+    scale = model.logit_scale.float().exp()
+
+    def judge(images, prompts, metadata):
+        embeddings = networks.embed_images(model, images, "transformers")
+        return scale * networks.cosines(embeddings, networks.embed_prompts(model, tokenizer, prompts))
+
+    return judge
+
+
+SCORERS = (
+    Scorer(
+        name="pickscore", summary="what people would pick for the prompt: PickScore v1, its scale times cosine", differentiable=True,
+        range=(17.0, 24.0), normalizer=26.0, licence="none stated", load=load, weights=lambda options: (WEIGHTS,),
+        packages={"open_clip": "open_clip_torch"},
+    ),
+)  # fmt: skip

@@ -1,0 +1,120 @@
+"""Preference pairs of a tiny model's own pictures, ordered by the verifier: `python -m src.tiny.pairs --output datas/pairs`.
+
+Draws some pictures for each of many training captions (never a held-out one) and reads them back from their pixels. A picture that shows
+all that its caption asks for wins against one that does not; captions whose pictures are all right, or all wrong, make no pair. Written as
+a folder of PNGs and a metadata.jsonl with the columns of pickapic_v2, the winner first in one row and second in the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from src import cli, images
+from src.tiny import shapes
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    g = parser.add_argument_group("pairs")
+    g.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
+    g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd15", help="tiny pipeline folder that draws")
+    g.add_argument("--num_prompts", type=cli.positive_int, default=256, help="different captions, of the training split")
+    g.add_argument("--num_images", type=cli.positive_int, default=8, help="pictures of each, from seeds that no other picture has")
+    g.add_argument("--pairs_per_prompt", type=cli.positive_int, default=2, help="pairs of each caption at most; no picture is in two")
+    g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
+    g.add_argument("--guidance_scale", type=float, default=2.0, help="classifier-free guidance weight; 1 turns it off")
+    g.add_argument("--batch_size", type=cli.positive_int, default=64, help="pictures drawn at once")
+    g.add_argument("--seed", type=cli.non_negative_int, default=2, help="names the series of captions; the base model saw seed 0")
+    return parser
+
+
+def training_prompts(count: int, seed: int) -> list[str]:
+    """`count` different captions of the training split, in the order of the series that `seed` names."""
+    prompts: dict[str, None] = {}
+    index = 0
+    while len(prompts) < count:
+        prompts[shapes.drawing(index, seed).caption] = None
+        index += 1
+    return list(prompts)
+
+
+def draw(pipeline, prompts: list[str], *, batch_size: int, **options) -> Tensor:
+    """One picture for each prompt, picture i from the noise of seed i: (n, 3, H, W) in [0, 1]."""
+    rendered = []
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))]
+        rendered.append(pipeline(prompt=part, generator=generators, output_type="pt", **options).images.float())
+    return torch.cat(rendered)
+
+
+def pair_up(right: list[bool], pairs_per_prompt: int) -> list[tuple[int, int]]:
+    """(winner, loser) among one caption's pictures: the first right one with the first wrong one, and so on; none is in two pairs."""
+    winners = [index for index, is_right in enumerate(right) if is_right]
+    losers = [index for index, is_right in enumerate(right) if not is_right]
+    return list(zip(winners, losers, strict=False))[:pairs_per_prompt]
+
+
+def write(folder: Path, pairs: list[tuple[str, Tensor, Tensor]]) -> None:
+    """Two PNGs for each (caption, winner, loser) and a metadata.jsonl; the winner comes second in every other row."""
+    folder.mkdir(parents=True)
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
+        for number, (caption, winner, loser) in enumerate(pairs):
+            names = [f"{number:04d}-{side}.png" for side in (0, 1)]
+            both = (winner, loser) if number % 2 == 0 else (loser, winner)
+            for name, picture in zip(names, images.to_pil(torch.stack(both)), strict=True):
+                picture.save(folder / name, optimize=True)
+            row = {"caption": caption, "jpg_0": names[0], "jpg_1": names[1], "label_0": 1 - number % 2}
+            metadata.write(json.dumps(row) + "\n")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what is not there, and to write over anything.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if not (Path(args.pretrained_model_name_or_path) / "model_index.json").is_file():
+        raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: no pipeline there; try models/tiny-sd15")
+    if args.output.exists():
+        raise ValueError(f"--output {args.output} exists; choose another folder or delete it")
+    if args.num_images < 2:
+        raise ValueError("--num_images 1 makes no pair; give at least 2")
+    cli.check_writable(args.output, "output")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draws, reads, writes; returns the number of pairs."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = training_prompts(args.num_prompts, args.seed)
+    repeated = [prompt for prompt in prompts for _ in range(args.num_images)]
+    pictures = draw(pipeline, repeated, batch_size=args.batch_size, num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale)  # fmt: skip
+    right = shapes.correct(shapes.verify(pictures), repeated).tolist()
+    pairs = []
+    for number, prompt in enumerate(prompts):
+        first = number * args.num_images
+        for winner, loser in pair_up(right[first : first + args.num_images], args.pairs_per_prompt):
+            pairs.append((prompt, pictures[first + winner], pictures[first + loser]))
+    if not pairs:
+        raise SystemExit(f"error: {sum(right)} of {len(right)} pictures are right, and no caption has both kinds: no pair to write")
+    write(args.output, pairs)
+    print(f"{sum(right) / len(right):.0%} of {len(right)} pictures right; {len(pairs)} pairs in {args.output}")
+    return len(pairs)
+
+
+if __name__ == "__main__":
+    main(cli.parse(build_parser(), checks=(check,)))

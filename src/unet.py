@@ -1,0 +1,129 @@
+"""What the SD1.5 scripts train, from their arguments: all weights of the UNet, or a LoRA; how it is loaded, kept and saved."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from src import card, checkpoint, cli, ema, full, lora, optim, runtime, seeds, speed
+from src.pipelines import sd15
+
+
+def add_defaults(parser: cli.Parser) -> None:
+    """--resolution and --gradient_checkpointing as the model's folder demands, if they are not given."""
+    parser.when_unset["resolution"] = lambda args: 1024 if _is_xl(args) else 512
+    parser.when_unset["gradient_checkpointing"] = _is_xl
+
+
+def _is_xl(args: argparse.Namespace) -> bool:
+    sd15.check_folder(args.pretrained_model_name_or_path)  # a wrong path is refused by name
+    return sd15.is_xl(args.pretrained_model_name_or_path, args.revision)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what can be known about adapter, output, optimizer, upload and checkpoint before anything is loaded.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
+    if args.init_lora:
+        lora.check_init(args.init_lora)
+    if not args.use_lora:
+        full.check_output(args.output_dir, args.pretrained_model_name_or_path)
+    optim.check(args.optimizer)
+    card.check(args.push_to_hub)
+    if not args.dry_run:
+        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, args.max_train_steps)
+
+
+def adapt(unet: nn.Module, args: argparse.Namespace) -> None:
+    """Leave trainable the adapter that the flags describe, or everything."""
+    if args.use_lora:
+        lora.add(unet, rank=args.rank, alpha=args.lora_alpha, dropout=args.lora_dropout, use_dora=args.use_dora, layers=args.lora_layers)
+    else:
+        unet.requires_grad_(True)
+
+
+def load(run: runtime.Run, args: argparse.Namespace) -> sd15.SD15:
+    """The model with a UNet that is ready to be trained: all weights in fp32, or frozen in the run's precision with a LoRA in fp32.
+
+    Raises:
+        ValueError: a layer that does not exist, before anything is loaded; a LoRA that does not fit.
+    """
+    path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
+    if args.lora_layers:
+        lora.targets(sd15.denoiser_from_config(path, args.revision), args.lora_layers)
+    dtype = run.weight_dtype if args.use_lora else torch.float32
+    model = sd15.load(path, **options, dtype=dtype, device=run.device, parts=("unet",))
+    seeds.seed_everything(args.seed, "lora")
+    adapt(model.unet, args)
+    if args.init_lora:
+        fresh = lora.load(model.unet, args.init_lora)
+        run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers are not in it and start from zero" if fresh else ""))
+    speed.apply(model.unet, args)
+    return model
+
+
+def load_frozen(run: runtime.Run, args: argparse.Namespace, source: str | None) -> nn.Module:
+    """Another UNet beside the trained one, of `source` or, if None, of the base model; use it without gradient.
+
+    All that decides on kernels is as in the trained one, so that equal weights give equal bits: fp32, `requires_grad` (torch's matmul
+    folds its operands in another way for a frozen weight), attention's kernel and compilation.
+    """
+    path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
+    path, options = (source, {}) if source else (path, options)
+    unet = sd15.load(path, **options, dtype=torch.float32, device=run.device, parts=("unet",)).unet.requires_grad_(True)
+    speed.apply(unet, args)
+    return unet
+
+
+def parameters(unet: nn.Module, args: argparse.Namespace) -> list[nn.Parameter]:
+    """What is trained."""
+    return lora.parameters(unet) if args.use_lora else full.parameters(unet)
+
+
+def optimizer(weights: list[nn.Parameter], run: runtime.Run, args: argparse.Namespace, global_batch: int) -> tuple[Any, Any]:
+    """The optimizer and its schedule; prints the learning rate that results."""
+    rate = optim.learning_rate(args.learning_rate, args.scale_lr, global_batch)
+    scaled = f" = {args.learning_rate:g} x {global_batch} samples" if args.scale_lr else ""
+    run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {rate:.3g}{scaled}")
+    built = optim.build(weights, name=args.optimizer, learning_rate=rate, betas=(args.adam_beta1, args.adam_beta2),
+                        weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
+    return built, optim.schedule(built, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
+                                 cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
+
+
+def checkpoint_parts(unet: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+    """The weights as a checkpoint holds them: a LoRA among the states, a whole UNet in a folder of diffusers."""
+    return {"lora": lora.State(unet)} if args.use_lora else {"weights": full.State({"unet": unet})}
+
+
+def checkpoint_files(unet: nn.Module, average: ema.Ema | None, args: argparse.Namespace) -> Callable[[Path], None] | None:
+    """What a checkpoint holds besides, for other programs: the LoRA file; a whole UNet lies there already."""
+    return (lambda folder: save(unet, folder, average, args)) if args.use_lora else None
+
+
+def save(unet: nn.Module, folder: Path, average: ema.Ema | None, args: argparse.Namespace) -> None:
+    """Write the LoRA, or the UNet as part of a pipeline, to `folder`, and its moving average, if one is kept, to `folder`/ema."""
+    def write(place: Path) -> None:
+        lora.save(unet, place) if args.use_lora else full.save({"unet": unet}, place)
+
+    write(folder)
+    with average.applied() if average else contextlib.nullcontext():
+        if average:
+            write(folder / "ema")
+
+
+def save_result(model: sd15.SD15, average: ema.Ema | None, args: argparse.Namespace) -> None:
+    """Write what the run leaves: a LoRA (and the merged UNet, if asked for), or a whole pipeline folder."""
+    save(model.unet, args.output_dir, average, args)
+    if not args.use_lora:
+        full.complete_pipeline(model.path, args.output_dir, trained=["unet"], revision=args.revision, variant=args.variant)
+    elif args.export_merged:
+        lora.export_merged(model.unet, args.output_dir / "merged_unet")

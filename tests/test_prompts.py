@@ -1,0 +1,188 @@
+"""Prompts from every kind of source, what is refused, and which prompts an epoch draws on which process."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from src.data import prompts
+from src.data.prompts import GroupSampler, Prompt
+from src.tiny import shapes
+
+
+def texts(source, **options):
+    return [prompt.text for prompt in prompts.read(str(source), cache_dir=None, **options)]
+
+
+# --------------------------------------------------------------------------- sources
+
+
+def test_built_in_lists_are_of_the_stated_length_and_hold_every_prompt_once():
+    """65 animals; 14 animals x 9 activities = 126; 512 and 256 captions."""
+    for name, count in (("simple_animals", 65), ("activities", 126), ("shapes", 512), ("shapes_held_out", 256)):
+        found = texts(name)
+        assert len(found) == len(set(found)) == count, name
+    assert "an owl" in texts("simple_animals") and "a fox riding a bicycle" in texts("activities")
+
+
+def test_training_captions_never_name_a_held_out_triple():
+    for name, held_out in (("shapes", False), ("shapes_held_out", True)):
+        for text in texts(name):
+            reading = shapes.read_caption(text)
+            assert shapes.is_held_out(reading.shape, reading.color, reading.background) is held_out, text
+    assert texts("shapes_held_out") == shapes.held_out_prompts(256)  # those of models/README.md, in its order
+
+
+def test_text_file_has_one_prompt_a_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffa fox\r\n\n   an owl at night  \n".encode())
+    assert texts(tmp_path / "a.txt") == ["a fox", "an owl at night"]
+
+
+def test_json_lines_keep_the_other_fields_as_metadata(tmp_path):
+    rows = [{"prompt": "two cats", "include": [{"class": "cat", "count": 2}]}, {"prompt": 'a sign that says "open"', "language": "en"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert prompts.read(str(tmp_path / "a.jsonl"), cache_dir=None) == [
+        Prompt("two cats", {"include": [{"class": "cat", "count": 2}]}), Prompt('a sign that says "open"', {"language": "en"}),
+    ]  # fmt: skip
+
+
+def test_a_json_list_holds_objects_as_imagerewards_does_or_texts(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"id": "000010-0137", "text": "a fox"}, {"id": "000010-0138", "text": "an owl"}]))
+    assert prompts.read(str(tmp_path / "a.json"), cache_dir=None)[1] == Prompt("an owl", {"id": "000010-0138"})
+    (tmp_path / "b.json").write_text('["a fox", " two cats "]')
+    assert texts(tmp_path / "b.json") == ["a fox", "two cats"]
+
+
+def test_column_of_a_data_set_folder_a_table_and_a_csv(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    assert texts("datas/shapes-new")[0] == json.loads(open("datas/shapes-new/metadata.jsonl").readline())["text"]
+    table = pyarrow.table({"caption": ["a", "b"], "other": ["c", "d"]})
+    for path in (tmp_path / "one.parquet", tmp_path / "folder/0.parquet"):
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table, path)
+    (tmp_path / "one.csv").write_text("caption,other\na,c\nb,d\n")
+    for source in ("one.parquet", "folder", "one.csv"):
+        assert texts(tmp_path / source) == ["a", "b"], source
+        assert texts(tmp_path / source, column="other") == ["c", "d"], source
+
+
+def test_a_hub_id_is_let_through_before_and_its_absence_named_later(tmp_path):
+    assert not prompts.is_local("somebody/prompts") and prompts.is_local("simple_animals")  # nothing is asked of the network
+    with pytest.raises(ValueError, match="--prompts somebody/prompts.*Hub"):
+        prompts.read("somebody/prompts", cache_dir=tmp_path)
+
+
+BAD = {
+    "empty file": ("a.txt", "\n  \n", None, "holds no prompt"),
+    "empty JSON lines": ("a.jsonl", "\n", None, "holds no prompt"),
+    "not JSON": ("a.jsonl", '{"prompt": "a"}\n{oops}\n', None, "line 2 is not JSON"),
+    "JSON that is no object": ("a.jsonl", '["a"]\n', None, "line 1 must be an object"),
+    "a JSON object for a list": ("a.json", '{"prompt": "a"}', None, "must hold one list"),
+    "a list of numbers": ("a.json", '["a", 3]', None, "entry 2 must be a text or an object"),
+    "a broken list": ("a.json", '["a",\n', None, "line 2 is not JSON"),
+    "no such column": ("a.jsonl", '{"prompt": "a"}\n', "caption", "has no column caption; it has prompt"),
+    "no column at all": ("a.csv", "words\na\n", None, "--prompt_column"),
+    "prompt that is no text": ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', None, "row 2 has no text in 'prompt'"),
+    "not a table": ("a.parquet", "hello", None, "cannot be read as parquet"),
+    "not UTF-8": ("a.txt", b"\xff\xfe\xfa", None, "UTF-8"),
+    "unknown kind of file": ("a.docx", "hello", None, "cannot be read as prompts"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_sources_are_named_with_the_flag(tmp_path, what):
+    name, content, column, message = BAD[what]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="--eval_prompts") as error:
+        prompts.read(str(tmp_path / name), column=column, cache_dir=None, flag="--eval_prompts")
+    assert message in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("simple_animal", "did you mean simple_animals?"), ("nowhere/a.txt", "no such file"), ("datas", "cannot be read as prompts"),
+    ("datas/none", "no such file"),  # a folder of ours, no Hub id
+])  # fmt: skip
+def test_unknown_names_are_answered_with_what_there_is(source, message):
+    with pytest.raises(ValueError, match="--prompts") as error:
+        prompts.is_local(source)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------- which prompts an epoch draws
+
+ANIMALS = [Prompt(text) for text in prompts.simple_animals()[:10]]
+
+
+def sampler(rank=0, world=1, batch_size=4, **changes):
+    options = dict(group_size=4, batches_per_epoch=6, seed=0) | changes
+    return GroupSampler(ANIMALS, batch_size=batch_size, rank=rank, world=world, **options)
+
+
+def drawn(samplers, epoch):
+    """{position: (group, prompt)} over the processes."""
+    found = {}
+    for one in samplers:
+        for batch in one.batches(epoch):
+            assert len(batch.positions) == len(batch.prompts) == len(batch.groups) == one.batch_size
+            for position, prompt, group in zip(batch.positions, batch.prompts, batch.groups, strict=True):
+                assert position not in found, "two samples have one position: they would be the same picture"
+                found[position] = (group, prompt.text)
+    return found
+
+
+def test_groups_have_k_pictures_of_one_prompt_and_numbers_of_their_own():
+    """6 batches of 4 are 6 groups of 4; epoch 3 has groups 18 to 23."""
+    found = drawn([sampler()], epoch=3)
+    assert sorted(found) == list(range(24))
+    groups = Counter(group for group, _ in found.values())
+    assert groups == dict.fromkeys(range(18, 24), 4)
+    assert len(set(found.values())) == 6  # one prompt in each group
+
+
+@pytest.mark.parametrize("group_size", [2, 4, 8, 24])
+def test_processes_share_exactly_what_one_would_draw(group_size):
+    """1 x 4, 2 x 2 and 4 x 1: the same prompt and group at every position, and the same batch of an epoch holds the same positions."""
+    whole = sampler(group_size=group_size)
+    for world in (2, 4):
+        parts = [sampler(rank, world, 4 // world, group_size=group_size) for rank in range(world)]
+        assert drawn(parts, 1) == drawn([whole], 1)
+        for number, batch in enumerate(whole.batches(1)):
+            assert sorted(p for part in parts for p in part.batches(1)[number].positions) == batch.positions
+
+
+def test_every_prompt_is_drawn_equally_often_and_in_a_new_order():
+    """5 epochs of 6 groups are 30 groups: 3 passes over 10 prompts."""
+    order = [text for epoch in range(5) for text in dict(drawn([sampler()], epoch).values()).values()]
+    assert Counter(order) == dict.fromkeys([prompt.text for prompt in ANIMALS], 3)
+    assert len({tuple(order[start : start + 10]) for start in (0, 10, 20)}) == 3
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    assert drawn([sampler()], 2) == drawn([sampler()], 2)
+    assert drawn([sampler(seed=1)], 2) != drawn([sampler()], 2)
+
+
+def test_more_groups_than_prompts_are_different_groups():
+    """12 groups of 2 over 10 prompts: two prompts come twice, in groups of their own."""
+    found = drawn([sampler(group_size=2)], 0)
+    assert Counter(Counter(dict(found.values()).values()).values()) == {1: 8, 2: 2}
+
+
+def test_a_group_of_one_lets_every_picture_have_its_own_prompt():
+    found = drawn([sampler(group_size=1)], 0)
+    assert len({group for group, _ in found.values()}) == 24
+
+
+def test_updates_share_out_all_batches_in_an_order_of_their_own():
+    one = sampler()
+    parts = one.updates(0, 3)
+    assert [len(part) for part in parts] == [2, 2, 2] and sorted(sum(parts, [])) == list(range(6))
+    assert one.updates(1, 3) != parts and sampler(rank=1, world=2).updates(0, 3) == parts
+
+
+def test_groups_that_an_epoch_would_cut_are_refused_with_a_number_that_works():
+    """2 x 3 batches of 4 are 24 samples; 5 does not divide them, 4 does."""
+    with pytest.raises(ValueError, match="--group_size 5 does not divide the 24 samples.*try 4"):
+        GroupSampler(ANIMALS, group_size=5, batch_size=4, batches_per_epoch=3, world=2, seed=0)

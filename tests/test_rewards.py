@@ -1,0 +1,126 @@
+"""Scores of rollouts, on a thread or not, in the order of positions; and when an evaluation ends a run."""
+
+import argparse
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src import rewards
+from src.data import prompts
+from src.scorers import Scores
+
+
+def mean_colour(images, texts, metadata):
+    """Scores that can be told apart: the mean value of a picture, plus what its metadata says; negative prompts are not judged."""
+    value = images.mean((1, 2, 3)) + torch.tensor([float(entry.get("bonus", 0)) for entry in metadata])
+    value = torch.where(torch.tensor([text == "unreadable" for text in texts]), torch.nan, value)
+    return Scores(2 * value, {"brightness": value})
+
+
+@pytest.fixture
+def run():
+    """One process of as many as `others` says: their part is joined after ours."""
+    return SimpleNamespace(device=torch.device("cpu"), world=1, rank=0, is_main=True, gather=lambda tensor: tensor)
+
+
+def batch(positions, texts=None, **metadata):
+    texts = texts or ["a fox"] * len(positions)
+    return prompts.Batch(list(positions), [prompts.Prompt(text, metadata) for text in texts], [0] * len(positions))
+
+
+def pictures(*values):
+    return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_scores_come_back_in_the_order_of_positions(run, background):
+    scoring = rewards.Rewards(run, mean_colour, background=background)
+    scoring.submit(pictures(0.5, 0.25), batch([2, 3]))
+    scoring.submit(pictures(0.125, 0.75), batch([0, 1], bonus=1))
+    found = scoring.collect()
+    assert found.parts["brightness"].tolist() == [1.125, 1.75, 0.5, 0.25]
+    assert found.total.tolist() == [2.25, 3.5, 1.0, 0.5]
+    scoring.submit(pictures(0.0), batch([0]))
+    assert scoring.collect().total.tolist() == [0.0]  # the epoch before is forgotten
+    scoring.close()
+
+
+def test_several_processes_agree_on_the_order(run):
+    """Rank 0 has positions 0, 1 and 4, 5, rank 1 has 2, 3 and 6, 7: gathering joins the ranks, not the batches."""
+    ours, theirs = torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7])
+
+    def gather(tensor):
+        if tensor.ndim == 1:
+            return torch.cat([ours, theirs])
+        return torch.cat([tensor, torch.stack([theirs.float() / 4, theirs.float() / 8], dim=1)])
+
+    run.gather = gather
+    scoring = rewards.Rewards(run, mean_colour, background=False)
+    for positions in ((0, 1), (4, 5)):
+        scoring.submit(pictures(*(position / 8 for position in positions)), batch(positions))
+    found = scoring.collect()
+    assert found.parts["brightness"].tolist() == [position / 8 for position in range(8)]
+    assert found.total.tolist() == [position / 4 for position in range(8)]
+
+
+def test_the_thread_works_while_the_caller_goes_on_and_lets_no_more_than_one_batch_wait(run):
+    free, scored = threading.Event(), []
+
+    def slow(images, texts, metadata):
+        assert free.wait(10)
+        scored.append(threading.current_thread().name)
+        return mean_colour(images, texts, metadata)
+
+    scoring = rewards.Rewards(run, slow, background=True)
+    scoring.submit(pictures(0.0), batch([0]))
+    scoring.submit(pictures(0.5), batch([1]))
+    assert not scored  # both calls returned before anything was scored
+    third = threading.Thread(target=scoring.submit, args=(pictures(1.0), batch([2])))
+    third.start()
+    time.sleep(0.1)
+    assert third.is_alive()  # one batch is being scored, one waits: the third has to
+    free.set()
+    third.join(10)
+    assert scoring.collect().parts["brightness"].tolist() == [0.0, 0.5, 1.0]
+    assert set(scored) == {"rewards_0"} != {threading.current_thread().name}
+    scoring.close()
+
+
+def test_an_error_on_the_thread_reaches_the_caller(run):
+    def broken(*_):
+        raise ValueError("the server is gone")
+
+    scoring = rewards.Rewards(run, broken, background=True)
+    scoring.submit(pictures(0.0), batch([0]))
+    with pytest.raises(ValueError, match="the server is gone"):
+        scoring.collect()
+
+
+def test_pictures_that_cannot_be_judged_are_counted_and_left_out_of_the_means(run):
+    scoring = rewards.Rewards(run, mean_colour, background=False)
+    scoring.submit(pictures(0.5, 0.75, 1.0), batch([0, 1, 2], ["a", "unreadable", "b"]))
+    found = scoring.collect().metrics()
+    assert found == {"reward": 1.5, "reward_std": 0.5, "unjudged": 1, "reward/brightness": 0.75}
+    scoring.submit(pictures(0.5), batch([0], ["unreadable"]))
+    with pytest.raises(ValueError, match="no picture of this epoch could be judged"):
+        scoring.collect().metrics()
+
+
+# --------------------------------------------------------------------------- when an evaluation ends a run
+
+
+@pytest.mark.parametrize(("limit", "before", "now", "ends"), [
+    (0.05, 20.0, 19.1, False), (0.05, 20.0, 18.9, True), (0.05, -20.0, -20.9, False), (0.05, -20.0, -21.1, True), (0.05, 20.0, 30.0, False),
+    (0.05, 20.0, float("nan"), True), (None, 20.0, 0.0, False),
+])  # fmt: skip
+def test_a_held_out_measure_may_fall_by_a_share_of_what_it_was(limit, before, now, ends):
+    evaluator = rewards.Evaluator.__new__(rewards.Evaluator)
+    evaluator.args = argparse.Namespace(stop_if_eval_drops=limit)
+    evaluator.before, evaluator.now = {"steady": 1.0, "clip": before}, {"steady": 1.0, "clip": now}
+    reason = evaluator.dropped()
+    assert (reason is not None) is ends
+    if ends:
+        assert reason.startswith("clip fell from") and "--stop_if_eval_drops 0.05" in reason

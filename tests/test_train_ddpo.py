@@ -1,0 +1,337 @@
+"""DDPO: running statistics, order of the steps, the clipped surrogate, and the trainer in this process on the smallest model."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+
+import train_ddpo_sd3 as script
+from src import lora, metrics
+from src.pipelines import sd3_rollout
+
+NAN = math.nan
+
+
+@pytest.fixture(scope="module")
+def world(tiny_sd3_folder, tmp_path_factory):
+    return runs.make_rollouts(tiny_sd3_folder, tmp_path_factory.mktemp("ddpo"))
+
+
+@pytest.fixture
+def train(world, tmp_path, monkeypatch):
+    """train("name", rank=2, ...) -> output folder of a run with these flags, without the drawing of summary.png."""
+    monkeypatch.setattr(script.rewards.validation, "summary", lambda *_: None)
+
+    def run(name: str = "run", **changes) -> Path:
+        runs.train(script, world.argv(tmp_path / name, **({"rank": 2, "learning_rate": 1e-2} | changes)))
+        return tmp_path / name
+
+    return run
+
+
+# --------------------------------------------------------------------------- running statistics
+
+
+def advantages(statistics, texts, rewards, **options):
+    return statistics.advantages(texts, torch.tensor(rewards), **options).tolist()
+
+
+def test_a_prompt_is_compared_with_its_last_rewards_once_it_has_enough():
+    """Buffers of 4, used from 2 on.
+
+    Epoch 1: a has 1, 3: mean 2, std 1 -> -1, 1. b has one reward, 5: compared with 1, 3, 5: mean 3, std sqrt(8 / 3) -> 2 / 1.633 = 1.2247.
+    Epoch 2: a gets 8: 1, 3, 8: mean 4, std sqrt((9 + 1 + 16) / 3) = 2.9439 -> 4 / 2.9439 = 1.3587.
+             b gets 5, 8: 5, 5, 8: mean 6, std sqrt((1 + 1 + 4) / 3) = 1.4142 -> -0.7071, 1.4142.
+    """
+    statistics = script.PromptStatistics(size=4, least=2)
+    assert advantages(statistics, ["a", "b", "a"], [1.0, 5.0, 3.0]) == pytest.approx([-1, 1.2247, 1], abs=1e-4)
+    assert advantages(statistics, ["b", "a", "b"], [5.0, 8.0, 8.0]) == pytest.approx([-0.7071, 1.3587, 1.4142], abs=1e-4)
+
+
+def test_a_full_buffer_forgets_its_oldest_reward():
+    """Buffer of 2: after 100, 1, 3 it holds 1, 3: mean 2, std 1; 100 is compared with what is held now: (100 - 2) / 1, limited to 5."""
+    statistics = script.PromptStatistics(size=2, least=2)
+    assert advantages(statistics, ["a"] * 3, [100.0, 1.0, 3.0]) == pytest.approx([5, -1, 1], abs=1e-5)
+    assert statistics.state_dict() == {"rewards": {"a": [1.0, 3.0]}}
+    assert advantages(statistics, ["a"] * 3, [0.0, 0.0, 0.0], limit=2.0) == [0, 0, 0]
+    assert advantages(statistics, ["a"] * 2, [0.0, 9.0], limit=0.5) == [-0.5, 0.5]
+
+
+def test_without_statistics_every_picture_is_compared_with_its_epoch():
+    """1, 2, 3, 6: mean 3, std sqrt((4 + 1 + 0 + 9) / 4) = 1.8708; an earlier epoch is forgotten."""
+    statistics = script.PromptStatistics(size=0, least=2)
+    advantages(statistics, ["a"] * 4, [100.0, 200.0, 300.0, 400.0])
+    want = [-2 / 1.8708, -1 / 1.8708, 0, 3 / 1.8708]
+    assert advantages(statistics, ["a", "a", "b", "b"], [1.0, 2.0, 3.0, 6.0]) == pytest.approx(want, abs=1e-4)
+    assert statistics.state_dict() == {"rewards": {}}
+
+
+def test_a_picture_that_could_not_be_judged_has_no_advantage_and_leaves_no_trace():
+    """Of 1, NaN, 3 the mean is 2 and the std 1."""
+    statistics = script.PromptStatistics(size=4, least=2)
+    assert advantages(statistics, ["a", "a", "a"], [1.0, NAN, 3.0]) == pytest.approx([-1, 0, 1], abs=1e-5)
+    assert statistics.state_dict() == {"rewards": {"a": [1.0, 3.0]}}
+    assert advantages(script.PromptStatistics(4, 2), ["a", "b"], [NAN, NAN]) == [0, 0]
+
+
+def test_equal_rewards_teach_nothing():
+    statistics = script.PromptStatistics(size=8, least=2)
+    for _ in range(2):
+        assert advantages(statistics, ["a", "a", "b"], [0.1, 0.1, 0.1]) == [0, 0, 0]
+
+
+def test_statistics_survive_a_checkpoint(tmp_path):
+    one, other = script.PromptStatistics(3, 2), script.PromptStatistics(3, 2)
+    advantages(one, ["a", "b", "a", "a", "a"], [1.0, 2.0, 3.0, 4.0, 5.0])
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(2):  # also the buffers' size
+        assert advantages(one, ["a", "b"], [7.0, 9.0]) == advantages(other, ["a", "b"], [7.0, 9.0])
+    assert one.state_dict() == other.state_dict() == {"rewards": {"a": [5.0, 7.0, 7.0], "b": [2.0, 9.0, 9.0]}}
+
+
+def test_statistics_do_not_depend_on_the_order_of_the_prompts_of_an_epoch():
+    texts, rewards = ["a", "b", "a", "b", "c"], [1.0, 2.0, 4.0, 8.0, 16.0]
+    order = [3, 0, 4, 2, 1]  # a and b keep their own order but for b's two: a full buffer would tell, this one is not
+    one = advantages(script.PromptStatistics(8, 2), texts, rewards)
+    other = advantages(script.PromptStatistics(8, 2), [texts[i] for i in order], [rewards[i] for i in order])
+    assert other == pytest.approx([one[i] for i in order], abs=1e-6)
+
+
+# --------------------------------------------------------------------------- steps
+
+
+def test_every_picture_trains_the_steps_in_an_order_of_its_own():
+    window = range(2, 6)
+    orders = script.shuffled_steps(window, range(50), 4, 0, 7, 0)
+    assert orders.shape == (50, 4)
+    assert all(sorted(row) == list(window) for row in orders.tolist())
+    assert len({tuple(row) for row in orders.tolist()}) > 12  # of 24 orders; 50 draws miss few
+    again = script.shuffled_steps(window, [30, 3], 4, 0, 7, 0)
+    assert torch.equal(again, orders[[30, 3]]), "an order must not depend on the batch"
+    for other in ((1, 7, 0), (0, 8, 0), (0, 7, 1)):  # seed, epoch, inner epoch
+        assert not torch.equal(orders, script.shuffled_steps(window, range(50), 4, *other))
+
+
+def test_a_share_of_the_steps_is_drawn_without_repetition_and_equally_often():
+    """2 of 4 steps for 1,000 pictures: each step 500 times, with a standard deviation of sqrt(1000 / 4) = 15.8."""
+    steps = script.shuffled_steps(range(4), range(1000), 2, 0, 0, 0)
+    assert steps.shape == (1000, 2) and not (steps[:, 0] == steps[:, 1]).any()
+    assert all(abs(count - 500) < 4 * 15.8 for count in torch.bincount(steps.flatten()).tolist())
+
+
+def test_at_ratio_one_the_surrogate_has_the_plain_policy_gradient():
+    """A chain of two steps x' = w x + z with known log-probabilities: d loss / d w = -A d log p / d w, whatever D and the clip."""
+    w, x, drawn = torch.tensor(0.7, requires_grad=True), torch.tensor([1.0, -0.4]), torch.tensor([0.9, 0.1])
+    advantage = torch.tensor([1.5, -0.5])
+    log_prob = -((drawn - w * x) ** 2) / 2
+    plain = torch.autograd.grad((-advantage * log_prob).sum(), w, retain_graph=True)[0]
+    for clip, dimensions in ((0.66, 65_536), (5.0, 1), (1e-3, 10)):
+        loss = script.policy_loss(log_prob - log_prob.detach(), advantage, clip, dimensions).sum()
+        surrogate = torch.autograd.grad(loss, w, retain_graph=True)[0]
+        assert surrogate.item() == pytest.approx(plain.item(), abs=1e-5)
+        assert loss.item() == 0
+
+
+def test_beyond_the_clip_only_the_way_back_has_a_gradient():
+    log_ratio = torch.tensor([1.0, 1.0, -1.0, -1.0], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    script.policy_loss(log_ratio, advantage, 0.5, 1000).sum().backward()
+    assert log_ratio.grad[[0, 3]].tolist() == [0, 0]  # better ones more likely, or worse ones less, already by more than the clip
+    assert log_ratio.grad[1].item() == pytest.approx(1, abs=2e-3) and log_ratio.grad[2].item() == pytest.approx(-1, abs=2e-3)
+
+
+# --------------------------------------------------------------------------- the trainer
+
+
+def test_it_trains_the_adapters_alone_and_leaves_the_documented_files(train, monkeypatch):
+    seen = {}
+
+    def adapt(transformer, args):
+        original(transformer, args)
+        seen.update(transformer=transformer, start={name: p.detach().clone() for name, p in transformer.named_parameters()})
+
+    original = script.policy.adapt
+    monkeypatch.setattr(script.policy, "adapt", adapt)
+    out = train(num_inner_epochs=2, train_gradient_accumulation_steps=1, checkpointing_epochs=1)
+    trained = {id(p) for p in lora.parameters(seen["transformer"])}
+    for name, parameter in seen["transformer"].named_parameters():
+        assert torch.equal(parameter, seen["start"][name]) != (id(parameter) in trained), name
+    assert (out / runs.WEIGHTS).is_file() and (out / "README.md").is_file()
+    assert "DDPO on the reward `jpeg_incompressibility`, 2 epochs of 8 pictures" in (out / "README.md").read_text()
+
+    lines = [line for line in runs.lines(out) if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8]  # 2 inner epochs x 2 updates
+    expected = {"loss", "policy_loss", "log_ratio", "clip_fraction", "grad_norm", "lr", "epoch", "no_signal", "skipped_updates", "reward",
+                "reward_std", "unjudged", "reward/jpeg_incompressibility"}  # fmt: skip
+    assert lines[0].keys() == expected | {"step"} and all(metrics.meaning(name) for name in expected)
+    assert all(line["log_ratio"] > 0 for line in lines), "from the second update on the policy is not the one that sampled"
+    evaluated = [line["step"] for line in runs.lines(out) if "eval_reward" in line]
+    assert evaluated == [0, 8]
+    state = runs.state(out / "checkpoint-4")
+    assert sum(len(values) for values in state["statistics"]["rewards"].values()) == 8
+    assert len(runs.state(out / "checkpoint-8")["statistics"]["rewards"]) == 6  # 16 pictures of 6 prompts
+
+
+def test_an_update_makes_good_steps_likelier_than_bad_ones(train, monkeypatch):
+    """After one small update, sum of advantage x log-ratio over the very steps that were trained on is above 0; it was 0 before."""
+    trained, real = [], script.surrogate
+
+    def spy(actor, rollout, t, condition, *rest):
+        trained.append((actor, rollout, t, condition))
+        return real(actor, rollout, t, condition, *rest)
+
+    monkeypatch.setattr(script, "surrogate", spy)
+    train(num_epochs=1, train_gradient_accumulation_steps=2, learning_rate=1e-4, adam_weight_decay=0.0)
+    gain = 0.0
+    for actor, rollout, t, condition in trained:
+        with torch.no_grad():
+            step = sd3_rollout.replay(actor.transformer, rollout.trajectory, t, condition)
+        gain += (rollout.advantage * step.log_ratio).sum().item()
+    assert len(trained) == 4 and gain > 0
+
+
+def test_resumed_it_ends_like_an_uninterrupted_run(train, monkeypatch):
+    """Everything that has a state: optimizer, schedule, average, statistics that are used already, a random window."""
+    flags = dict(num_epochs=4, checkpointing_epochs=2, use_ema=True, lr_scheduler="cosine", num_inner_epochs=2, window_size=1,
+                 per_prompt_stat_tracking_min_count=2, per_prompt_stat_tracking_buffer_size=3)  # fmt: skip
+    whole = train("whole", **flags)
+    runs.interrupt(monkeypatch, step=12)  # epoch 3: after its updates, before its metrics
+    with pytest.raises(runs.Interrupted):
+        train("cut", **flags)
+    monkeypatch.undo()
+    cut = train("cut", resume_from_checkpoint="latest", **flags)
+    runs.assert_identical(runs.state(whole / "checkpoint-16"), runs.state(cut / "checkpoint-16"))
+    assert runs.lines(whole) == runs.lines(cut)
+    for folder in (".", "ema"):
+        runs.assert_identical(runs.saved(whole / folder), runs.saved(cut / folder))
+
+
+def test_smaller_training_batches_draw_the_same_pictures(train):
+    """Drawn 1 at a time they differ by rounding alone; so do the updates, if these take the same pictures: one update an epoch does."""
+    one = train("4", num_epochs=1, train_gradient_accumulation_steps=2)
+    other = train("1", num_epochs=1, train_batch_size=1, train_gradient_accumulation_steps=8)
+    assert runs.values(one, "reward")[0] == pytest.approx(runs.values(other, "reward")[0], rel=1e-5)
+    assert runs.values(one, "grad_norm")[0] == pytest.approx(runs.values(other, "grad_norm")[0], rel=1e-3)
+    for name, tensor in runs.weights(one).items():
+        # Adam's first step is the learning rate times the gradient's sign: rounding may turn a gradient of nearly 0
+        assert (tensor - runs.weights(other)[name]).abs().gt(1e-3).float().mean() < 0.02
+
+
+def test_statistics_change_the_update_only_once_they_are_used(train):
+    """With 6 prompts and 8 pictures an epoch, no prompt has 16 rewards in 2 epochs: tracking must not matter yet."""
+    off = train("off", per_prompt_stat_tracking=False)
+    early = train("early")
+    used = train("used", per_prompt_stat_tracking_min_count=2)
+    runs.assert_identical(runs.weights(off), runs.weights(early))
+    assert any(not torch.equal(tensor, runs.weights(used)[name]) for name, tensor in runs.weights(early).items())
+
+
+def test_a_share_of_the_steps_costs_that_share(train, monkeypatch):
+    replayed = []
+    replay = sd3_rollout.replay
+
+    def counted(network, trajectory, t, *rest):
+        replayed.append(t)
+        return replay(network, trajectory, t, *rest)
+
+    monkeypatch.setattr(sd3_rollout, "replay", counted)
+    train(num_epochs=1, window_size=0, train_timestep_fraction=0.34, num_inner_epochs=2)
+    assert len(replayed) == 2 * 2 and all(t.shape == (4,) for t in replayed)  # 1 of 3 steps, 2 batches, 2 inner epochs
+    assert len({t.item() for batch in replayed for t in batch}) > 1  # not the same step for all
+
+
+def test_a_replay_that_is_not_the_sampled_step_stops_the_run(train, monkeypatch):
+    """Weights that change between sampling and training: the ratio is not 1 at the first inner step."""
+    to = sd3_rollout.Trajectory.to
+    changed = []
+
+    def tampering(trajectory, device):
+        changed.append(1)
+        return to(trajectory, device)
+
+    adapted = []
+    monkeypatch.setattr(script.policy, "adapt", lambda t, a, original=script.policy.adapt: (original(t, a), adapted.append(t)))
+    monkeypatch.setattr(sd3_rollout.Trajectory, "to", tampering)
+    collect = script.rewards.Rewards.collect
+
+    def shaken(self):
+        with torch.no_grad():
+            lora.parameters(adapted[0])[1].add_(0.5)
+        return collect(self)
+
+    monkeypatch.setattr(script.rewards.Rewards, "collect", shaken)
+    with pytest.raises(RuntimeError, match="log-ratio of .* nats"):
+        train()
+    assert changed
+
+
+def test_the_first_ratio_of_every_epoch_is_checked(train, monkeypatch):
+    checked = []
+    monkeypatch.setattr(sd3_rollout, "check_on_policy", lambda step, tolerance: checked.append((step.log_ratio.abs().max(), tolerance)))
+    train(num_epochs=3, num_inner_epochs=2)
+    assert checked == [(0, 0)] * 3
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(train_batch_size=3), "--train_batch_size 3 does not divide --sample_batch_size 4: .* try 1"),
+        (dict(train_gradient_accumulation_steps=3), "--train_gradient_accumulation_steps 3 does not divide the 2 batches of 4 .* try 2"),
+        (dict(per_prompt_stat_tracking_min_count=40), "--per_prompt_stat_tracking_min_count 40 must lie in 2 .. 32"),
+        (dict(per_prompt_stat_tracking_min_count=1), "--per_prompt_stat_tracking_min_count 1 must lie in 2 .. 32, the buffer's size: one"),
+        (dict(per_prompt_stat_tracking=False, per_prompt_stat_tracking_buffer_size=8), "--per_prompt_stat_tracking_buffer_size 8 has no"),
+        (dict(transition="ode"), "--transition ode is deterministic"),
+        (dict(noise_level=0), "--noise_level must be above 0"),
+        (dict(window_range=(0, 4)), "--window_range 0 4 .* of 4 steps the last has no log-probability"),
+        (dict(window_size=9), "--window_size 9 must lie in 1 .. 3"),
+        (dict(train_timestep_fraction=0), "--train_timestep_fraction"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args(world.argv(tmp_path / "run", **flags))
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1
+    assert re.search(message, said), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_older_programs_flags_keep_working(world, tmp_path):
+    argv = [*world.argv(tmp_path / "run", num_inference_steps=None), "--sample_num_steps", "6", "--per_prompt_stat_tracking",
+            "--per_prompt_stat_tracking_buffer_size", "48", "--train_batch_size", "2", "--train_gradient_accumulation_steps", "1",
+            "--tracker_project_name", "stable_diffusion_training", "--report_to", "tensorboard"]  # fmt: skip
+    args = script.parse_args(argv)
+    assert (args.num_inference_steps, args.per_prompt_stat_tracking_buffer_size, args.train_batch_size) == (6, 48, 2)
+    assert script.batches_per_epoch(args) == 4 and script.updates_per_epoch(args) == 4
+
+
+def test_what_is_unset_follows_from_the_rest(world, tmp_path):
+    args = script.parse_args(world.argv(tmp_path / "run", sample_num_batches_per_epoch=6))
+    assert (args.train_batch_size, args.train_gradient_accumulation_steps, script.updates_per_epoch(args)) == (4, 3, 2)
+    odd = script.parse_args(world.argv(tmp_path / "run", sample_num_batches_per_epoch=3, num_inner_epochs=2))
+    assert (odd.train_gradient_accumulation_steps, script.updates_per_epoch(odd)) == (3, 2)
+
+
+def test_the_plan_counts_what_is_trained(world, tmp_path, capsys):
+    flags = dict(window_size=0, train_timestep_fraction=0.34, num_inner_epochs=2, dry_run=True)
+    script.main(script.parse_args(world.argv(tmp_path / "run", **flags)))
+    plan = capsys.readouterr().out
+    assert "8 pictures on one process, in batches of 4; 4 update(s)" in plan
+    assert "16 forward and backward passes" in plan  # 8 pictures, 1 of 3 steps, twice
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_flag_that_is_written_reads_back(train):
+    """args.json serves as --config of another run."""
+    out = train(num_epochs=1)
+    saved = json.loads((out / "args.json").read_text())
+    args = script.parse_args(["--config", str(out / "args.json"), "--output_dir", str(out.parent / "other")])
+    assert args.train_batch_size == saved["train_batch_size"] == 4

@@ -1,0 +1,620 @@
+"""The GRPO trainer in this process, on the smallest model: what it trains, writes, repeats, resumes and refuses."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+
+import train_grpo_sd3 as script
+from src import checkpoint, ema, lora, metrics
+from src.pipelines import sd3, sd3_rollout
+from src.scorers import Scores
+from src.scorers.mixture import Mixture
+
+GRPO = dict(group_size=4, rank=4, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def world(tiny_sd3_folder, tmp_path_factory):
+    return runs.make_rollouts(tiny_sd3_folder, tmp_path_factory.mktemp("grpo"))
+
+
+@pytest.fixture
+def train(world, tmp_path):
+    """train("name", rank=2, ...) -> output folder of a run with these flags."""
+
+    def run(name: str = "run", **changes) -> Path:
+        runs.train(script, world.argv(tmp_path / name, **(GRPO | changes)))
+        return tmp_path / name
+
+    return run
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """The policy of the next run, and the trained weights as it started with them."""
+    seen = {}
+
+    class Spy(script.policy.Policy):
+        def __init__(self, *args, **named):
+            super().__init__(*args, **named)
+            seen.update(actor=self, start=[weight.detach().clone() for weight in self.weights])
+
+    monkeypatch.setattr(script.policy, "Policy", Spy)
+    return seen
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """judge(function) lets it take the place of the scorers: function(images, texts) -> (b,)."""
+
+    def replace_scorers(function):
+        def verdict(self, images, texts, metadata=None):
+            total = function(images, texts)
+            return Scores(total, {self.names[0]: total})
+
+        monkeypatch.setattr(Mixture, "__call__", verdict)
+
+    return replace_scorers
+
+
+@pytest.fixture(autouse=True)
+def summaries(monkeypatch):
+    """A third of a small run is drawing summary.png: only the tests that look at it call this to have it drawn."""
+    draw = script.rewards.validation.summary
+    monkeypatch.setattr(script.rewards.validation, "summary", lambda *_: None)
+    return lambda: monkeypatch.setattr(script.rewards.validation, "summary", draw)
+
+
+def weights(folder):
+    return runs.weights(folder)
+
+
+def brightness(images, texts):
+    return images.mean((1, 2, 3))
+
+
+# --------------------------------------------------------------------------- what it trains and writes
+
+
+def test_every_adapter_is_trained_and_no_base_weight_changes(train, world, live):
+    """The seed project's policy gradient was exactly zero. Decay alone would move A: it is off."""
+    from diffusers import SD3Transformer2DModel
+
+    out = train(adam_weight_decay=0.0)
+    trained = live["actor"].weights
+    assert trained and not [weight.shape for weight, start in zip(trained, live["start"], strict=True) if torch.equal(weight, start)]
+    base = SD3Transformer2DModel.from_pretrained(world.model, subfolder="transformer").state_dict()
+    state = live["actor"].transformer.state_dict()
+    kept = {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
+    runs.assert_identical(kept, base)
+    for name in ("loss", "policy_loss", "grad_norm", "reward", "reward_std", "log_ratio", "reward/jpeg_incompressibility"):
+        assert len(runs.values(out, name)) == 2 and all(np.isfinite(runs.values(out, name))), name
+    assert min(runs.values(out, "grad_norm")) > 0 and min(runs.values(out, "log_ratio")) > 0
+
+
+def test_a_run_leaves_what_the_outputs_page_promises(train, summaries):
+    summaries()
+    out = train(use_ema=True, checkpointing_epochs=1, eval_epochs=1, eval_scorers="shapes", report_to="tensorboard")
+    page = (runs.ROOT / "outputs/README.md").read_text()
+    promised = re.findall(r"^\| `([^`]+)` \|", page, flags=re.M)
+    for name in promised:
+        assert list(out.glob(name.replace("-N", "-*").rstrip("/"))), f"outputs/README.md promises {name}"
+    assert (out / "ema" / runs.WEIGHTS).is_file() and (out / "checkpoint-4" / runs.WEIGHTS).is_file()
+    pictures = [f"step-{step:06d}/{name}" for step in (0, 2, 4) for name in ("00-0.png", "01-1.png")]
+    assert sorted(name for name in runs.files(out / "samples") if "/" in name) == pictures
+    assert Image.open(out / "summary.png").width > 500
+    card = (out / "README.md").read_text()
+    assert "load_lora_weights" in card and "GRPO on the reward `jpeg_incompressibility`, 2 epochs of 8 pictures" in card
+    assert "| `eval/shapes` |" in card
+
+    written = metrics.read(out / "metrics.jsonl")
+    trained = {
+        "step", "loss", "policy_loss", "kl", "log_ratio", "clip_fraction", "grad_norm", "lr", "epoch", "no_signal", "skipped_updates",
+        "reward", "reward_std", "unjudged", "reward/jpeg_incompressibility", "images_per_second", "seconds", "memory_gb",
+    }  # fmt: skip
+    evaluated = {"step", "eval_reward", "eval/jpeg_incompressibility", "eval/shapes"}
+    assert [set(line) for line in written] == [evaluated, trained, evaluated, trained, evaluated]
+    assert [line["step"] for line in written] == [0, 2, 2, 4, 4]
+    assert [line["epoch"] for line in written if "epoch" in line] == [1, 2]
+    assert all(metrics.meaning(name) for line in written for name in line)
+
+
+def test_text_encoders_are_gone_and_the_vae_decodes_a_few_at_a_time(train, monkeypatch):
+    """What runs out of memory elsewhere: 9.5 GB of encoders, and the decoding of a whole batch."""
+    sizes, real = [], sd3.decode_latents
+
+    def spy(model, latents, batch_size=4):
+        assert not model.text_encoders
+        vae_decode = model.vae.decode
+
+        def counting(part, **named):
+            sizes.append(len(part))
+            return vae_decode(part, **named)
+
+        monkeypatch.setattr(model.vae, "decode", counting)
+        try:
+            before = latents.clone()
+            images = real(model, latents, batch_size)
+            assert torch.equal(latents, before)  # the seed project went on with the VAE's latents
+            return images
+        finally:
+            monkeypatch.setattr(model.vae, "decode", vae_decode)
+
+    monkeypatch.setattr(script.sd3, "decode_latents", spy)
+    train(num_epochs=1, decode_batch_size=3)
+    assert sizes.count(3) == sizes.count(1) == 2 and max(sizes) <= 4  # two batches of 4 in 3 + 1; the evaluation's by the batch size
+
+
+def test_only_finished_pictures_are_scored_each_once(train, judge):
+    """The seed project scored half-denoised pictures at every step."""
+    scored = []
+
+    def count(images, texts):
+        scored.append((len(images), images.min() >= 0 and images.max() <= 1, images.shape[1:]))
+        return brightness(images, texts)
+
+    judge(count)
+    train()
+    assert len(scored) == 1 + 2 * 2 + 1  # evaluation, two epochs of two batches, evaluation
+    assert all(inside and shape == (3, 32, 32) for _, inside, shape in scored)
+
+
+# --------------------------------------------------------------------------- the algorithm, in the script
+
+
+def test_a_constant_added_to_all_rewards_changes_nothing(train, judge):
+    """Raw rewards as advantages would; a power of two, so that nothing is rounded."""
+    judge(lambda images, texts: (brightness(images, texts) * 256).round())
+    one = train("one")
+    judge(lambda images, texts: (brightness(images, texts) * 256).round() + 1024)
+    other = train("other")
+    runs.assert_identical(weights(one), weights(other))
+    assert runs.values(other, "reward") == [value + 1024 for value in runs.values(one, "reward")]
+    judge(lambda images, texts: -(brightness(images, texts) * 256).round())
+    opposite = weights(train("opposite"))
+    assert not any(torch.equal(value, opposite[name]) for name, value in weights(one).items())
+
+
+def test_equal_rewards_skip_the_update_as_a_whole(train, judge, live):
+    """Momentum and decay would move the weights without any reason to."""
+    judge(lambda images, texts: torch.ones(len(images)))
+    out = train(adam_weight_decay=0.1)
+    assert all(torch.equal(weight, start) for weight, start in zip(live["actor"].weights, live["start"], strict=True))
+    assert runs.values(out, "skipped_updates") == [2, 2] and runs.values(out, "no_signal") == [1.0, 1.0]
+
+
+def test_pictures_that_cannot_be_judged_are_left_out(train, judge):
+    """NaN for 2 pictures of a batch of 4: counted, and the weights stay finite; all of them: said so."""
+    judge(lambda images, texts: torch.where(torch.arange(len(images)) < 2, torch.nan, brightness(images, texts)))
+    out = train()
+    assert runs.values(out, "unjudged") == [4, 4] and runs.values(out, "no_signal") == [0.5, 0.5]
+    assert all(value.isfinite().all() for value in weights(out).values())
+    judge(lambda images, texts: torch.full((len(images),), torch.nan))
+    with pytest.raises(ValueError, match="could be judged"):
+        train("nothing")
+
+
+@pytest.mark.parametrize("loss", ["ppo", "guard"])
+def test_an_update_makes_good_steps_likelier_than_bad_ones(train, live, monkeypatch, loss):
+    """After one small update, sum of advantage x log-ratio over the very steps that were trained on is above 0; it was 0 before."""
+    rollouts, real = {}, script.surrogate
+
+    def spy(actor, rollout, t, condition, *rest):
+        rollouts[tuple(rollout.batch.positions), t] = (rollout, condition)
+        return real(actor, rollout, t, condition, *rest)
+
+    monkeypatch.setattr(script, "surrogate", spy)
+    train(loss=loss, num_epochs=1, updates_per_epoch=1, learning_rate=1e-4, adam_weight_decay=0.0)
+    gain = 0.0
+    for (_, t), (rollout, condition) in rollouts.items():
+        with torch.no_grad():
+            step = sd3_rollout.replay(live["actor"].transformer, rollout.trajectory, t, condition)
+        gain += (rollout.advantage * step.log_ratio).sum().item()
+    assert len(rollouts) == 4 and gain > 0
+
+
+def actor_with(weights_of, world, tmp_path, **flags):
+    """(args, actor, rollout, condition) of a batch that has just been sampled, with an adapter that `weights_of` fills."""
+    args = script.parse_args(world.argv(tmp_path / "unit", **(GRPO | flags)))
+    run = script.runtime.start(args)
+    texts = script.inputs.prepare_texts(run, args, ["a fox"])
+    actor = script.policy.Policy(run, args, needs_reference=True)
+    weights_of(actor.weights)
+    condition = texts.condition(["a fox"] * 4)
+    trajectory = sd3_rollout.sample(
+        actor.transformer, condition, seed=0, epoch=0, positions=range(4), sigmas=sd3_rollout.schedule(actor.model, 4), height=32, width=32,
+        transition=args.transition, noise_level=args.noise_level, window=range(0, 2),
+    )  # fmt: skip
+    batch = script.prompts.Batch(list(range(4)), [script.prompts.Prompt("a fox")] * 4, [0] * 4)
+    rollout = script.Rollout(batch, trajectory, torch.zeros(4), torch.ones(4, dtype=torch.bool))
+    run.finish()
+    return args, actor, rollout, condition
+
+
+def perturb(parameters):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(transition="flow", kl_form="flow_grpo"), dict(full_weights=True)], ids=str)
+def test_the_kl_pulls_back_to_the_reference(world, tmp_path, flags):
+    """With advantage 0 the KL alone is left: a small step against its gradient lowers it. Elsewhere it stood under no_grad."""
+    flags = {name: value for name, value in flags.items()}
+    base = dict(rank=None) if "full_weights" in flags else {}
+    args, actor, rollout, condition = actor_with(perturb, world, tmp_path, kl_weight=1.0, **(base | flags))
+    losses = []
+    for _ in range(2):
+        loss, logged, step = script.surrogate(actor, rollout, 1, condition, None, args)
+        losses.append(loss.detach().mean().item())
+        torch.testing.assert_close(loss.detach(), logged["kl"].detach())
+        loss.mean().backward()
+        with torch.no_grad():
+            for weight in actor.weights:
+                if weight.grad is not None:
+                    weight -= 1e-4 * weight.grad / max(weight.grad.norm().item(), 1e-9)
+                    weight.grad = None
+    assert losses[0] > 0 and losses[1] < losses[0]
+    assert torch.equal(step.old_mean, rollout.trajectory.means[:, 1])
+
+
+def test_kl_to_the_reference_by_hand(world, tmp_path):
+    """|mean - base mean|^2 / (2 step_std^2), from two replays of our own; flow_grpo: times |dt|."""
+    args, actor, rollout, condition = actor_with(perturb, world, tmp_path, kl_weight=1.0, transition="flow")
+    got = script.surrogate(actor, rollout, 1, condition, None, args)[1]["kl"]
+    with torch.no_grad():
+        step = sd3_rollout.replay(actor.transformer, rollout.trajectory, 1, condition)
+        with lora.disabled(actor.transformer):
+            base = sd3_rollout.replay(actor.transformer, rollout.trajectory, 1, condition)
+    expected = ((step.mean - base.mean) ** 2 / (2 * step.step_std**2)).sum((1, 2, 3))
+    torch.testing.assert_close(got.detach().float(), expected, rtol=1e-4, atol=0)
+    args.kl_form = "flow_grpo"
+    scaled = script.surrogate(actor, rollout, 1, condition, None, args)[1]["kl"]
+    dt = rollout.trajectory.sigmas[1] - rollout.trajectory.sigmas[2]
+    torch.testing.assert_close(scaled.detach().float(), expected * dt, rtol=1e-4, atol=0)
+
+
+def test_an_initial_lora_belongs_to_the_reference(train, world, tmp_path):
+    """At its start the policy is the reference, KL 0, though both differ from the base model; later it is not. Files may change since."""
+    first = train("first", lora_alpha=8.0)
+    args, actor, rollout, condition = actor_with(lambda _: None, world, tmp_path, kl_weight=1.0, lora_alpha=8.0, init_lora=first)
+    assert script.surrogate(actor, rollout, 1, condition, None, args)[1]["kl"].abs().max() == 0
+    with torch.no_grad(), lora.disabled(actor.transformer):
+        base = sd3_rollout.replay(actor.transformer, rollout.trajectory, 1, condition)
+    assert (base.mean - rollout.trajectory.means[:, 1]).abs().max() > 1e-4
+    perturb(actor.weights)
+    assert script.surrogate(actor, rollout, 1, condition, None, args)[1]["kl"].min() > 0
+    second = train("second", lora_alpha=8.0, init_lora=first, checkpointing_epochs=2, kl_weight=0.01)
+    held = runs.state(second / "checkpoint-4")["reference"]
+    runs.assert_identical(sorted(value.sum().item() for value in held.values()), sorted(v.sum().item() for v in weights(first).values()))
+
+
+def test_a_policy_that_does_not_replay_what_it_sampled_stops_the_run(train, monkeypatch):
+    """Weights that move between sampling and training, as forgotten EMA weights would."""
+    collect = script.rewards.Rewards.collect
+    actors = []
+    real = script.policy.Policy.prepare
+    monkeypatch.setattr(script.policy.Policy, "prepare", lambda self, optimizer: (actors.append(self), real(self, optimizer))[1])
+
+    def moving(self):
+        perturb(actors[0].weights)
+        return collect(self)
+
+    monkeypatch.setattr(script.rewards.Rewards, "collect", moving)
+    with pytest.raises(RuntimeError, match="replaying the step that was just sampled.*dropout, autocast or torch.compile"):
+        train()
+
+
+# --------------------------------------------------------------------------- the same tensors
+
+
+def test_rewards_on_a_thread_change_nothing(train):
+    one, other = train("one"), train("other", async_rewards=True)
+    runs.assert_identical(weights(one), weights(other))
+    assert runs.lines(one) == runs.lines(other)
+
+
+def test_same_command_gives_the_same_lora_and_another_seed_another(train):
+    first = runs.saved(train("first"))
+    runs.assert_identical(runs.saved(train("again")), first)
+    other = runs.saved(train("other", seed=1))
+    assert not any(torch.equal(value, other[0][name]) for name, value in first[0].items())
+
+
+def test_args_json_repeats_the_run(train, tmp_path):
+    first = train("first", seed=None)  # drawn
+    runs.train(script, ["--config", str(first / "args.json"), "--output_dir", str(tmp_path / "again")])
+    runs.assert_identical(runs.saved(tmp_path / "again"), runs.saved(first))
+
+
+def test_gradient_checkpointing_changes_nothing(train):
+    runs.assert_identical(weights(train("one")), weights(train("other", gradient_checkpointing=True)))
+
+
+# --------------------------------------------------------------------------- interrupted, resumed, stopped
+
+LONG = dict(
+    num_epochs=4, checkpointing_epochs=2, eval_epochs=1, use_ema=True, ema_decay=0.9, lr_scheduler="cosine", kl_weight=0.01,
+    eval_scorers="shapes", stop_if_eval_drops=5.0, async_rewards=True,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """Output of the uninterrupted run that resumed ones are compared with."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    runs.train(script, world.argv(out, **(GRPO | LONG)))
+    return out
+
+
+def assert_same(whole, parts):
+    ended = runs.state(whole / "checkpoint-8")
+    assert ended.keys() == {"step", "kinds", "lora", "pace", "optimizer", "ema", "schedule", "log", "evaluator"}
+    runs.assert_identical(ended, runs.state(parts / "checkpoint-8"))
+    for folder in (".", "ema", "checkpoint-8"):
+        runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))
+    assert (whole / "samples/step-000008.png").read_bytes() == (parts / "samples/step-000008.png").read_bytes()
+    assert runs.lines(whole) == runs.lines(parts)
+
+
+def test_resumed_equals_uninterrupted(train, whole, monkeypatch):
+    """Killed while epoch 3 is written down, after the checkpoint of epoch 2."""
+    with monkeypatch.context() as patch, pytest.raises(runs.Interrupted):
+        runs.interrupt(patch, 6)
+        train("parts", **LONG)
+    assert_same(whole, train("parts", **LONG, resume_from_checkpoint="latest"))
+
+
+@pytest.mark.parametrize(("where", "epoch"), [("sample", 0), ("sample", 3), ("update", 2)])
+def test_sigterm_inside_an_epoch_goes_back_to_its_start(train, whole, monkeypatch, capsys, where, epoch):
+    """Stopped after a batch, or after the first of two updates: the checkpoint is that of the epoch's beginning, to the bit."""
+    with monkeypatch.context() as patch:
+        if where == "sample":
+            sample = sd3_rollout.sample
+
+            def stopping(*args, **named):
+                if named["epoch"] == epoch:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return sample(*args, **named)
+
+            patch.setattr(sd3_rollout, "sample", stopping)
+        else:
+            update, calls = ema.Ema.update, []
+
+            def stopping(self):
+                calls.append(None)
+                if len(calls) == 2 * epoch + 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return update(self)
+
+            patch.setattr(ema.Ema, "update", stopping)
+        parts = train("parts", **LONG)  # returns: the process would exit with 0
+    assert checkpoint.find_latest(parts).name == f"checkpoint-{2 * epoch}" and not (parts / runs.WEIGHTS).exists()
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().out
+    assert_same(whole, train("parts", **LONG, resume_from_checkpoint="latest"))
+
+
+def test_a_resumed_run_keeps_the_updates_of_an_epoch(train):
+    """A checkpoint's number counts optimizer steps: with others an epoch, the run would go on in the wrong place."""
+    train(checkpointing_epochs=1)
+    with pytest.raises(ValueError, match="saved with 2 optimizer steps an epoch, this run has 1.*--updates_per_epoch 2 -> 1"):
+        train(updates_per_epoch=1, num_epochs=8, resume_from_checkpoint="latest")
+
+
+def test_a_non_finite_loss_stops_the_run_before_it_is_saved(train, tmp_path, monkeypatch):
+    healthy, calls = script.policy_loss, []
+
+    def poisoned(*args):
+        calls.append(None)
+        return healthy(*args) * (float("nan") if len(calls) == 6 else 1)  # 4 passes an epoch
+
+    monkeypatch.setattr(script, "policy_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="step [34]"):
+        train(checkpointing_epochs=1, num_epochs=3)
+    assert checkpoint.find_latest(tmp_path / "run").name == "checkpoint-2"
+
+
+def test_a_held_out_measure_that_falls_ends_the_run(train, judge, capsys, monkeypatch):
+    """eval/shapes goes 1, 0.9, 0.7 from evaluation to evaluation: more than 20 % below its start after epoch 2 of 6."""
+    sequence = iter([1.0, 0.9, 0.7, 0.1])
+    current = {}
+
+    def verdict(self, images, texts, metadata=None):
+        if self.names == ["shapes"]:
+            current["value"] = next(sequence)
+        total = torch.full((len(images),), current["value"]) if self.names == ["shapes"] else brightness(images, texts)
+        return Scores(total, {self.names[0]: total})
+
+    monkeypatch.setattr(Mixture, "__call__", verdict)
+    out = train(num_epochs=6, eval_epochs=1, eval_scorers="shapes", stop_if_eval_drops=0.2)
+    assert runs.values(out, "epoch") == [1, 2] and runs.values(out, "eval/shapes") == pytest.approx([1.0, 0.9, 0.7])
+    assert "stopped after epoch 2: shapes fell from 1 to 0.7" in capsys.readouterr().out
+    assert (out / runs.WEIGHTS).is_file()
+
+
+# --------------------------------------------------------------------------- the result, elsewhere
+
+
+def test_stock_diffusers_draws_the_last_evaluation_picture(train, world):
+    from diffusers import StableDiffusion3Pipeline
+
+    out = train(learning_rate=0.1, lora_alpha=16.0, eval_num_inference_steps=3)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(world.model, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    options = dict(height=32, width=32, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=16)
+    for step in (0, 4):
+        if step:
+            pipeline.load_lora_weights(str(out))
+        for number, prompt in enumerate(("a red ring", "a green hill")):
+            drawn = pipeline(prompt, **options, generator=torch.Generator("cpu").manual_seed(number)).images[0]
+            ours = np.asarray(Image.open(out / f"samples/step-{step:06d}/{number:02d}-{number}.png")).astype(int)
+            assert np.abs(ours - np.asarray(drawn)).max() <= 1
+    first = np.asarray(Image.open(out / "samples/step-000000/00-0.png")).astype(int)
+    assert np.abs(first - np.asarray(Image.open(out / "samples/step-000004/00-0.png")).astype(int)).mean() > 1
+
+
+# --------------------------------------------------------------------------- variants
+
+VARIANTS = {
+    "guard": dict(loss="guard", kl_weight=0.01),
+    "nft": dict(loss="nft", kl_weight=1e-4, nft_strength=0.5, transition=None, window_size=None, window_range=None),
+    "Flow-GRPO": dict(transition="flow", window_size=0, guidance_scale=4.5, kl_weight=0.04, kl_form="flow_grpo", negative_prompt="bad"),
+    "precise, progressive": dict(transition="precise", window_order="progressive", window_shift_epochs=1, advantage_std="global"),
+    "DoRA, checkpointing": dict(use_dora=True, gradient_checkpointing=True),
+    "all weights": dict(full_weights=True, rank=None, learning_rate=1e-3, kl_weight=0.01),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_trains_every_weight(train, live, name):
+    out = train(**VARIANTS[name], adam_weight_decay=0.0)
+    still = [weight.shape for weight, start in zip(live["actor"].weights, live["start"], strict=True) if torch.equal(weight, start)]
+    assert all(np.isfinite(runs.values(out, "loss"))) and not still
+    if name == "all weights":
+        from diffusers import StableDiffusion3Pipeline
+
+        pipeline = StableDiffusion3Pipeline.from_pretrained(out, torch_dtype=torch.float32)
+        runs.assert_identical(pipeline.transformer.state_dict(), live["actor"].transformer.state_dict())
+
+
+def test_nft_samples_with_the_old_policy_which_follows(train, live, monkeypatch):
+    """After epoch e the old policy moves by 1 - min(0.25 e, 0.5) towards the new one, and it is what draws the pictures."""
+    decays, drawn_with = [], []
+    update, sample = ema.Ema.update, sd3_rollout.sample
+    monkeypatch.setattr(ema.Ema, "update", lambda self: (decays.append(self.decay), update(self))[1])
+
+    def spy(policy, *args, **named):
+        drawn_with.append((named["epoch"], live["actor"].weights[1].detach().clone()))
+        assert named["transition"] == "ode" and named["noise_level"] is None
+        return sample(policy, *args, **named)
+
+    monkeypatch.setattr(sd3_rollout, "sample", spy)
+    out = train(loss="nft", num_epochs=3, nft_old_rate=0.25, checkpointing_epochs=3, window_size=None, window_range=None)
+    assert decays == [0.25, 0.5, 0.5]
+    state = runs.state(out / "checkpoint-6")
+    assert not torch.equal(state["old"]["average"][1], list(state["lora"].values())[1])
+    assert torch.equal(drawn_with[0][1], live["start"][1]) and not torch.equal(drawn_with[-1][1], live["start"][1])
+    assert not torch.equal(drawn_with[-1][1], live["actor"].weights[1])
+
+
+def test_a_negative_prompt_is_one_text_and_counts(train):
+    """A trailing comma made it a nested list in the seed project."""
+    guided = dict(guidance_scale=3.0, num_epochs=1)
+    one, other = train("one", **guided), train("other", **guided, negative_prompt="two cats")
+    assert not torch.equal(*(list(weights(out).values())[0] for out in (one, other)))
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_adapters_and_optimizer_stay_fp32_under_bf16(train, live, precision):
+    """The ratio is 1 in bf16, too: sampling and training run the same kernels (asserted in every epoch)."""
+    out = train(mixed_precision=precision, checkpointing_epochs=2)
+    assert {value.dtype for value in weights(out).values()} == {torch.float32}
+    assert {p.dtype for p in live["actor"].transformer.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+# --------------------------------------------------------------------------- dry run
+
+
+def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_path, capsys):
+    """4 steps and 2 trained, 8 pictures: 32 passes, 16 with gradient."""
+    model = shutil.copytree(world.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    runs.train(script, replace(world, model=model).argv(tmp_path / "out", **GRPO, dry_run=True))
+    plan = capsys.readouterr().out
+    for part in (
+        "6 of ", "2 evaluated every 20 epochs", "8 pictures on one process, in batches of 4; 2 update(s)", "32 forward passes",
+        "16 forward and backward passes", "4 in 2 epochs, 16 pictures", "text cache  ", "only while the text cache is filled",
+    ):  # fmt: skip
+        assert part in plan, plan
+    assert not (tmp_path / "out").exists()
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def empty(folder):
+    (folder / "empty.txt").write_text("\n\n")
+
+
+BAD = {
+    "groups that an epoch cuts": (dict(group_size=3), "--group_size 3", "try"),
+    "a group of one": (dict(group_size=1), "--group_size 1", "at least 2"),
+    "updates that do not divide the batches": (dict(sample_num_batches_per_epoch=3, group_size=4), "--updates_per_epoch 2", "try 1"),
+    "window beyond the steps": (dict(window_range=(0, 4)), "--window_range 0 4", "try --window_range 0 3"),
+    "window larger than its range": (dict(window_size=4), "--window_size 4", "1 .. 3"),
+    "too few steps": (dict(num_inference_steps=1), "--num_inference_steps", "at least 2"),
+    "ode for training": (dict(transition="ode"), "--transition ode", "cps"),
+    "no noise": (dict(noise_level=0), "--noise_level", "above 0"),
+    "too much noise": (dict(noise_level=1.5), "--noise_level 1.5", "0.8"),
+    "empty prompt file": (dict(prompts="empty.txt"), "--prompts empty.txt", "holds no prompt"),
+    "prompts that do not exist": (dict(prompts="simple_animal"), "--prompts simple_animal", "did you mean simple_animals?"),
+    "evaluation prompts that do not exist": (dict(eval_prompts="none.txt"), "--eval_prompts none.txt", "no such file"),
+    "scorer that does not exist": (dict(scorer="shape"), "--scorer shape", "did you mean shapes"),
+    "OCR without quotes": (dict(scorer="ocr"), "--prompts", "quot"),
+    "prompts that the verifier cannot read": (dict(scorer="shapes", prompts="simple_animals"), "--prompts", "red circle"),
+    "held-out scorer that is trained on": (dict(eval_scorers="jpeg_incompressibility"), "--eval_scorers", "leave it out"),
+    "nothing to hold against": (dict(stop_if_eval_drops=0.1), "--stop_if_eval_drops", "--eval_scorers"),
+    "KL form of another transition": (dict(kl_weight=0.1, kl_form="flow_grpo"), "--kl_form flow_grpo", "--kl_form exact"),
+    "KL form without KL": (dict(kl_form="flow_grpo", transition="flow"), "--kl_form", "--kl_weight"),
+    "transition for DiffusionNFT": (dict(loss="nft", transition="flow"), "--transition flow has no effect", "nft"),
+    "DiffusionNFT's options without it": (dict(nft_levels=5), "--nft_levels", "--loss nft"),
+    "dropout": (dict(lora_dropout=0.1), "--lora_dropout", "unknown flag"),
+    "LoRA options for all weights": (dict(full_weights=True), "--rank 4 has no effect", "--full_weights"),
+    "negative prompt without guidance": (dict(negative_prompt="bad"), "--negative_prompt", "--guidance_scale"),
+    "progressive only": (dict(window_shift_epochs=5), "--window_shift_epochs", "--window_order progressive"),
+    "no such model": (dict(pretrained_model_name_or_path="models/none"), "--pretrained_model_name_or_path", "download.sh"),
+    "resolution": (dict(resolution=500), "--resolution", "try 496"),
+    "resume from nowhere": (dict(resume_from_checkpoint="none"), "--resume_from_checkpoint none", "no such folder"),
+    "unknown flag": (dict(num_epoch=3), "--num_epoch", "--num_epochs"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_with_the_cure(world, tmp_path, monkeypatch, capsys, what):
+    flags, names, cure = BAD[what]
+    monkeypatch.chdir(tmp_path)
+    empty(tmp_path)
+    before = runs.files(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        script.parse_args(replace(world, cache=Path("cache")).argv(Path("out"), **(GRPO | flags)))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and not out
+    assert err.count("\n") == 1 and err.endswith("\n"), err
+    assert names in err and cure in err, err
+    assert runs.files(tmp_path) == before
+
+
+def test_a_scorer_without_weights_is_refused_with_the_download(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(script.rewards.scorers, "check", lambda spec, differentiable=False, *, flag, **_: (_ for _ in ()).throw(
+        ValueError(f"{flag} {spec}: weights are missing: run bash scripts/download.sh")))  # fmt: skip
+    with pytest.raises(SystemExit):
+        script.parse_args(world.argv(tmp_path / "out", **GRPO))
+    err = capsys.readouterr().err
+    assert "download.sh" in err and err.count("\n") == 1
+
+
+def test_old_names_of_the_sampling_flags_still_work(world, tmp_path):
+    argv = world.argv(tmp_path / "out", **(GRPO | dict(num_inference_steps=None, sample_num_steps=6, sample_guidance_scale=2.0)))
+    args = script.parse_args(argv)
+    assert (args.num_inference_steps, args.guidance_scale) == (6, 2.0)
+
+
+@pytest.mark.parametrize("preset", ["one_gpu", "flow_grpo"])
+def test_presets_are_whole_recipes_that_the_command_line_overrules(preset, world, tmp_path, monkeypatch):
+    with contextlib.chdir(runs.ROOT):
+        monkeypatch.setattr(script.rewards, "check", lambda args: None)  # scorers without weights here
+        argv = ["--config", f"scripts/presets/{preset}.yaml", "--pretrained_model_name_or_path", str(world.model), "--resolution", "64",
+                "--output_dir", str(tmp_path / "out"), "--report_to", "none"]  # fmt: skip
+        args = script.parse_args(argv)
+    expected = {"one_gpu": ("cps", 3, 1.0, 0.0), "flow_grpo": ("flow", 0, 4.5, 0.04)}[preset]
+    assert (args.transition, args.window_size, args.guidance_scale, args.kl_weight) == expected and args.resolution == 64
