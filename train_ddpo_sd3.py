@@ -40,7 +40,6 @@ def build_parser() -> cli.Parser:
     cli.add_model_args(parser)
     cli.add_speed_args(parser, graphs=False)
     cli.add_lora_args(parser, rank=32, alpha_per_rank=2, dropout=False)
-    cli.add_quantization_args(parser)
     cli.add_optimization_args(parser, learning_rate=3e-4, weight_decay=1e-4, ema_decay=0.987)
     cli.add_policy_args(parser, full_learning_rate=1e-5)
     cli.add_run_args(parser, output_dir="outputs/ddpo_sd3", epochs=True)
@@ -179,8 +178,7 @@ def main(args: argparse.Namespace) -> None:
     updates, (first, stop) = updates_per_epoch(args), args.window_range
     turns = max(1, round(args.train_timestep_fraction * (args.window_size or stop - first)))  # steps of each picture per inner epoch
     if args.dry_run:
-        return plan.show_rollouts(args, batch=args.train_batch_size, updates=updates, reference=False,
-                                  trained_steps=turns * args.num_inner_epochs)  # fmt: skip
+        return plan.show_rollouts(args, updates=updates, reference=False, trained_steps=turns * args.num_inner_epochs)
     run = runtime.start(args)
 
     # Prompts: encoded once; no text encoder stays in memory.

@@ -39,7 +39,6 @@ def build_parser() -> cli.Parser:
     cli.add_model_args(parser)
     cli.add_speed_args(parser, graphs=False)
     cli.add_lora_args(parser, rank=32, alpha_per_rank=2, dropout=False)
-    cli.add_quantization_args(parser)
     cli.add_optimization_args(parser, learning_rate=3e-4, weight_decay=1e-4, ema_decay=0.987)
     cli.add_policy_args(parser, full_learning_rate=1e-5)
     cli.add_run_args(parser, output_dir="outputs/grpo_sd3", epochs=True)
@@ -179,9 +178,8 @@ def forward_process(
 def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         nft, (first, stop) = args.loss == "nft", args.window_range
-        return plan.show_rollouts(args, batch=args.sample_batch_size, updates=args.updates_per_epoch, reference=args.kl_weight > 0,
-                                  trained_steps=args.nft_levels if nft else args.window_size or stop - first,
-                                  other_passes=int(nft))  # fmt: skip
+        return plan.show_rollouts(args, updates=args.updates_per_epoch, reference=args.kl_weight > 0, other_passes=int(nft),
+                                  trained_steps=args.nft_levels if nft else args.window_size or stop - first)  # fmt: skip
     run = runtime.start(args)
 
     # Prompts: encoded once; no text encoder stays in memory.

@@ -638,6 +638,7 @@ def add_policy_args(parser: Parser, *, full_learning_rate: float) -> None:
     )
     lora_rate = parser.when_unset["learning_rate"]
     parser.when_unset["learning_rate"] = lambda a: full_learning_rate if a.full_weights and a.optimizer != "prodigy" else lora_rate(a)
+    add_quantization_args(parser)
 
 
 def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: float = 1.0, inference_steps: int = 40) -> None:

@@ -86,14 +86,11 @@ def show(
     _print(rows)
 
 
-def show_rollouts(
-    args: argparse.Namespace, *, batch: int, updates: int, trained_steps: int, reference: bool, other_passes: int = 0
-) -> None:  # fmt: skip
+def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int, reference: bool, other_passes: int = 0) -> None:
     """Print the plan of a run that learns from its own pictures.
 
     Args:
-        batch: pictures of one forward pass of training. updates: optimizer steps per epoch.
-        trained_steps: denoising steps, or noise levels, that each picture is trained at.
+        updates: optimizer steps per epoch. trained_steps: denoising steps, or noise levels, that each picture is trained at.
         reference: whether each of them takes a forward pass of the reference, too. other_passes: further ones without gradient, of an
             older copy of what is trained.
 
@@ -113,14 +110,15 @@ def show_rollouts(
 
     extra = reference + other_passes
     pictures, passes = args.sample_batch_size * args.sample_num_batches_per_epoch, 2 if args.guidance_scale > 1 else 1
-    peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, batch=passes * batch, accumulated=True,
+    together = passes * rollout_batch(args)
+    peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, batch=together, accumulated=True,
                        averages=other_passes)  # fmt: skip
     step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
     forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
     prompts = {"", args.negative_prompt, *found.texts}
     entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
-    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + _activation_rows(peak, f"{passes * batch} picture(s)") + [
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + _activation_rows(peak, f"{together} picture(s)") + [
         ("memory", _memory(args, weights, trained_bytes, peak) + "; scorers come on top"),
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
         ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
@@ -228,6 +226,11 @@ def per_trained_parameter(args: argparse.Namespace, whole: Whole | None = None) 
     a whole, without the parameter, which is counted with the part."""
     average = EMA_BYTES if args.use_ema and vars(args).get("ema_device") != "cpu" else 0
     return TRAINED_BYTES[args.optimizer] + average + (whole.gradient - 8 if whole else 0)  # 8: an fp32 parameter and its gradient
+
+
+def rollout_batch(args: argparse.Namespace) -> int:
+    """Pictures that a policy draws and learns from in one forward pass, guidance not counted."""
+    return vars(args).get("train_batch_size") or args.sample_batch_size
 
 
 def checkpoint_every(args: argparse.Namespace) -> int:
