@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import loops, real_geometry
+from benchmarks import loops, real_geometry, trainers
 from src import cli
 
 PAGE = Path(__file__).parent.parent / "docs/memory-and-speed.md"
@@ -61,8 +61,8 @@ def measured(results: list[dict], trainer: str, resolution: int, flags: tuple[st
 
 def line(name: str, trainer: str, resolution: int, flags: tuple[str, ...], results: list[dict]) -> str:
     setting = loops.Setting(trainer, resolution, flags)
-    one, two = (loops.planned(setting, batch).peak for batch in (1, 2))
-    compiled = loops.planned(loops.Setting(trainer, resolution, (*flags, "--compile")), 1).peak
+    one, two = (trainers.planned(setting, batch).peak for batch in (1, 2))
+    compiled = trainers.planned(loops.Setting(trainer, resolution, (*flags, "--compile")), 1).peak
     seen = measured(results, trainer, resolution, flags)
     cells = [f"{one / 2**30:.1f}", f"{(two - one) / 2**30:.2f}", f"{compiled / 2**30:.1f}",
              "not measured" if seen is None else f"{seen / 2**30:.1f} ({100 * (seen / one - 1):+.0f} %)"]  # fmt: skip

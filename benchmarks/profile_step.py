@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from benchmarks import loops, real_geometry
+from benchmarks import loops, real_geometry, trainers
 from src import cli
 
 LONGEST = 10
@@ -26,7 +26,7 @@ LONGEST = 10
 def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     g = parser.add_argument_group("benchmark")
-    g.add_argument("--trainer", choices=loops.TRAINERS, default="lora", help="whose step")
+    g.add_argument("--trainer", choices=trainers.TRAINERS, default="lora", help="whose step")
     g.add_argument("--resolution", type=cli.multiple_of_16, default=512, help="side of the pictures in pixels")
     g.add_argument("--batch", type=cli.positive_int, default=8, help="pictures per step")
     g.add_argument("--tokens", type=cli.positive_int, default=154, help="text tokens: 77 of CLIP and those of T5")
@@ -89,7 +89,7 @@ def profile(loop: loops.Loop, steps: int, trace: Path | None = None) -> dict[str
 def main(args: argparse.Namespace) -> dict[str, Any]:
     side, flags = 64 if args.tiny else args.resolution, tuple(shlex.split(args.flags))
     setting = loops.Setting(args.trainer, side, flags, args.tokens, real_geometry.source(args))
-    loop = loops.make(setting)
+    loop = trainers.make(setting)
     loop.draw(args.batch)
     if loop.args.compile:
         loop.compile(**real_geometry.compiler())

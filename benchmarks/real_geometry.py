@@ -7,10 +7,11 @@
 Nothing is downloaded: weights, latents and text embeddings are random tensors of the real shapes. Each row is a training script with its
 own flags, loss, optimizer and noise, on batches that lie on the GPU, as they do when the caches are filled. A row first tries batches of
 growing size uncompiled, takes the fastest, compiles if its flags say so, and measures. Rows are written as they end, and skipped if they
-are there (--again measures them anew); a row that fails says why and the next one starts.
+are there (--again measures them anew); a row that fails says why and the next one starts. When --minutes are over, the same command again
+goes on with the rows that are left.
 
-Before a trainer's rows comes a check that its numbers are right: bf16 against fp32, compiled against not, gradients finite, no growth of
-memory over 200 steps. Read benchmarks/README.md for what the columns mean.
+Before a trainer's first row comes a check that its numbers are right: bf16 against fp32, compiled against not, gradients finite, ratio 1
+where there is one, no growth of memory over many steps. Read benchmarks/README.md for what the columns mean.
 """
 
 import argparse
@@ -38,20 +39,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from torch import Tensor
 
-from benchmarks import loops
+from benchmarks import loops, trainers
 from src import cli
 
 RESULTS = Path(__file__).parent / "results"
 LOSS_BOUND = 0.01  # relative difference of a loss in bf16 (8 bits: 0.4 % per number) from fp32, and compiled from not
 COSINE_BOUND = 0.99  # of the angle between their gradients
-GROWTH_BOUND = 2**20  # bytes that the allocated memory may grow by after the first tenth of GROWTH_STEPS
-GROWTH_STEPS = 200
+GROWTH_BOUND = 2**20  # bytes that the allocated memory may grow by after the first tenth of a loop's `growth_steps`
 WINDOWS = 5  # of equal numbers of steps; the median counts
+OVER = "nothing"  # how the failure of what took too long begins
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 
 BF16_FULL = ("--weights_dtype", "bf16", "--optimizer", "adamw8bit")
 CHECKPOINTED = ("--gradient_checkpointing",)
 COMPILED = ("--compile",)
+NEEDS = {"adamw8bit": "bitsandbytes", "nf4": "bitsandbytes", "prodigy": "prodigyopt"}  # value of a flag -> package
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,21 @@ class Row:
 ROWS = (
     Row("lora", 1024, COMPILED, (1, 2, 4)),
     Row("lora", 512, COMPILED, (1, 8, 16)),
-    Row("lora", 1024, (*CHECKPOINTED, *COMPILED), (1, 4, 8)),
+    Row("grpo", 512, (), (1, 8, 16)),
+    Row("dpo", 512, ("--use_lora",), (1, 8, 16)),
+    Row("dpo", 512, (), (1, 8, 16)),
+    Row("refl", 512, CHECKPOINTED, (1, 4)),
+    Row("ddpo", 512, (), (1, 8, 16)),
     Row("full", 512, (*BF16_FULL, *COMPILED), (1, 8, 16)),
     Row("full", 1024, (*BF16_FULL, *COMPILED), (1, 2, 4)),
-    Row("lora", 512, (*CHECKPOINTED, *COMPILED), (1, 16, 32)),
-    Row("lora", 1024, ("--attention_backend", "_native_cudnn", *COMPILED), (1, 2, 4)),
+    Row("lora", 1024, (*CHECKPOINTED, *COMPILED), (1, 4, 8)),
+    Row("lora", 512, (*CHECKPOINTED, *COMPILED), (1, 16, 32), extra=True),
+    Row("lora", 1024, ("--attention_backend", "_native_cudnn", *COMPILED), (1, 2, 4), extra=True),
+    Row("grpo", 512, COMPILED, (1, 8, 16), extra=True),
+    Row("grpo", 512, (*CHECKPOINTED, "--quantize_base", "int8"), (1, 4, 8), extra=True),
+    Row("dpo", 512, ("--use_lora", *COMPILED), (1, 8, 16), extra=True),
+    Row("dpo", 512, COMPILED, (1, 8, 16), extra=True),
+    Row("refl", 512, ("--method", "draft", *CHECKPOINTED), (1, 4), extra=True),
     Row("full", 1024, (*BF16_FULL, *CHECKPOINTED), (1, 8), extra=True),
     Row("full", 1024, (*BF16_FULL, *CHECKPOINTED, "--fused_backward", "--max_grad_norm", "0"), (1, 8), extra=True),
     Row("lora", 1024, (*CHECKPOINTED, "--checkpoint_every", "2", *COMPILED), (1, 2, 4), extra=True),
@@ -88,17 +100,16 @@ ROWS = (
     Row("lora", 1024, (*CHECKPOINTED, "--quantize_base", "int8", *COMPILED), (1, 4), extra=True),
     Row("lora", 512, ("--compile_mode", "reduce-overhead", *COMPILED), (1, 4), extra=True),
 )
-AS_FP32 = {"lora": ("--mixed_precision", "no"), "full": ("--mixed_precision", "no", "--weights_dtype", "fp32")}
-CHECKED = {"lora": (), "full": ("--weights_dtype", "bf16")}  # flags of a trainer's check
 
 
 def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     g = parser.add_argument_group("benchmark")
-    g.add_argument("--trainers", default=",".join(loops.TRAINERS), help="comma-separated names")
+    g.add_argument("--trainers", default=",".join(trainers.TRAINERS), help="comma-separated names")
     g.add_argument("--resolution", default="512,1024", help="comma-separated sides of the pictures in pixels")
     g.add_argument("--seconds", type=cli.positive_float, default=45, help="time for one row, batch search and compiling included")
-    g.add_argument("--extra", action="store_true", help="also the rows of small cards and of CUDA graphs: 5 minutes more")
+    g.add_argument("--minutes", type=cli.positive_float, default=8, help="time for all; no row is begun that would end later")
+    g.add_argument("--extra", action="store_true", help="also rows of small cards, of CUDA graphs, of kernels and of compiled alignment")
     g.add_argument("--tokens", type=cli.positive_int, default=154, help="text tokens: 77 of CLIP and those of T5")
     g.add_argument("--tiny", action="store_true", help="models of a few thousand weights and 64 px, for a CPU")
     g.add_argument("--again", action="store_true", help="measure rows that the output holds already")
@@ -108,9 +119,9 @@ def build_parser() -> cli.Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for a trainer or resolution without a row, and without a GPU."""
-    unknown = set(args.trainers.split(",")) - loops.TRAINERS.keys()
+    unknown = set(args.trainers.split(",")) - trainers.TRAINERS.keys()
     if unknown:
-        raise ValueError(f"--trainers: there is no {', '.join(sorted(unknown))}; choose from {', '.join(loops.TRAINERS)}")
+        raise ValueError(f"--trainers: there is no {', '.join(sorted(unknown))}; choose from {', '.join(trainers.TRAINERS)}")
     if not selected(args):
         sides = sorted({str(row.resolution) for row in ROWS})
         raise ValueError(f"--resolution {args.resolution}: no row of these trainers has it; choose from {', '.join(sides)}")
@@ -119,8 +130,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def selected(args: argparse.Namespace) -> list[Row]:
-    trainers, sides = args.trainers.split(","), args.resolution.split(",")
-    return [row for row in ROWS if row.trainer in trainers and str(row.resolution) in sides and (args.extra or not row.extra)]
+    names, sides = args.trainers.split(","), args.resolution.split(",")
+    return [row for row in ROWS if row.trainer in names and str(row.resolution) in sides and (args.extra or not row.extra)]
+
+
+def missing_packages(row: Row) -> list[str]:
+    return sorted({NEEDS[flag] for flag in row.flags if flag in NEEDS and not cli.installed(NEEDS[flag])})
 
 
 def source(args: argparse.Namespace) -> str:
@@ -184,12 +199,12 @@ def peak() -> dict[str, int | None]:
     return {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
 
 
-def flops_of(loop: loops.Loop) -> int:
-    """Floating-point operations of one uncompiled step: every product that is computed, the recomputed ones too."""
+def flops_of(work: Callable[[], Any]) -> int:
+    """Floating-point operations of an uncompiled step: every product that is computed, the recomputed ones too."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        loop.step()
+        work()
     return counter.get_total_flops()
 
 
@@ -232,16 +247,17 @@ def difference(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tenso
 
 def correctness(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
     """bf16 against fp32 and compiled against not on two samples, at the smallest resolution; then many steps in constant memory."""
-    flags, side = CHECKED[trainer], 64 if args.tiny else min(row.resolution for row in ROWS if row.trainer == trainer)
+    entry, side = trainers.TRAINERS[trainer], 64 if args.tiny else min(row.resolution for row in ROWS if row.trainer == trainer)
+    flags = entry.checked
     setting = loops.Setting(trainer, side, flags, args.tokens, source(args))
-    loop = loops.make(setting)
+    loop = trainers.make(setting)
     with torch.no_grad():
-        for weight in loop.weights:
+        for weight in loop.weights if loop.starts_random else ():
             if not weight.any():  # a LoRA's B: while it is zero, its A has no gradient
                 weight.normal_(std=0.02)
     loop.draw(2)
     narrow = gradients(loop)
-    wide = loops.make(replace(setting, flags=(*flags, *AS_FP32[trainer])))
+    wide = trainers.make(replace(setting, flags=(*flags, *entry.as_fp32)))
     wide.adopt(loop)
     found: dict[str, Any] = {
         "losses": narrow[0].tolist(),
@@ -253,16 +269,19 @@ def correctness(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
     loop.compile(**compiler())
     found["compiled_against_eager"] = difference(gradients(loop), narrow)
     del narrow
-    found["waits"] = waits(loop)
-    found["growth"] = growth(loop, 4 if args.tiny else GROWTH_STEPS)
+    found["bounds"] = loop.bounds()
+    found["waits"], found["growth_steps"] = waits(loop), 4 if args.tiny else loop.growth_steps
+    found["growth"] = growth(loop, found["growth_steps"])
     loop.close()
     pairs = (found["bf16_against_fp32"], found["compiled_against_eager"])
-    equal = all(pair["loss"] < LOSS_BOUND and pair["cosine"] > COSINE_BOUND for pair in pairs)
-    return found | {"passed": equal and found["finite"] and not found["waits"] and (found["growth"] or 0) < GROWTH_BOUND}
+    right = all(pair["loss"] < LOSS_BOUND and pair["cosine"] > COSINE_BOUND for pair in pairs)
+    right = right and all(value <= bound for value, bound in found["bounds"].values())
+    right = right and found["finite"] and (loop.may_wait or not found["waits"]) and (found["growth"] or 0) < GROWTH_BOUND
+    return found | {"passed": right}
 
 
 def waits(loop: loops.Loop) -> list[str]:
-    """Places where a step makes the host wait for the GPU; there should be none."""
+    """Places where a step makes the host wait for the GPU; there should be none, but between the many passes of a rollout."""
     loop.step()
     if not torch.cuda.is_available():
         return []
@@ -301,12 +320,26 @@ def attempt(loop: loops.Loop, batch: int, deadline: float) -> dict[str, Any] | N
         return None
 
 
+def in_forward_passes(loop: loops.Loop, seconds: float, flops: int, batch: int) -> dict[str, float]:
+    """What a sample costs, in forward passes of the same batch: by its work, and by its time; {} for loops that are not told so.
+
+    Args:
+        seconds: of a step of `batch` samples; flops: of one sample, uncompiled.
+    """
+    if type(loop).forward is loops.Loop.forward:
+        return {}
+    work = flops_of(loop.forward)
+    loop.forward()
+    once = steady(loop.forward, 1.0 if torch.cuda.is_available() else 0.05)[0]
+    return {"passes_by_work": flops * batch / work, "passes_by_time": seconds / once}
+
+
 def measure(row: Row, args: argparse.Namespace, deadline: float) -> dict[str, Any]:
     """One row, in a fresh process, until `deadline` (time.time()) or a little longer."""
     rate = matmul_rate(args.tiny)
-    loop = loops.make(loops.Setting(row.trainer, 64 if args.tiny else row.resolution, row.flags, args.tokens, source(args)))
+    loop = trainers.make(loops.Setting(row.trainer, 64 if args.tiny else row.resolution, row.flags, args.tokens, source(args)))
     loop.step()  # allocates the optimizer's state
-    flops = flops_of(loop)  # of one sample
+    flops = flops_of(loop.step)  # of one sample
     began = time.time()
     batches = (1, 2) if args.tiny else row.batches
     tried = {batch: attempt(loop, batch, (began + deadline) / 2 if batch > 1 else deadline) for batch in batches}
@@ -322,7 +355,8 @@ def measure(row: Row, args: argparse.Namespace, deadline: float) -> dict[str, An
     compiled = time.time()
     reset_peak()
     seconds, times = steady(loop.step, 0.05 if args.tiny else max(5.0, deadline - compiled))
-    highest, planned = peak(), loops.planned(loop.setting, batch)
+    highest, planned = peak(), trainers.planned(loop.setting, batch)
+    passes = in_forward_passes(loop, seconds, flops, batch)
     if not bool(loop.step().isfinite()):
         raise RuntimeError("the loss is not finite")
     loop.close()
@@ -330,7 +364,7 @@ def measure(row: Row, args: argparse.Namespace, deadline: float) -> dict[str, An
         "unit": loop.unit, "batch": batch, "per_second": batch / seconds, "seconds_per_step": seconds, "steps": times * WINDOWS,
         "tflop_per_sample": flops / 1e12, "tflops": flops * batch / seconds / 1e12, "matmul_tflops": rate / 1e12,
         "share_of_matmul": flops * batch / seconds / rate, **highest, "planned_peak": planned and planned.peak,
-        "uncompiled": {str(size): found for size, found in tried.items()}, "compile_seconds": compiled - compiling,
+        "uncompiled": {str(size): found for size, found in tried.items()}, "compile_seconds": compiled - compiling, **passes,
     }  # fmt: skip
 
 
@@ -356,7 +390,7 @@ def in_process(work: Callable[..., dict], *given: Any, seconds: float) -> dict[s
         try:
             error = future.exception(timeout=seconds)
         except TimeoutError:
-            error = f"nothing after {seconds:.0f} s"
+            error = f"{OVER} after {seconds:.0f} s"
             for child in multiprocessing.active_children():
                 child.kill()
     if error is None:
@@ -369,19 +403,23 @@ def verdict(trainer: str, found: dict[str, Any]) -> str:
         return f"check of {trainer}: {found['failed']}"
     pairs = (f"{name.replace('_', ' ')}: losses differ by {100 * found[name]['loss']:.2g} %, gradients' cosine {found[name]['cosine']:.5f}"
              for name in ("bf16_against_fp32", "compiled_against_eager"))  # fmt: skip
-    grown = "memory not measured" if found["growth"] is None else f"{found['growth']:,} bytes more after {GROWTH_STEPS} steps"
+    grown = "memory not measured" if found["growth"] is None else f"{found['growth']:,} bytes more after {found['growth_steps']} steps"
+    bounds = (f"{name.replace('_', ' ')} {value:.2g} of {bound:g} allowed" for name, (value, bound) in found["bounds"].items())
     finite = "finite" if found["finite"] else "NOT FINITE"
     waiting = f"waits at {', '.join(found['waits'])}" if found["waits"] else "no waits"
-    return "; ".join((f"check of {trainer}: {'right' if found['passed'] else 'WRONG'}", *pairs, finite, waiting, grown))
+    return "; ".join((f"check of {trainer}: {'right' if found['passed'] else 'WRONG'}", *pairs, *bounds, finite, waiting, grown))
 
 
 def line(name: str, row: dict[str, Any]) -> str:
     if "failed" in row:
         return f"{name:<58} {row['failed']}"
+    if "not_measured" in row:
+        return f"{name:<58} not measured: {row['not_measured']}"
     sizes = (row[kind] for kind in ("peak_allocated", "peak_reserved", "planned_peak"))
     memory = "".join(f"{size / 2**30:>8.2f}" if size else f"{'-':>8}" for size in sizes)
     speeds = f"{row['batch']:>5} {row['per_second']:>8.2f} {row['unit']}/s {row['tflops']:>8.1f} {100 * row['share_of_matmul']:>7.1f} %"
-    return f"{name:<58} {speeds}{memory}"
+    passes = f"   {row['passes_by_work']:.1f} forward passes in the time of {row['passes_by_time']:.1f}" if "passes_by_work" in row else ""
+    return f"{name:<58} {speeds}{memory}{passes}"
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -396,17 +434,35 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(result, indent=1) + "\n")
 
-    for trainer in args.trainers.split(","):
-        if args.again or trainer not in result["checks"]:
-            keep("checks", trainer, in_process(correctness, trainer, args, seconds=4 * args.seconds))
-        print(verdict(trainer, result["checks"][trainer]), flush=True)
+    def is_open(kind: str, name: str) -> bool:
+        return name not in result[kind] or (args.again and name not in done[kind]) or "not_measured" in result[kind][name]
 
+    def run(kind: str, name: str, work: Callable[..., dict], *given: Any) -> bool:
+        """False when the time is over."""
+        limit = min(4 * args.seconds, end + args.seconds - time.time())
+        found = in_process(work, *given, seconds=limit) if limit > 2 * args.seconds else {"failed": OVER}
+        over = limit < 4 * args.seconds and found.get("failed", "").startswith(OVER)
+        if not over:
+            done[kind].add(name)
+            keep(kind, name, found)
+        return not over
+
+    end, done, left = time.time() + 60 * args.minutes, {"checks": set(), "rows": set()}, []
     print(f"{'row':<58} {'batch':>5} {'speed':>14} {'TFLOP/s':>8} {'of matmul':>9}   peak GiB: tensors, reserved, planned")
+    shown = set()
     for row in selected(args):
-        if args.again or row.name not in result["rows"]:
-            deadline = time.time() + args.seconds
-            keep("rows", row.name, in_process(measure, row, args, deadline, seconds=4 * args.seconds))
+        if row.trainer not in shown:
+            if not is_open("checks", row.trainer) or run("checks", row.trainer, correctness, row.trainer, args):
+                print(verdict(row.trainer, result["checks"][row.trainer]), flush=True)
+            shown.add(row.trainer)
+        if absent := missing_packages(row):
+            keep("rows", row.name, {"not_measured": f"needs the package {', '.join(absent)}"})
+        elif is_open("rows", row.name) and not run("rows", row.name, measure, row, args, time.time() + args.seconds):
+            left.append(row.name)
+            continue
         print(line(row.name, result["rows"][row.name]), flush=True)
+    if left:
+        print(f"not measured, as {args.minutes:g} minutes are over: {'; '.join(left)}. The same command again goes on with them.")
     return result
 
 

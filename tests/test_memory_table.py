@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import loops, memory_table, real_geometry
+from benchmarks import memory_table, real_geometry, trainers
 
 
 def result(date, peak, flags="compile"):
@@ -27,7 +27,7 @@ def test_a_line_by_hand(monkeypatch):
         def __init__(self, peak):
             self.peak = peak * 2**30
 
-    monkeypatch.setattr(loops, "planned", lambda setting, batch: Plan(8 if "--compile" in setting.flags else 7 + 3 * batch))
+    monkeypatch.setattr(trainers, "planned", lambda setting, batch: Plan(8 if "--compile" in setting.flags else 7 + 3 * batch))
     line = memory_table.line("LoRA", "lora", 1024, (), [result("2026-01-01", 9 * 2**30)])
     assert line == "| LoRA | 1024² | 10.0 | 3.00 | 8.0 | 9.0 (-10 %) |"
     assert memory_table.line("LoRA", "lora", 512, (), []).endswith("| not measured |")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from benchmarks import loops
+from benchmarks import loops, trainers
 
 PRESETS = sorted((runs.ROOT / "scripts/presets").glob("*.yaml"))
 GIB = 2**30
@@ -20,10 +20,10 @@ TOKENS = 77 + 256
 def test_a_preset_fits_its_card_and_says_so(path):
     text, size = path.read_text(), int(re.search(r"(\d+)gb", path.stem)[1])
     trainer = "full" if path.stem.startswith("full") else "lora"
-    script, setting = loops.SCRIPTS[trainer], loops.Setting(trainer, 1024, ("--config", str(path)), TOKENS)
+    script, setting = trainers.TRAINERS[trainer].script, loops.Setting(trainer, 1024, ("--config", str(path)), TOKENS)
     args = loops.arguments(script, setting, Path("outputs/none"), dry_run=True)
     assert args.resolution == 1024 and f"{script.__name__}.py --config scripts/presets/{path.name}" in text
-    plan = loops.PLANNED[trainer](setting, args)
+    plan = trainers.TRAINERS[trainer].planned(setting, args)
     peak = plan.peak + VAE
     assert float(re.search(r"predicted: ([\d.]+) GiB", text)[1]) == pytest.approx(peak / GIB, abs=0.06)
     assert peak + CUDA < 0.93 * size * GIB, "room for fragments and a desktop"

@@ -1,5 +1,6 @@
 """The benchmark at real size, run at a tiny one: every row works, the check notices what is wrong, a failure is recorded and no more."""
 
+import dataclasses
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import loops
+from benchmarks import loops, trainers
 from benchmarks import real_geometry as benchmark
 from src import cli
 
@@ -16,8 +17,11 @@ def arguments(*argv):
     return cli.parse(benchmark.build_parser(), ["--tiny", *argv], checks=(benchmark.check,))
 
 
+CASES = [(name, entry.checked) for name, entry in trainers.TRAINERS.items()] + [("dpo", ("--use_lora",)), ("refl", ("--use_lora",))]
+
+
 def make(trainer, *flags):
-    return loops.make(loops.Setting(trainer, 64, flags, tokens=6, source="tiny"))
+    return trainers.make(loops.Setting(trainer, 64, flags, tokens=6, source="tiny"))
 
 
 @pytest.fixture
@@ -46,9 +50,9 @@ def sleep(seconds):
 # --------------------------------------------------------------------------- the loops
 
 
-@pytest.mark.parametrize("trainer", loops.TRAINERS)
-def test_a_step_trains_what_the_script_trains_and_nothing_else(loop, trainer):
-    one = loop(trainer, *benchmark.CHECKED[trainer], "--learning_rate", "0.01")
+@pytest.mark.parametrize(("trainer", "flags"), CASES)
+def test_a_step_trains_what_the_script_trains_and_nothing_else(loop, trainer, flags):
+    one = loop(trainer, *flags, "--learning_rate", "0.01")
     before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
     trained = {name for name, parameter in one.model.named_parameters() if parameter.requires_grad}
     assert {id(weight) for weight in one.weights} == {id(p) for p in one.model.parameters() if p.requires_grad}
@@ -93,7 +97,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(loops.Loop, "compile", lambda self, **options: None)
 
 
-@pytest.mark.parametrize("trainer", loops.TRAINERS)
+@pytest.mark.parametrize("trainer", trainers.TRAINERS)
 def test_the_check_passes_at_tiny_size(trainer, uncompiled):
     found = benchmark.correctness(trainer, arguments("--tokens", "6"))
     assert found["passed"], found
@@ -110,9 +114,11 @@ def test_differences_by_hand():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", loops.TRAINERS)
+@pytest.mark.parametrize("trainer", trainers.TRAINERS)
 def test_compiled_steps_are_those_of_the_uncompiled_trainer(trainer, monkeypatch):
-    monkeypatch.setitem(benchmark.CHECKED, "lora", ("--lora_layers", "attn.to_q"))  # each adapter takes seconds to trace
+    entry = trainers.TRAINERS[trainer]
+    if trainer in ("lora", "grpo", "ddpo"):  # each adapter takes seconds to trace
+        monkeypatch.setitem(trainers.TRAINERS, trainer, dataclasses.replace(entry, checked=("--lora_layers", "attn.to_q")))
     found = benchmark.correctness(trainer, arguments("--tokens", "6"))
     assert found["passed"], found
 
@@ -153,8 +159,8 @@ def test_flops_of_a_step_are_the_planned_ones(loop):
     planned = sd3.transformer_from_config(loops.TINY["sd3.5-medium"]["transformer"])
     lora.add(planned, rank=16)
     plain, again = (plan.step_flops(planned, 64, 6, checkpointing=flag) for flag in (False, True))
-    assert benchmark.flops_of(loop("lora")) == pytest.approx(plain, rel=0.06)  # attention counts differ between kernels
-    assert benchmark.flops_of(loop("lora", "--gradient_checkpointing")) == pytest.approx(again, rel=0.06)
+    assert benchmark.flops_of(loop("lora").step) == pytest.approx(plain, rel=0.06)  # attention counts differ between kernels
+    assert benchmark.flops_of(loop("lora", "--gradient_checkpointing").step) == pytest.approx(again, rel=0.06)
 
 
 def test_the_fastest_batch_that_fits_is_taken(monkeypatch):
@@ -165,7 +171,7 @@ def test_the_fastest_batch_that_fits_is_taken(monkeypatch):
     args.tiny = False
     monkeypatch.setattr(benchmark, "steady", lambda work, seconds: (0.5, 1))
     one = make("lora")
-    monkeypatch.setattr(loops, "make", lambda setting: one)
+    monkeypatch.setattr(trainers, "make", lambda setting: one)
     row = benchmark.measure(benchmark.Row("lora", 512, (), (1, 2, 4)), args, deadline=0.0)
     assert row["batch"] == 2 and row["per_second"] == 4 and row["uncompiled"]["4"] is None
 
@@ -183,9 +189,9 @@ def test_what_does_not_fit_is_tried_and_left(loop, monkeypatch):
 def test_every_row_has_a_name_of_its_own_and_flags_that_its_script_takes():
     assert len({row.name for row in benchmark.ROWS}) == len(benchmark.ROWS)
     for row in benchmark.ROWS:
-        parser = {"lora": loops.train_text_to_image_lora_sd3, "full": loops.train_full_finetuning_sd3}[row.trainer].build_parser()
-        args, rest = parser.parse_known_args(row.flags)
-        assert not rest and row.trainer in benchmark.CHECKED and row.trainer in benchmark.AS_FP32 and row.batches[0] == 1
+        args, rest = trainers.TRAINERS[row.trainer].script.build_parser().parse_known_args(row.flags)
+        assert not rest and row.batches[0] == 1
+    assert {row.trainer for row in benchmark.ROWS if not row.extra} == set(trainers.TRAINERS)
 
 
 # --------------------------------------------------------------------------- the run
