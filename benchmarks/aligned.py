@@ -135,13 +135,17 @@ class UNetLoop(Loop):
             self.parts = unet.load(run, args)
             self.beside(run, args)
             weights = unet.parameters(self.parts.unet, args)
-            self.optimizer, _ = unet.optimizer(weights, run, args, 1)
+            self.optimizer, self.learning_rate = unet.optimizer(weights, run, args, 1)
         self.alphas_cumprod = self.parts.alphas_cumprod.to(run.device)  # (1000,)
         super().__init__(setting, run, self.parts.unet, weights, tuple(module for module in built if module is not self.parts.unet))
 
     def beside(self, run: Any, args: Any) -> None:
         """Load what the script has beside the UNet."""
         raise NotImplementedError
+
+    def update(self) -> None:
+        super().update()
+        self.learning_rate.step()
 
     def texts(self, count: int) -> sd15.Conditioning:
         """Random embeddings (count, 77, D)."""

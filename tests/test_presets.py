@@ -8,7 +8,7 @@ import runs
 
 from benchmarks import loops, trainers
 
-PRESETS = sorted((runs.ROOT / "scripts/presets").glob("*.yaml"))
+PRESETS = sorted((runs.ROOT / "scripts/presets").glob("*gb.yaml"))
 GIB = 2**30
 VAE = 83_819_683 * 2  # bytes in bf16; the benchmarks' plan has none
 CUDA = 0.5 * GIB  # what its context and libraries take
