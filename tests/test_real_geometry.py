@@ -89,6 +89,15 @@ def test_the_losses_are_those_of_the_script_on_the_script_s_noise(loop):
     assert flow.TRAIN_TIMESTEPS == 1000 and one.batch.condition.embeds.shape == (1, 6, 32)
 
 
+def test_a_reference_computes_with_the_policy_s_kernels(loop):
+    """Equal weights and equal bits: the preference loss is log 2 exactly, whatever the kernel of attention."""
+    flags = ("--attention_backend", "_native_math", "--mixed_precision", "no")
+    one, plain = loop("dpo", *flags), loop("dpo", "--mixed_precision", "no")
+    assert float(one.losses()) == float(plain.losses()) == float(torch.tensor(2.0).log())
+    name, processor = next(iter(one.model.attn_processors.items()))
+    assert type(one.others[0].attn_processors[name]) is type(processor) is not type(plain.model.attn_processors[name])
+
+
 def test_flags_are_the_script_s_own_and_its_refusals_count():
     with pytest.raises(ValueError, match="--checkpoint_every 2 has no effect without --gradient_checkpointing"):
         make("lora", "--checkpoint_every", "2")
@@ -182,7 +191,7 @@ def test_a_row_measures_what_it_says():
 
 
 def test_a_rollout_is_told_in_forward_passes(loop):
-    """3 denoising steps and one trained one, 2 to 3 passes' work forward and backward; and the decoder, which is large beside a tiny model."""
+    """3 denoising steps and one trained one, 2 to 3 passes' work forward and backward; the decoder, large beside a tiny model, left out."""
     from src.pipelines import sd3
 
     one = loop("grpo", *SHORT["grpo"])

@@ -1,8 +1,10 @@
 """Kernels of attention, gradient checkpointing, compiling: the same numbers, and really in effect, for SD3 and SD1.5."""
 
 import argparse
+import importlib
 
 import pytest
+import runs
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -224,6 +226,29 @@ def test_what_cannot_work_here_is_refused_but_may_be_planned(flags, message):
     with pytest.raises(ValueError, match=message):
         speed.check(arguments(**flags))
     speed.check(arguments(**flags, dry_run=True))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in runs.ROOT.glob("train_*.py")))
+def test_every_trainer_has_the_flags_and_cuda_graphs_where_each_pass_has_its_backward(name):
+    actions = {action.dest: action for action in importlib.import_module(name).build_parser()._actions}
+    assert {"gradient_checkpointing", "checkpoint_every", "allow_tf32", "attention_backend", "compile", "compile_mode"} <= set(actions)
+    alone = name in ("train_text_to_image_lora_sd3", "train_full_finetuning_sd3", "train_dreambooth_lora_sd3")
+    assert ("reduce-overhead" in actions["compile_mode"].choices) == alone
+    assert ("quantize_base" in actions) == (name in ("train_text_to_image_lora_sd3", "train_grpo_sd3", "train_ddpo_sd3"))
+
+
+def test_what_is_drawn_beside_training_is_not_compiled():
+    """A compiled module of which a second size is asked inside `as_written`, and outside."""
+    graphs = []
+    layer = torch.nn.Linear(2, 2)
+    layer.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    layer(torch.ones(1, 2))
+    with speed.as_written(arguments(compile=True)):
+        layer(torch.ones(3, 2))
+    assert len(graphs) == 1
+    with speed.as_written(arguments()):
+        layer(torch.ones(3, 2))
+    assert len(graphs) == 2
 
 
 def test_flags_take_effect(model, monkeypatch):
