@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src import card, checkpoint, cli, ema, inputs, metrics, optim, plan, policy, rewards, runtime, seeds
+from src import card, checkpoint, cli, ema, inputs, metrics, optim, plan, policy, rewards, runtime, seeds, speed
 from src.data import prompts
 from src.pipelines import sd3, sd3_rollout
 
@@ -38,6 +38,7 @@ def build_parser() -> cli.Parser:
     cli.add_eval_args(parser)
     cli.add_text_args(parser)
     cli.add_model_args(parser)
+    cli.add_speed_args(parser, graphs=False)
     cli.add_lora_args(parser, rank=32, alpha_per_rank=2, dropout=False)
     cli.add_optimization_args(parser, learning_rate=3e-4, weight_decay=1e-4, ema_decay=0.987)
     cli.add_policy_args(parser, full_learning_rate=1e-5)
@@ -47,7 +48,7 @@ def build_parser() -> cli.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of this script; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(runtime.check, check, policy.check, rewards.check))
+    return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, check, policy.check, rewards.check))
 
 
 def check(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import card, checkpoint, cli, ddpm, ema, inputs, lora, metrics, plan, runtime, seeds, unet, validation
+from src import card, checkpoint, cli, ddpm, ema, inputs, lora, metrics, plan, runtime, seeds, speed, unet, validation
 from src.data import buckets, samples
 from src.pipelines import sd15
 
@@ -35,7 +35,8 @@ def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     cli.add_dpo_args(parser)
     cli.add_lora_args(parser, unet=True)
-    cli.add_model_args(parser, default="models/stable-diffusion-v1-5", unet=True)
+    cli.add_model_args(parser, default="models/stable-diffusion-v1-5")
+    cli.add_speed_args(parser, unet=True, graphs=False)
     cli.add_data_args(parser, resolution=None, caption_dropout=0.2, pairs=True)
     cli.add_optimization_args(parser, learning_rate=1e-5, lora_learning_rate=1e-4, warmup=True)
     cli.add_budget_args(parser, max_train_steps=2000)
@@ -48,7 +49,7 @@ def build_parser() -> cli.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of this script; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(runtime.check, check))
+    return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, check))
 
 
 def check(args: argparse.Namespace) -> None:

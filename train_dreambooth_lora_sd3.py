@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src import card, checkpoint, cli, ema, flow, lora, metrics, optim, plan, runtime, seeds, subject, validation
+from src import card, checkpoint, cli, ema, flow, lora, metrics, optim, plan, quantize, runtime, seeds, speed, subject, validation
 from src.pipelines import sd3
 
 
@@ -31,9 +31,11 @@ def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     cli.add_dreambooth_args(parser)
     cli.add_lora_args(parser)
+    cli.add_quantization_args(parser)
     cli.add_timestep_args(parser)
     cli.add_text_args(parser)
     cli.add_model_args(parser)
+    cli.add_speed_args(parser)
     cli.add_data_args(parser, caption_dropout=0.0)
     cli.add_optimization_args(parser, learning_rate=1e-4)
     cli.add_budget_args(parser, max_train_steps=500)
@@ -45,7 +47,7 @@ def build_parser() -> cli.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of this script; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(runtime.check, subject.check, check))
+    return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, subject.check, check))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -54,6 +56,7 @@ def check(args: argparse.Namespace) -> None:
     if args.init_lora:
         lora.check_init(args.init_lora)
     optim.check(args.optimizer)
+    quantize.check(args.quantize_base)
     card.check(args.push_to_hub)
     if not args.dry_run:
         checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, args.max_train_steps)
@@ -118,9 +121,9 @@ def main(args: argparse.Namespace) -> None:
     # Data: missing class pictures are rendered and the caches filled first; no encoder stays in memory that is not needed later.
     data, prior = subject.prepare(run, args)
 
-    # Model: base weights frozen and in the run's precision, LoRA weights in fp32.
+    # Model: base weights frozen and in the run's precision or fewer bits, LoRA weights in fp32.
     model = sd3.load(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype,
-                     device=run.device, parts=("transformer",))  # fmt: skip
+                     device=run.device, parts=("transformer",), quantized=args.quantize_base)  # fmt: skip
     transformer = model.transformer
     seeds.seed_everything(args.seed, "lora")
     add_lora(transformer, args)
@@ -131,12 +134,7 @@ def main(args: argparse.Namespace) -> None:
     if args.init_lora:
         fresh = lora.load(transformer, args.init_lora, encoders=encoders)
         run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers are not in it and start from zero" if fresh else ""))
-    # twin: memory
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        sd3.compile_blocks(transformer)
-    # end twin
+    speed.apply(transformer, args)
 
     # Optimizer
     weights = [weight for module in modules.values() for weight in lora.parameters(module)]

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src import card, checkpoint, cli, ema, flow, full, inputs, metrics, optim, plan, rounding, runtime, seeds, sharding, validation
+from src import card, checkpoint, cli, ema, flow, full, inputs, metrics, optim, plan, rounding, runtime, seeds, sharding, speed, validation
 from src.pipelines import sd3
 
 
@@ -33,6 +33,7 @@ def build_parser() -> cli.Parser:
     cli.add_timestep_args(parser)
     cli.add_text_args(parser)
     cli.add_model_args(parser)
+    cli.add_speed_args(parser)
     cli.add_data_args(parser)
     cli.add_optimization_args(parser, learning_rate=1e-5)
     cli.add_budget_args(parser, max_train_steps=1000)
@@ -44,7 +45,7 @@ def build_parser() -> cli.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of this script; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(runtime.check, inputs.check, check))
+    return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, inputs.check, check))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -131,12 +132,7 @@ def main(args: argparse.Namespace) -> None:
     if args.train_text_encoder:
         encoders = sd3.reload_clips(data.model, revision=args.revision, variant=args.variant, dtype=dtype)
     modules = {"transformer": transformer, **encoders}
-    # twin: memory
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        sd3.compile_blocks(transformer)
-    # end twin
+    speed.apply(transformer, args)
 
     # Optimizer
     learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.plan.global_batch)

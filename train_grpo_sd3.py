@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src import card, checkpoint, cli, ema, flow, inputs, metrics, optim, plan, policy, rewards, runtime, seeds, transitions
+from src import card, checkpoint, cli, ema, flow, inputs, metrics, optim, plan, policy, rewards, runtime, seeds, speed, transitions
 from src.data import prompts
 from src.grpo_variants import guard_factors, guarded_log_ratio, nft_loss
 from src.pipelines import sd3, sd3_rollout
@@ -37,6 +37,7 @@ def build_parser() -> cli.Parser:
     cli.add_eval_args(parser)
     cli.add_text_args(parser)
     cli.add_model_args(parser)
+    cli.add_speed_args(parser, graphs=False)
     cli.add_lora_args(parser, rank=32, alpha_per_rank=2, dropout=False)
     cli.add_optimization_args(parser, learning_rate=3e-4, weight_decay=1e-4, ema_decay=0.987)
     cli.add_policy_args(parser, full_learning_rate=1e-5)
@@ -46,7 +47,7 @@ def build_parser() -> cli.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of this script; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(runtime.check, check, policy.check, rewards.check))
+    return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, check, policy.check, rewards.check))
 
 
 def check(args: argparse.Namespace) -> None:

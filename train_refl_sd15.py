@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from src import card, checkpoint, cli, ddpm, ema, inputs, metrics, plan, rewards, runtime, seeds, unet
+from src import card, checkpoint, cli, ddpm, ema, inputs, metrics, plan, rewards, runtime, seeds, speed, unet
 from src.data import prompts
 from src.pipelines import sd15, sd15_rollout
 from src.pipelines.common import evaluating
@@ -41,7 +41,8 @@ def build_parser() -> cli.Parser:
     cli.add_scorer_args(parser, default="image_reward")
     cli.add_eval_args(parser, steps=50, guidance_scale=7.5, inference_steps=25)
     cli.add_lora_args(parser, unet=True)
-    cli.add_model_args(parser, default="models/stable-diffusion-v1-5", unet=True)
+    cli.add_model_args(parser, default="models/stable-diffusion-v1-5")
+    cli.add_speed_args(parser, unet=True, graphs=False)
     cli.add_data_args(parser, resolution=None, pretrain=True)
     cli.add_optimization_args(parser, learning_rate=1e-5, lora_learning_rate=1e-4)
     cli.add_budget_args(parser, max_train_steps=100)
@@ -52,7 +53,7 @@ def build_parser() -> cli.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of this script; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(runtime.check, check))
+    return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, check))
 
 
 def check(args: argparse.Namespace) -> None:

@@ -20,16 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src import card, checkpoint, cli, ema, flow, inputs, lora, metrics, optim, plan, runtime, seeds, validation
+from src import card, checkpoint, cli, ema, flow, inputs, lora, metrics, optim, plan, quantize, runtime, seeds, speed, validation
 from src.pipelines import sd3
 
 
 def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     cli.add_lora_args(parser)
+    cli.add_quantization_args(parser)
     cli.add_timestep_args(parser)
     cli.add_text_args(parser)
     cli.add_model_args(parser)
+    cli.add_speed_args(parser)
     cli.add_data_args(parser)
     cli.add_optimization_args(parser, learning_rate=1e-4)
     cli.add_budget_args(parser, max_train_steps=1000)
@@ -41,7 +43,7 @@ def build_parser() -> cli.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of this script; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(runtime.check, inputs.check, check))
+    return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, inputs.check, check))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -50,6 +52,7 @@ def check(args: argparse.Namespace) -> None:
     if args.init_lora:
         lora.check_init(args.init_lora)
     optim.check(args.optimizer)
+    quantize.check(args.quantize_base)
     card.check(args.push_to_hub)
     if not args.dry_run:
         checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, args.max_train_steps)
@@ -103,21 +106,16 @@ def main(args: argparse.Namespace) -> None:
     # Data: the caches are filled first; no encoder stays in memory that is not needed later.
     data = inputs.prepare(run, args)
 
-    # Model: base weights frozen and in the run's precision, LoRA weights in fp32.
+    # Model: base weights frozen and in the run's precision or fewer bits, LoRA weights in fp32.
     model = sd3.load(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype,
-                     device=run.device, parts=("transformer",))  # fmt: skip
+                     device=run.device, parts=("transformer",), quantized=args.quantize_base)  # fmt: skip
     transformer = model.transformer
     seeds.seed_everything(args.seed, "lora")
     add_lora(transformer, args)
     if args.init_lora:
         fresh = lora.load(transformer, args.init_lora)
         run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers are not in it and start from zero" if fresh else ""))
-    # twin: memory
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    if args.compile:
-        sd3.compile_blocks(transformer)
-    # end twin
+    speed.apply(transformer, args)
 
     # Optimizer
     weights = lora.parameters(transformer)

@@ -15,7 +15,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-import train_full_finetuning_sd3 as trainer
-from src import cli, full, optim, plan, rounding
+from benchmarks import loops
+from src import cli, full, plan
 from src.pipelines import sd3
 
 WAYS = {  # name: weights, optimizer, fused backward
@@ -53,39 +52,15 @@ def geometry(path: str) -> dict:
     return sd3.SD35_MEDIUM if path == "medium" else sd3.read_config(path, "transformer/config.json")
 
 
-class Loop:
-    """One way of training, set up and ready to step."""
-
-    def __init__(self, args: argparse.Namespace, way: str):
-        from diffusers import SD3Transformer2DModel
-
-        dtype, optimizer, fused = WAYS[way]
-        self.args, self.fused, self.device = args, fused, "cuda" if torch.cuda.is_available() else "cpu"
-        config = geometry(args.pretrained_model_name_or_path)
-        torch.manual_seed(0)
-        with torch.device(self.device):
-            self.transformer = torch.nn.Module.to(SD3Transformer2DModel.from_config(config), full.DTYPES[dtype]).train()
-        if args.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        full.select(self.transformer)
-        build = partial(optim.build, name=optimizer, learning_rate=1e-5, device=torch.device(self.device))
-        groups = [{"params": full.parameters(self.transformer), "lr": 1e-5}]
-        plain = dtype == "fp32" and not fused
-        self.optimizer = build(groups) if plain else rounding.Pieces(groups, build, seed=0, fused=fused)
-        side, b = args.resolution // sd3.VAE_SCALE, args.train_batch_size
-        self.x0, self.noise = torch.randn(2, b, config["in_channels"], side, side, device=self.device)
-        self.sigma = torch.linspace(0.1, 0.9, b, device=self.device)
-        embeds = torch.randn(b, TEXT_TOKENS, config["joint_attention_dim"], device=self.device)
-        self.condition = sd3.Conditioning(embeds, torch.randn(b, config["pooled_projection_dim"], device=self.device))
-
-    def step(self) -> float:
-        """One optimizer step on the same batch; returns its loss."""
-        with torch.autocast(self.device, torch.bfloat16):
-            loss = trainer.flow_matching_loss(self.transformer, self.x0, self.noise, self.sigma, self.condition).mean()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
+def make(args: argparse.Namespace, way: str) -> loops.Loop:
+    """One way of training, set up and ready to step; no way clips, which a fused backward pass cannot."""
+    dtype, optimizer, fused = WAYS[way]
+    flags = ["--weights_dtype", dtype, "--optimizer", optimizer, "--max_grad_norm", "0"]
+    flags += ["--fused_backward"] * fused + ["--gradient_checkpointing"] * args.gradient_checkpointing
+    source = "published" if args.pretrained_model_name_or_path == "medium" else args.pretrained_model_name_or_path
+    loop = loops.make(loops.Setting("full", args.resolution, tuple(flags), TEXT_TOKENS, source))
+    loop.draw(args.train_batch_size)
+    return loop
 
 
 def resident_peak() -> int:
@@ -100,15 +75,16 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, float]:
     from diffusers import SD3Transformer2DModel  # noqa: F401
 
     before = resident_peak()
-    loop = Loop(args, way)
+    loop = make(args, way)
     for _ in range(3):
         loop.step()
     seconds = []
     for _ in range(args.steps):
         start = time.perf_counter()
-        loss = loop.step()  # waits for the device: it reads the loss
+        loss = loop.step().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if loop.device == "cuda" else resident_peak() - before
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak() - before
+    loop.close()
     return {"seconds_per_step": statistics.median(seconds), "peak_bytes": peak, "loss": loss}
 
 

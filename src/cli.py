@@ -23,6 +23,8 @@ SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_wit
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 DENSITIES = ("logit_normal", "uniform", "mode", "cosmap")
+ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "_native_math")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 NOISE_LEVELS = {"cps": 0.8, "precise": 1.5, "flow": 0.7}  # by --transition; their authors' values
 
 Check = Callable[[argparse.Namespace], None]
@@ -177,8 +179,8 @@ def existing_file(text: str) -> Path:
 # --------------------------------------------------------------------------- groups
 
 
-def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.5-medium", unet: bool = False) -> None:
-    """The base model, its precision and what is traded for memory and speed; `unet`: it may be SDXL, which needs checkpointing."""
+def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.5-medium") -> None:
+    """The base model and its precision."""
     g = parser.add_argument_group("model")
     g.add_argument("--pretrained_model_name_or_path", default=default, help="local folder or Hub id of the base model")
     g.add_argument("--revision", help="Hub revision of the base model (unset: its main branch)")
@@ -187,13 +189,30 @@ def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.
         "--mixed_precision", choices=("no", "fp16", "bf16"), default="bf16",
         help="autocast dtype; frozen parts are stored in it, trained weights are fp32",
     )
+
+
+def add_speed_args(parser: Parser, *, unet: bool = False, graphs: bool = True) -> None:
+    """What is traded between memory, speed and the time to start; the numbers stay the same but for rounding.
+
+    Args:
+        unet: it may be SDXL, which needs checkpointing.
+        graphs: every forward pass of a step has its backward pass, and none without gradient lies between: CUDA graphs can be recorded.
+    """
+    g = parser.add_argument_group("speed")
     g.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=None if unet else False,
         help="recompute activations in the backward pass: about a third more time for a fraction of the activation memory"
         + (" (unset: for SDXL only)" if unet else ""),
     )
+    g.add_argument("--checkpoint_every", type=positive_int, default=1, help="recompute every N-th block only: saves less memory, less time")
     g.add_argument("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products and convolutions (Ampere GPUs and later)")
+    g.add_argument("--attention_backend", choices=ATTENTION_BACKENDS, default="native", help="kernel of attention, by diffusers' names")
     g.add_argument("--compile", action="store_true", help="torch.compile each block of the model: minutes at the start, faster steps")
+    recorded = "reduce-overhead: CUDA graphs, for small pictures and batches of one shape; " if graphs else ""
+    g.add_argument(
+        "--compile_mode", choices=[mode for mode in COMPILE_MODES if graphs or mode != "reduce-overhead"], default="default",
+        help=f"{recorded}max-autotune-no-cudagraphs: tries more kernels",
+    )
 
 
 def add_text_args(parser: Parser) -> None:
@@ -496,6 +515,15 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
     parser.when_unset["lora_alpha"] = lambda args: float(alpha_per_rank * args.rank) if getattr(args, "use_lora", True) else None
 
 
+def add_quantization_args(parser: Parser) -> None:
+    """How a base model that stays frozen is kept in memory."""
+    g = parser.add_argument_group("frozen base")
+    g.add_argument(
+        "--quantize_base", choices=("int8", "nf4"),
+        help="keep the blocks' attention and feed-forward weights in 8 or 4 bits (unset: in --mixed_precision); nf4 needs bitsandbytes",
+    )
+
+
 def add_validation_args(parser: Parser, *, guidance_scale: float = 4.5, inference_steps: int = 28, steps: int = 100) -> None:
     """Pictures rendered during training, always from the same seeds."""
     g = parser.add_argument_group("validation")
@@ -652,6 +680,7 @@ def add_policy_args(parser: Parser, *, full_learning_rate: float) -> None:
     )
     lora_rate = parser.when_unset["learning_rate"]
     parser.when_unset["learning_rate"] = lambda a: full_learning_rate if a.full_weights and a.optimizer != "prodigy" else lora_rate(a)
+    add_quantization_args(parser)
 
 
 def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: float = 1.0, inference_steps: int = 40) -> None:
@@ -873,6 +902,8 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
      "without --with_prior_preservation"),
     (("logit_mean", "logit_std"), lambda a: a.timestep_density == "logit_normal", "without --timestep_density logit_normal"),
     (("mode_scale",), lambda a: a.timestep_density == "mode", "without --timestep_density mode"),
+    (("checkpoint_every",), lambda a: a.gradient_checkpointing, "without --gradient_checkpointing"),
+    (("compile_mode",), lambda a: a.compile, "without --compile"),
     (("beta_dpo", "loss_type", "label_smoothing", "reference_model"), lambda a: not a.sft, "with --sft, which has no preferences"),
     (("label_smoothing",), lambda a: a.loss_type == "sigmoid", "without --loss_type sigmoid"),
     (("reference_model",), lambda a: not a.use_lora, "with --use_lora, whose reference is the UNet without it"),
@@ -887,7 +918,7 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
       "random_crop", "no_hflip", "caption_dropout", "dataloader_num_workers", "cache_latents"),
      lambda a: getattr(a, "pretrain_dataset_name", True), "without --pretrain_dataset_name"),
     (("dataset_revision",), lambda a: not os.path.exists(_data_of(a) or ""), "on a local --dataset_name"),
-    (("rank", "lora_alpha", "use_dora", "lora_layers", "lora_blocks", "init_lora", "export_format", "export_merged"),
+    (("rank", "lora_alpha", "use_dora", "lora_layers", "lora_blocks", "init_lora", "export_format", "export_merged", "quantize_base"),
      lambda a: not getattr(a, "full_weights", False), "with --full_weights"),
     (("negative_prompt",), lambda a: a.guidance_scale > 1, "without --guidance_scale above 1"),
     (("window_shift_epochs",), lambda a: a.window_order == "progressive", "without --window_order progressive"),
@@ -963,6 +994,16 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
         yield "--random_crop needs fresh latents for every crop: add --no-cache_latents"
     if has.get("text_encoder_learning_rate") and has["optimizer"] == "prodigy":
         yield "--text_encoder_learning_rate contradicts --optimizer prodigy, which finds one step size for all; leave it out"
+    if has.get("compile_mode") == "reduce-overhead":
+        if has["gradient_checkpointing"]:
+            yield "--compile_mode reduce-overhead cannot record what --gradient_checkpointing computes twice; use default"
+        if has.get("aspect_buckets"):
+            yield "--compile_mode reduce-overhead records one size of picture, --aspect_buckets has many; use default"
+    if has.get("quantize_base"):
+        if has.get("use_dora"):
+            yield "--use_dora needs the base's full weights, which --quantize_base does not keep; leave one out"
+        if has.get("export_merged"):
+            yield "--export_merged would write the rounded weights of --quantize_base: leave it out, and merge the LoRA into the original"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
     short = has.get("max_train_steps", 4) < 4  # a quarter of it: 0 steps

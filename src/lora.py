@@ -476,11 +476,17 @@ def export_merged(transformer: nn.Module, folder: str | Path) -> None:
     """Write base and adapter as one ordinary transformer or UNet: config.json and one safetensors file; the live model is not touched.
 
     `SD3Transformer2DModel.from_pretrained(folder)`, or `UNet2DConditionModel`'s, reads it. In the base's dtype: bf16 rounds the sum once.
+
+    Raises:
+        ValueError: the base is quantised: what is left of its weights is not worth keeping.
     """
     from safetensors.torch import save_file
 
     transformer = unwrap(transformer)
     layers = dict(_layers(transformer))
+    packed = [name for name, layer in layers.items() if not layer.base_layer.weight.is_floating_point()]
+    if packed:
+        raise ValueError(f"--export_merged: {len(packed)} layers are quantised, such as {packed[0]}; merge into the original model instead")
     tensors = {}
     for key, tensor in transformer.state_dict().items():
         name, _, leaf = key.rpartition(".")

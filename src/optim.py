@@ -59,9 +59,7 @@ def build(
     if name == "adamw":
         return torch.optim.AdamW(parameters, fused=device.type == "cuda", **adam)
     if name == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, **adam)
+        return _adamw8bit()(parameters, **adam)
     if name == "prodigy":
         from prodigyopt import Prodigy
 
@@ -69,6 +67,30 @@ def build(
             # both switches as its authors advise for diffusion models: a warm-up must not inflate the estimate
             return Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **adam)
     return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def _adamw8bit() -> type[Optimizer]:
+    """bitsandbytes' AdamW8bit without its wait for the GPU after every weight tensor: of a whole transformer there are 900 a step."""
+    import torch
+    from bitsandbytes import optim as stock
+
+    class AdamW8bit(stock.AdamW8bit):  # checkpoints know it by this name
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            assert closure is None, "no optimizer here takes a closure"
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()  # a state that was loaded
+                self.initialized = True
+            for index, group in enumerate(self.param_groups):
+                for number, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, index, number)
+                    self.update_step(group, parameter, index, number)
+
+    return AdamW8bit
 
 
 def schedule(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import inputs, lora, optim, policy, rewards
+from src import inputs, lora, memory, optim, policy, quantize, rewards, rounding, speed
 from src.data import buckets, captions
 from src.pipelines import sd3
 
@@ -21,6 +21,7 @@ BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number
 # Prodigy four fp32 tensors; Adafactor's row and column of moments come to about 1 byte for a matrix of rank 16.
 TRAINED_BYTES = {"adamw": 16, "adamw8bit": 10, "prodigy": 24, "adafactor": 9}
 EMA_BYTES = 4  # per trained parameter with --use_ema
+UPDATE_BYTES = 16  # per bf16 weight that is being updated: fp32 copies of it and of its gradient, its random bits, the sum
 ENTRY_BYTES = 256  # of a cache file besides its tensors: names, shapes and key
 
 
@@ -85,27 +86,29 @@ def show(
     else:
         samples, held_out = inputs.open_pairs(args, progress=True) if preference else inputs.open_images(args, progress=True)
     denoiser = family.denoiser_from_config(args.pretrained_model_name_or_path, args.revision)
-    adapt(denoiser)
-    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
-    tokens, batch = text_tokens(args, family), args.train_batch_size * args.gradient_accumulation_steps
     counts = family.parameter_counts(args.pretrained_model_name_or_path, args.revision)
-    trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
-    trained += subject.adapters if subject else 0
-    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER)
+    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER, vars(args).get("quantize_base"))
     if whole:
         trainable = {part: counts[part] for part in whole.parts}
         weights |= weight_bytes(trainable, denoiser, whole.weight, family.DENOISER)
+    adapt(denoiser)
+    trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
+    trained += subject.adapters if subject else 0
+    tokens, batch = text_tokens(args, family), args.train_batch_size * args.gradient_accumulation_steps
     reference = weights[family.DENOISER] if preference and preference.copy else 0
     trained_bytes = trained * per_trained_parameter(args, whole)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     flops = sample_flops(family, denoiser, args, tokens, preference) * batch * (2 if subject and subject.class_images else 1)
+    twice = True if subject and subject.class_images else None  # gradients of the subject wait for those of the class
+    step = step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, accumulated=twice) if family is sd3 else None
 
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
     if reference:
         rows.insert(-1, ("  reference", f"{counts[family.DENOISER]:>15,} parameters  {_size(reference):>9}"))
     kind, epochs = "pairs" if preference else "pictures", args.max_train_steps * batch / len(samples)
-    rows += [
-        ("memory", _memory(args, weights, trained_bytes + reference)),
+    rows += _activation_rows(step, f"{args.train_batch_size} picture(s)") + [
+        ("memory", _memory(args, weights, trained_bytes + reference, step)),
         (kind, _samples(samples, held_out)),
         *(subject.rows if subject else []),
         ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
@@ -121,32 +124,35 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
 
     Args:
         updates: optimizer steps per epoch. trained_steps: denoising steps, or noise levels, that each picture is trained at.
-        reference: whether each of them takes a forward pass of the reference, too. other_passes: further ones without gradient.
+        reference: whether each of them takes a forward pass of the reference, too. other_passes: further ones without gradient, of an
+            older copy of what is trained.
 
     Raises:
         ValueError: the prompts cannot be read.
     """
     path, found = args.pretrained_model_name_or_path, rewards.read_prompts(args)
-    transformer = sd3.transformer_from_config(path, args.revision)
-    policy.adapt(transformer, args)
-    trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
-    counts = sd3.parameter_counts(path, args.revision)
+    transformer, counts = sd3.transformer_from_config(path, args.revision), sd3.parameter_counts(path, args.revision)
     whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
-    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision])
+    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision], quantized=args.quantize_base)
     if whole:  # the reference is a frozen copy
         copy = weights["transformer"] if reference else 0
         weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"] + copy
-    trained_bytes = trained * per_trained_parameter(args, whole)
+    policy.adapt(transformer, args)
+    trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
+    trained_bytes = trained * (per_trained_parameter(args, whole) + EMA_BYTES * other_passes)
 
     extra = reference + other_passes
     pictures, passes = args.sample_batch_size * args.sample_num_batches_per_epoch, 2 if args.guidance_scale > 1 else 1
-    step = step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing)
+    together = passes * rollout_batch(args)
+    peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, batch=together, accumulated=True,
+                       averages=other_passes)  # fmt: skip
+    step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
     forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
     prompts = {"", args.negative_prompt, *found.texts}
     entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
-    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
-        ("memory", _memory(args, weights, trained_bytes) + "; scorers, too"),
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + _activation_rows(peak, f"{together} picture(s)") + [
+        ("memory", _memory(args, weights, trained_bytes, peak) + "; scorers come on top"),
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
         ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
         ("  sampling", f"{pictures * args.num_inference_steps * passes:,} forward passes"),
@@ -183,7 +189,7 @@ def show_reward_gradient(
     trained_bytes = trained * per_trained_parameter(args, whole)
 
     passes = 2 if args.guidance_scale > 1 else 1
-    step = step_flops(denoiser, args.resolution, tokens, checkpointing=args.gradient_checkpointing, family=family)
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
     forward = _passes(denoiser, args.resolution, tokens, family)[0]
     each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
     rate, texts = optim.learning_rate(args.learning_rate, args.scale_lr, batch), {"", *found.texts}
@@ -229,21 +235,88 @@ def _samples(samples: Any, held_out: Any) -> str:
 # --------------------------------------------------------------------------- what it holds
 
 
-def weight_bytes(counts: dict[str, int], denoiser: nn.Module, number: int, name: str = "transformer") -> dict[str, int]:
+def weight_bytes(
+    counts: dict[str, int], denoiser: nn.Module, number: int, name: str = "transformer", quantized: str | None = None
+) -> dict[str, int]:
     """Bytes of each frozen part at `number` bytes a weight; the position embeddings of SD3's transformer, a buffer, included.
 
     Args:
-        counts: parameters of each part; denoiser: with or without adapters, on the meta device; name: its own among them.
+        counts: parameters of each part; denoiser: on the meta device (without adapters, if quantized); name: its own among them;
+            quantized: --quantize_base.
     """
     buffers = sum(buffer.numel() for buffer in denoiser.buffers())
-    return {part: (count + (buffers if part == name else 0)) * number for part, count in counts.items()}
+    found = {part: (count + (buffers if part == name else 0)) * number for part, count in counts.items()}
+    if quantized:
+        packed = quantize.quantizable(denoiser).values()
+        saved = sum(layer.weight.numel() for layer in packed) * (number - quantize.BYTES[quantized])
+        scales = sum(4 * layer.out_features for layer in packed) if quantized == "int8" else 0
+        found[name] -= round(saved - scales)
+    return found
 
 
 def per_trained_parameter(args: argparse.Namespace, whole: Whole | None = None) -> int:
     """Bytes of an fp32 adapter's parameter with its gradient, the optimizer's state and its moving average; of a part that is trained as
     a whole, without the parameter, which is counted with the part."""
-    average = EMA_BYTES if args.use_ema else 0
+    average = EMA_BYTES if args.use_ema and vars(args).get("ema_device") != "cpu" else 0
     return TRAINED_BYTES[args.optimizer] + average + (whole.gradient - 8 if whole else 0)  # 8: an fp32 parameter and its gradient
+
+
+def rollout_batch(args: argparse.Namespace) -> int:
+    """Pictures that a policy draws and learns from in one forward pass, guidance not counted."""
+    return vars(args).get("train_batch_size") or args.sample_batch_size
+
+
+def checkpoint_every(args: argparse.Namespace) -> int:
+    """Every how many blocks one is computed again in the backward pass; 0: none."""
+    return args.checkpoint_every if args.gradient_checkpointing else 0
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step on one GPU.
+
+    Attributes:
+        resident: weights, optimizer state and average; kept: activations when the backward pass begins; working: what that pass needs
+            besides; peak: the most of all at any time.
+    """
+
+    resident: float
+    kept: int
+    working: int
+    peak: float
+
+
+def step_memory(
+    args: argparse.Namespace, transformer: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None = None,
+    batch: int | None = None, accumulated: bool | None = None, averages: int = 0,
+) -> StepMemory:  # fmt: skip
+    """What a step of SD3 will hold, by the arithmetic of `src/memory.py`.
+
+    Args:
+        transformer: on the meta device, with adapters or selected weights; weights: bytes of the parts; trained: number of parameters;
+            tokens: L.
+        batch: of a forward pass, None: --train_batch_size; accumulated: over several of them, None: as --gradient_accumulation_steps says.
+        averages: of what is trained, besides --use_ema.
+    """
+    accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
+    step = memory.Step(
+        batch=batch or args.train_batch_size, image_tokens=(args.resolution // (sd3.VAE_SCALE * sd3.PATCH)) ** 2, text_tokens=tokens,
+        autocast=args.mixed_precision != "no", wide=(whole.weight if whole else BYTES[args.mixed_precision]) == 4,
+        checkpoint_every=checkpoint_every(args), compiled=args.compile,
+    )  # fmt: skip
+    kept, working = memory.activation_bytes(transformer, step)
+    gradient = whole.gradient if whole else 4
+    stays = [size for part, size in weights.items() if not _leaves(args, part)]
+    resident = sum(stays) + trained * (per_trained_parameter(args, whole) - gradient + EMA_BYTES * averages)
+    updating = 0
+    if whole and whole.weight == 2:
+        pieces = max(p.numel() for p in transformer.parameters() if p.requires_grad) if whole.gradient == 0 else rounding.PIECE
+        updating = UPDATE_BYTES * min(pieces, trained)
+    peak = memory.peak_bytes(
+        resident=resident, gradients=trained * gradient, kept=kept, working=working, updating=updating,
+        accumulated=accumulated,
+    )  # fmt: skip
+    return StepMemory(resident, kept, working, peak)
 
 
 def _state(args: argparse.Namespace, whole: Whole | None) -> str:
@@ -262,11 +335,18 @@ def _residence(args: argparse.Namespace, part: str) -> str:
     return "only while the text cache is filled" if _leaves(args, part) else ""
 
 
-def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float) -> str:
-    """What is certain to be held at the two high points; activations depend on kernels and are left to a trial of a few steps."""
+def _activation_rows(step: StepMemory | None, what: str) -> list[tuple[str, str]]:
+    """None where there is no account of them."""
+    return [("activations", f"{_size(step.kept)} kept of {what}, {_size(step.working)} more in the backward pass")] if step else []
+
+
+def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float, step: StepMemory | None = None) -> str:
+    """The two high points, of tensors alone: CUDA itself takes about half a gigabyte more. Without `step`, what is certain of them."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
-    training = sum(size for part, size in weights.items() if not _leaves(args, part)) + trained
     filling = f"{_size(text)} while the text cache is filled, " if any(_leaves(args, part) for part in weights) else ""
+    if step is not None:
+        return f"{filling}{_size(step.peak)} at the peak of a step"
+    training = sum(size for part, size in weights.items() if not _leaves(args, part)) + trained
     return f"{filling}{_size(training)} while training; activations come on top"
 
 
@@ -314,13 +394,13 @@ def sample_flops(
     family: ModuleType, denoiser: nn.Module, args: argparse.Namespace, tokens: int, preference: Preference | None
 ) -> int:
     """Of one sample in an optimizer step: a picture; or a pair, with the reference's forward passes (without one, its winner alone)."""
-    step = step_flops(denoiser, args.resolution, tokens, checkpointing=args.gradient_checkpointing, family=family)
+    step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
     if preference is None or not preference.reference:
         return step
     return 2 * (step + _passes(denoiser, args.resolution, tokens, family)[0])
 
 
-def step_flops(denoiser: nn.Module, resolution: int, tokens: int, *, checkpointing: bool, family: ModuleType = sd3) -> int:
+def step_flops(denoiser: nn.Module, resolution: int, tokens: int, *, checkpointing: int, family: ModuleType = sd3) -> int:
     """Floating-point operations (a multiply-add is two) of one picture's forward and backward pass, counted on the meta device.
 
     Counted, because no fixed multiple of the forward pass is right: frozen weights need no gradient, so the backward pass of a linear
@@ -329,10 +409,12 @@ def step_flops(denoiser: nn.Module, resolution: int, tokens: int, *, checkpointi
     Args:
         denoiser: on the meta device, with the parameters trainable that are trained.
         tokens: L, of all text encoders.
-        checkpointing: adds the second forward pass (but for its few layers outside the blocks).
+        checkpointing: every how many blocks one runs forward twice (the few layers outside of them counted as blocks are); 0: none.
     """
     forward, both = _passes(denoiser, resolution, tokens, family)
-    return both + (forward if checkpointing else 0)
+    blocks = speed.blocks(denoiser)
+    again = len(blocks[::checkpointing]) / len(blocks) if checkpointing else 0
+    return both + round(again * forward)
 
 
 def _passes(denoiser: nn.Module, resolution: int, tokens: int, family: ModuleType) -> tuple[int, int]:

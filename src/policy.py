@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src import card, ema, full, lora, optim, runtime, seeds, sharding, transitions
+from src import card, ema, full, lora, optim, quantize, runtime, seeds, sharding, speed, transitions
 from src.pipelines import sd3, sd3_rollout
 
 
@@ -26,6 +26,7 @@ def check(args: argparse.Namespace) -> None:
     sd3.check_folder(args.pretrained_model_name_or_path)
     sd3.check_resolution(args.pretrained_model_name_or_path, args.resolution)
     optim.check(args.optimizer)
+    quantize.check(args.quantize_base)
     card.check(args.push_to_hub)
     lora.check_export(args.export_format, args.use_dora)
     if args.init_lora:
@@ -68,7 +69,7 @@ def adapt(transformer: nn.Module, args: argparse.Namespace) -> None:
 class Policy:
     """The model with the transformer that is trained, always in eval mode: nothing in a rollout may depend on dropout.
 
-    Base weights are in the run's precision, a LoRA in fp32; with --full_weights all weights are in fp32.
+    Base weights are in the run's precision or fewer bits, a LoRA in fp32; with --full_weights all weights are in fp32.
 
     Args:
         needs_reference: keep what `reference` needs; a frozen copy of all weights with --full_weights.
@@ -94,16 +95,13 @@ class Policy:
             self._start = _Start(self.transformer)
         if args.full_weights and needs_reference:
             self._copy = self._load(("transformer",), run.weight_dtype).transformer
-        if args.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        if args.compile:  # every model that draws or scores a step, or none: compiled kernels round otherwise
-            for transformer in filter(None, (self.transformer, self._copy)):
-                sd3.compile_blocks(transformer)
+        for transformer in filter(None, (self.transformer, self._copy)):  # all that draw or score a step: other kernels round otherwise
+            speed.apply(transformer, args)
 
     def _load(self, parts: tuple[str, ...], dtype: torch.dtype) -> sd3.SD3:
         args = self.args
         return sd3.load(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=dtype,
-                        device=self.run.device, parts=parts)  # fmt: skip
+                        device=self.run.device, parts=parts, quantized=args.quantize_base)  # fmt: skip
 
     @property
     def transformer(self) -> nn.Module:

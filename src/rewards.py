@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from src import checkpoint, cli, ema, inputs, metrics, runtime, scorers, validation
+from src import checkpoint, cli, ema, inputs, metrics, runtime, scorers, speed, validation
 from src.data import prompts
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class Evaluator:
     @torch.no_grad()
     def run(self, step: int) -> None:
         """Pictures and their scores at this optimizer step; every process calls it."""
-        with self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
+        with speed.as_written(self.args), self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
             scores, pictures = self._draw_and_score()
             means = {f"eval/{name}": values.nanmean().item() for name, values in scores.items() if name != "reward"}
             self.log.record(step, eval_reward=scores["reward"].nanmean().item(), **means)

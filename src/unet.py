@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import card, checkpoint, cli, ema, full, lora, optim, runtime, seeds
+from src import card, checkpoint, cli, ema, full, lora, optim, runtime, seeds, speed
 from src.pipelines import sd15
 
 
@@ -66,10 +66,7 @@ def load(run: runtime.Run, args: argparse.Namespace) -> sd15.SD15:
     if args.init_lora:
         fresh = lora.load(model.unet, args.init_lora)
         run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers are not in it and start from zero" if fresh else ""))
-    if args.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if args.compile:
-        sd15.compile_blocks(model.unet)
+    speed.apply(model.unet, args)
     return model
 
 
@@ -77,13 +74,12 @@ def load_frozen(run: runtime.Run, args: argparse.Namespace, source: str | None) 
     """Another UNet beside the trained one, of `source` or, if None, of the base model; use it without gradient.
 
     All that decides on kernels is as in the trained one, so that equal weights give equal bits: fp32, `requires_grad` (torch's matmul
-    folds its operands in another way for a frozen weight), and compilation.
+    folds its operands in another way for a frozen weight), attention's kernel and compilation.
     """
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     path, options = (source, {}) if source else (path, options)
     unet = sd15.load(path, **options, dtype=torch.float32, device=run.device, parts=("unet",)).unet.requires_grad_(True)
-    if args.compile:
-        sd15.compile_blocks(unet)
+    speed.apply(unet, args)
     return unet
 
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from src import ema, images, inputs, metrics, runtime, seeds
+from src import ema, images, inputs, metrics, runtime, seeds, speed
 from src.data import buckets, samples
 
 # Levels of the validation loss: the quartiles of (0, 1) and, for composition, a level near pure noise.
@@ -60,7 +60,7 @@ class Validator:
         training = self.denoiser.training
         self.denoiser.eval()
         try:
-            with self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
+            with speed.as_written(self.args), self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
                 if len(self.data.held_out):
                     self.log.record(step, **self.measure())
                 if self.prompts:

@@ -131,12 +131,14 @@ def every_group():
     g = parser.add_argument_group("algorithm")
     g.add_argument("--group_size", type=cli.positive_int, default=24, help="images per prompt")
     cli.add_model_args(parser)
+    cli.add_speed_args(parser)
     cli.add_text_args(parser)
     cli.add_data_args(parser, dataset_name="some/dataset")
     cli.add_timestep_args(parser)
     cli.add_optimization_args(parser, learning_rate=1e-4)
     cli.add_budget_args(parser, max_train_steps=100)
     cli.add_lora_args(parser)
+    cli.add_quantization_args(parser)
     cli.add_validation_args(parser)
     cli.add_validation_loss_args(parser)
     cli.add_run_args(parser, output_dir="outputs/none")
@@ -254,6 +256,12 @@ def test_warm_up_is_500_steps_or_a_quarter_of_a_shorter_run(parse, steps, warmup
         (["--tracker_project_name", "mine"], "--tracker_project_name mine has no effect with --report_to none"),
         (["--revision", "main", "--pretrained_model_name_or_path", "."], "--revision main has no effect on a local"),
         (["--dataset_revision", "main", "--dataset_name", "."], "--dataset_revision main has no effect on a local"),
+        (["--quantize_base", "int8", "--use_dora"], "--use_dora needs the base's full weights"),
+        (["--quantize_base", "nf4", "--export_merged"], "--export_merged would write the rounded weights"),
+        (["--checkpoint_every", "2"], "--checkpoint_every 2 has no effect without --gradient_checkpointing"),
+        (["--compile_mode", "reduce-overhead"], "--compile_mode reduce-overhead has no effect without --compile"),
+        (["--compile", "--compile_mode", "reduce-overhead", "--gradient_checkpointing"], "cannot record what --gradient_checkpointing"),
+        (["--compile", "--compile_mode", "reduce-overhead", "--aspect_buckets"], "--aspect_buckets has many; use default"),
     ],
 )
 def test_an_option_without_effect_is_an_error(refusal, argv, words):
@@ -273,6 +281,8 @@ def test_an_option_without_effect_is_an_error(refusal, argv, words):
         ["--random_crop", "--no-cache_latents"],
         ["--no-cache_latents", "--cache_batch_size", "2"],
         ["--hub_model_id", "me/it", "--push_to_hub"],
+        ["--checkpoint_every", "2", "--gradient_checkpointing"],
+        ["--compile", "--compile_mode", "reduce-overhead"],
         ["--revision", "main", "--pretrained_model_name_or_path", "someone/model"],
     ],
 )

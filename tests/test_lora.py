@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from src import flow, lora
+from src import flow, lora, speed
 from src.pipelines import sd3
 
 # --lora_layers of diffusers' public SD3 scripts, as their default. Source: examples/dreambooth/train_dreambooth_lora_sd3.py
@@ -234,7 +234,7 @@ def test_disabled_works_on_compiled_models(transformer, compiled, use_dora):
     base = predict(transformer)
     policy = trained(transformer, use_dora=use_dora)
     if compiled == "blocks":
-        sd3.compile_blocks(policy, backend="eager")
+        speed.compile_blocks(policy, backend="eager")
     else:
         policy = Wrapper(torch.compile(policy, backend="eager"))
     assert lora.unwrap(policy) is transformer

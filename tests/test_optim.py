@@ -102,6 +102,30 @@ def test_prodigy_says_nothing_on_stdout(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_8_bit_adam_is_that_of_bitsandbytes_without_its_waits(monkeypatch):
+    """Three steps of a matrix (8-bit moments) and a small vector (fp32 ones), bit for bit; resumed in the middle from a stock state."""
+    bnb = pytest.importorskip("bitsandbytes")
+    g = torch.Generator().manual_seed(0)
+    start, gradients = [torch.randn(64, 80, generator=g), torch.randn(7, generator=g)], torch.randn(3, 64, 80, generator=g)
+
+    def run(make):
+        weights = [torch.nn.Parameter(value.clone()) for value in start]
+        optimizer = make(weights)
+        for number, gradient in enumerate(gradients):
+            weights[0].grad, weights[1].grad = gradient.clone(), gradient[0, :7].clone()
+            optimizer.step()
+            if number == 1:
+                state, optimizer = optimizer.state_dict(), make(weights)
+                optimizer.load_state_dict(state)
+        return weights
+
+    want = run(lambda weights: bnb.optim.AdamW8bit(weights, lr=0.01))
+    waits = []
+    monkeypatch.setattr(bnb.optim.optimizer, "sync_gpu", lambda tensor: waits.append(tensor))
+    found = run(lambda weights: optim.build(weights, name="adamw8bit", learning_rate=0.01, device=CPU))
+    assert not waits and all(torch.equal(one, other) for one, other in zip(want, found, strict=True))
+
+
 def test_a_missing_package_is_one_line_with_the_cure(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name, package in (("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from src import lora, seeds, transitions
+from src import lora, seeds, speed, transitions
 from src.pipelines import sd3, sd3_rollout
 
 STEPS, SIDE, BATCH = 5, 32, 4
@@ -292,7 +292,7 @@ def test_compiled_blocks_replay_within_the_stated_tolerance(tiny_sd3_folder):
             weight.normal_(0, 0.3)
     world = model, condition, None, sd3_rollout.schedule(model, STEPS)
     plain = draw(world)
-    sd3.compile_blocks(model.transformer)
+    speed.compile_blocks(model.transformer)
     trajectory = draw(world)
     torch.testing.assert_close(plain.final, trajectory.final, rtol=1e-3, atol=1e-3)
     for t in trajectory.window:

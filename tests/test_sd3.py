@@ -296,21 +296,6 @@ def test_an_option_without_effect_is_refused(model, options, message):
         sd3.render(model, model.transformer, condition, seeds=[1], **settings)
 
 
-@pytest.mark.slow
-def test_compiled_blocks_compute_the_same_under_the_same_names(tiny_sd3_folder, model):
-    """diffusers' compile_repeated_blocks refuses SD3. The backend "eager" traces as any other and needs no compiler."""
-    transformer = sd3.load(tiny_sd3_folder, parts=("transformer",)).transformer
-    with pytest.raises(ValueError):
-        transformer.compile_repeated_blocks()
-    names, args = list(transformer.state_dict()), inputs(model)
-    with torch.no_grad():
-        before = sd3.velocity(transformer, *args)
-        sd3.compile_blocks(transformer, backend="eager")
-        assert all(block._compiled_call_impl is not None for block in transformer.transformer_blocks)
-        torch.testing.assert_close(sd3.velocity(transformer, *args), before, rtol=0, atol=1e-6)
-    assert list(transformer.state_dict()) == names
-
-
 # --------------------------------------------------------------------------- loading and checking
 
 

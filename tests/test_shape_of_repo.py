@@ -16,19 +16,19 @@ MODULES = sorted((ROOT / "src").rglob("*.py"))
 
 # layer -> the src layers that it may import. Trainers and the demo may import all of them, and are imported by tests only.
 MATHS = {"flow", "transitions", "ddpm"}
-RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "subject", "plan", "card", "policy", "rewards", "unet"}
+RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "subject", "plan", "card", "policy", "rewards", "unet", "speed"}
 MAY_IMPORT = {
     "__init__": set(),
-    "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(),
+    "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
     "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"},
     **{name: set() for name in MATHS},
-    "pipelines": {"pipelines", "images", "lora", "seeds", *MATHS},
+    "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", *MATHS},
     "scorers": {"scorers", "images", "tiny", "cli"},  # cli: the program in __main__
     "data": {"data", "images", "seeds", "tiny"},
     "tiny": {"tiny", "cli", "images", "flow", "seeds"},
     "grpo_variants": MATHS,
-    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "sharding", *MATHS}
-       - {name} for name in RUN_LAYER},
+    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize", "memory",
+              "rounding", "sharding", *MATHS} - {name} for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}
 HEAVY = {

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import train_grpo_sd3 as script
-from src import checkpoint, ema, lora, metrics
+from src import checkpoint, ema, lora, metrics, quantize
 from src.pipelines import sd3, sd3_rollout
 from src.scorers import Scores
 from src.scorers.mixture import Mixture
@@ -482,6 +482,7 @@ VARIANTS = {
     "Flow-GRPO": dict(transition="flow", window_size=0, guidance_scale=4.5, kl_weight=0.04, kl_form="flow_grpo", negative_prompt="bad"),
     "precise, progressive": dict(transition="precise", window_order="progressive", window_shift_epochs=1, advantage_std="global"),
     "DoRA, checkpointing": dict(use_dora=True, gradient_checkpointing=True),
+    "int8 base": dict(quantize_base="int8", gradient_checkpointing=True, checkpoint_every=2, attention_backend="_native_math"),
     "all weights": dict(full_weights=True, rank=None, learning_rate=1e-3, kl_weight=0.01),
 }
 
@@ -492,6 +493,8 @@ def test_variant_trains_every_weight(train, live, name):
     out = train(**VARIANTS[name], adam_weight_decay=0.0)
     still = [weight.shape for weight, start in zip(live["actor"].weights, live["start"], strict=True) if torch.equal(weight, start)]
     assert all(np.isfinite(runs.values(out, "loss"))) and not still
+    packed = [module for module in live["actor"].transformer.modules() if isinstance(module, quantize.QuantizedLinear)]
+    assert bool(packed) == (name == "int8 base")
     if name == "all weights":
         from diffusers import StableDiffusion3Pipeline
 
@@ -546,6 +549,7 @@ def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_
     for part in (
         "6 of ", "2 evaluated every 20 epochs", "8 pictures on one process, in batches of 4; 2 update(s)", "32 forward passes",
         "16 forward and backward passes", "4 in 2 epochs, 16 pictures", "text cache  ", "only while the text cache is filled",
+        "kept of 4 picture(s)", "at the peak of a step; scorers come on top",
     ):  # fmt: skip
         assert part in plan, plan
     assert not (tmp_path / "out").exists()
@@ -568,6 +572,7 @@ BAD = {
     "ode for training": (dict(transition="ode"), "--transition ode", "cps"),
     "no noise": (dict(noise_level=0), "--noise_level", "above 0"),
     "too much noise": (dict(noise_level=1.5), "--noise_level 1.5", "0.8"),
+    "packed weights that are trained": (dict(full_weights=True, rank=None, quantize_base="int8"), "--quantize_base int8", "--full_weights"),
     "empty prompt file": (dict(prompts="empty.txt"), "--prompts empty.txt", "holds no prompt"),
     "prompts that do not exist": (dict(prompts="simple_animal"), "--prompts simple_animal", "did you mean simple_animals?"),
     "evaluation prompts that do not exist": (dict(eval_prompts="none.txt"), "--eval_prompts none.txt", "no such file"),

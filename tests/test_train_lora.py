@@ -196,6 +196,21 @@ def test_gradient_checkpointing_changes_nothing(train):
     assert runs.lines(one) == runs.lines(other)
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_trains_the_adapters_alone_and_resumes_exactly(train, monkeypatch, kind):
+    pytest.importorskip("bitsandbytes")
+    whole = train("whole", quantize_base=kind, checkpointing_steps=2, learning_rate=1e-2)
+    assert all(tensor.abs().max() > 0 for tensor in runs.weights(whole).values())
+    with monkeypatch.context() as patch, pytest.raises(runs.Interrupted):
+        runs.interrupt(patch, 3)
+        train("parts", quantize_base=kind, checkpointing_steps=2, learning_rate=1e-2)
+    parts = train("parts", quantize_base=kind, checkpointing_steps=2, learning_rate=1e-2, resume_from_checkpoint="latest")
+    runs.assert_identical(runs.weights(whole), runs.weights(parts))
+    plain = train("plain", learning_rate=1e-2)
+    losses, near = runs.values(plain, "loss"), runs.values(whole, "loss")
+    assert losses != near and losses == pytest.approx(near, rel={"int8": 0.01, "nf4": 0.1}[kind])
+
+
 # --------------------------------------------------------------------------- interrupted, resumed, stopped
 
 LONG = dict(

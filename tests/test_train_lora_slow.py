@@ -242,3 +242,23 @@ def test_wandb_offline_holds_the_curves_the_flags_and_the_pictures(world, tmp_pa
             assert steps[line["step"]][name] == pytest.approx(line[name]), (name, line["step"])
     assert {name.split("_")[1] for name in pictures} == {"0", "4"} and "samples" in steps[4]
     assert {"rank", "seed", "learning_rate"} <= config
+
+
+def test_compiled_training_is_the_same_training_and_validation_is_not_compiled(world, tmp_path, monkeypatch):
+    """With the backend "eager", which runs the traced graphs as they are; pictures and losses of other batch sizes compile nothing."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = script.speed.compile_blocks
+    monkeypatch.setattr(script.speed, "compile_blocks", lambda model, mode: compiled(model, backend=backend))
+    torch._dynamo.reset()
+    flags = dict(rank=2, lora_layers="attn.to_q", learning_rate=1e-2, validation_prompt=["a"], num_validation_loss_images=1)
+    runs.train(script, world.argv(tmp_path / "plain", **flags))
+    assert not graphs
+    runs.train(script, world.argv(tmp_path / "compiled", compile=True, **flags))
+    assert len(graphs) == 3  # first (with dual attention), plain and last block, of training alone
+    for name, tensor in runs.weights(tmp_path / "plain").items():
+        torch.testing.assert_close(runs.weights(tmp_path / "compiled")[name], tensor, rtol=1e-4, atol=1e-6)

@@ -272,13 +272,6 @@ def eps(unet: nn.Module, x_t: Tensor, timestep: Tensor, condition: Conditioning)
     return prediction if prediction.dtype == torch.float64 else prediction.float()
 
 
-def compile_blocks(unet: nn.Module, **options: Any) -> None:
-    """Compile each block in place (`options` as in torch.compile): state dict, LoRA and hooks stay as they are."""
-    unet = unwrap(unet)
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        block.compile(**options)
-
-
 def _stock_pipeline(model: SD15, unet: nn.Module) -> Any:
     """diffusers' own pipeline around this UNet, with a fresh scheduler of the model's kind and nothing else."""
     import diffusers

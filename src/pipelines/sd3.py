@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src import flow
+from src import flow, quantize
 from src.lora import unwrap
+from src.pipelines import geometry
 from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
 from src.pipelines.common import sample_posterior as sample_posterior  # every family offers it under its own name
 from src.pipelines.common import unload_text_encoders as unload_text_encoders
@@ -25,14 +26,7 @@ MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the s
 PARTS = ("transformer", "vae", "text", "clip")  # clip: the text encoders without T5
 DENOISER = "transformer"  # the denoiser's name in a pipeline
 
-# Geometry of stabilityai/stable-diffusion-3.5-medium. Source: transformer/config.json of that repository.
-SD35_MEDIUM = {
-    "_class_name": "SD3Transformer2DModel",
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
-    "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
-    "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-}  # fmt: skip
+SD35_MEDIUM = geometry.MODELS["sd3.5-medium"]["transformer"]
 
 
 @dataclass
@@ -119,12 +113,15 @@ def block_count(path: str | Path) -> int | None:
 
 def load(
     path: str | Path, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu", parts: Sequence[str] = PARTS,
+    device: str | torch.device = "cpu", parts: Sequence[str] = PARTS, quantized: str | None = None,
 ) -> SD3:  # fmt: skip
     """Load the asked parts of a folder or Hub id; the others are neither read nor downloaded.
 
     The parts are "transformer", "vae", "text" (all three encoders) and "clip" (CLIP-L and CLIP-G, where T5's tokens are known already).
     Everything comes frozen (requires_grad False) and in eval mode. A folder without T5 (text_encoder_3 null) loads, as in diffusers.
+
+    Args:
+        quantized: "int8" or "nf4": keep most of the transformer packed (see `src/quantize.py`).
 
     Raises:
         ValueError: what `check_folder` refuses.
@@ -142,6 +139,8 @@ def load(
     wanted = encoders[:count] + tokenizers[:count]
     absent |= {name: None for name in encoders + tokenizers if name not in wanted or not has_part(index, name)}
     pipe = StableDiffusion3Pipeline.from_pretrained(source, revision=revision, variant=variant, dtype=dtype, **absent)
+    if quantized and pipe.transformer is not None:
+        quantize.linear_layers(pipe.transformer, quantized, device)
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
         if part is not None:
             part.requires_grad_(False).eval().to(device)
@@ -295,13 +294,6 @@ def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> f
     return model.shift if shift == "model" else float(shift)
 
 
-def compile_blocks(transformer: nn.Module, **options: Any) -> None:
-    """Compile each JointTransformerBlock in place (`options` as in torch.compile): state dict, LoRA and hooks stay as they are.
-
-    diffusers' `compile_repeated_blocks` refuses SD3, whose class does not name its repeated blocks.
-    """
-    for block in unwrap(transformer).transformer_blocks:
-        block.compile(**options)
 
 
 def _check_skip_layers(skip_layers: Sequence[int], layers: int, guidance_scale: float, steps: int, start: float, stop: float) -> None:

@@ -1,0 +1,173 @@
+"""GPU memory of a training step of SD3, by arithmetic: weights, gradients, optimizer, and what the forward pass keeps for the backward one.
+
+What a block keeps, in numbers for each of its tokens; d is the width of the model. A number has 2 bytes under autocast and 4 without it.
+Those marked * are there under autocast alone, and are 4 bytes: fp32 copies for the norms.
+
+    any block              2 d    inputs of the two layer norms (under autocast *, instead)
+                           2 d    queries and keys before their norm (under autocast 2 d * besides)
+                           4 d    queries, keys, values and the result of attention
+                           4 d    input of GELU
+    a trained layer        its input, d or 4 d; queries, keys and values share theirs, but autocast makes a copy for each
+      with an adapter      its rank besides, between the two matrices
+    trained modulation     2 d    results of the layer norms (under autocast *, instead)
+                           2 d    results of attention and MLP before their gates
+    trained q and k norms  2 d    queries and keys before their weights (under autocast, if the weights are fp32: *, instead)
+    a dual block           all of this again for image tokens, but for layer norms, GELU and MLP
+
+A compiled block keeps what it would keep without autocast, in 2 bytes: the compiler makes no copies. Nor does it keep what it can compute
+again from what is there: results of norms, and the second norm's input where the results before the gates are kept.
+
+The tests count what autograd keeps, on tensors without memory (`tests/test_memory.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+IMAGE = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
+TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
+DUAL = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+# Numbers (2 bytes, times d) that are alive besides in the backward pass of one block: gradients of the MLP's 4 d before and after GELU, of
+# the residual, and fp32 copies of layer norms.
+WORKING = 14
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward and backward pass.
+
+    Attributes:
+        batch: pictures; image_tokens: N, of a picture, one for 16 x 16 pixels; text_tokens: L.
+        autocast: computes in 16 bits; wide: the transformer's own weights are fp32.
+        checkpoint_every: every how many blocks one keeps its input alone; 0: none.
+        compiled: blocks are compiled.
+    """
+
+    batch: int
+    image_tokens: int
+    text_tokens: int
+    autocast: bool = True
+    wide: bool = False
+    checkpoint_every: int = 0
+    compiled: bool = False
+
+
+def _trains(module: nn.Module | None) -> bool:
+    return module is not None and any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _rank(layer: nn.Module) -> int:
+    """Of the layer's adapter, 0 without one."""
+    adapters = getattr(layer, "lora_A", {})
+    return sum(adapter.out_features for adapter in adapters.values())
+
+
+def _layers(block: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """Those of the linear layers that the block has; the last block has no text after its attention."""
+    modules = dict(block.named_modules())
+    return {name: modules[name] for name in names if name in modules}
+
+
+def _size(step: Step) -> int:
+    return 2 if step.autocast else 4
+
+
+def _copied(step: Step) -> bool:
+    """Whether autocast makes its copies."""
+    return step.autocast and not step.compiled
+
+
+def _inputs(layers: dict[str, nn.Module], step: Step, *, own_result: bool) -> int:
+    """Bytes per token of the kept inputs of layers that are trained, or adapted.
+
+    Args:
+        own_result: the layer after attention reads a copy of its result (of the joint one, cut into image and text), not the result itself.
+    """
+    size, total, shared = _size(step), 0, 0
+    for name, layer in layers.items():
+        if not _trains(layer):
+            continue
+        total += _rank(layer) * size
+        if name.endswith(("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")) and not _copied(step):
+            shared = layer.in_features * size
+        elif not name.endswith("to_out.0") or own_result or (_rank(layer) and step.autocast):
+            total += layer.in_features * size
+    return total + shared
+
+
+def _attention(d: int, norms: nn.Module | None, step: Step) -> int:
+    """Bytes per token: queries and keys before their norm, then queries, keys, values and the result."""
+    before = 0 if norms is None else 2 * (_size(step) + 4 * _copied(step))
+    normed = 2 * (4 if step.wide and _copied(step) else _size(step)) if _trains(norms) and not step.compiled else 0
+    return d * (before + 4 * _size(step) + normed)
+
+
+def _stream(block: nn.Module, names: Sequence[str], modulation: nn.Module, norms: nn.Module | None, step: Step) -> int:
+    """Bytes per token of one stream of a block, its share of the joint attention included."""
+    d, size, layers = block.attn.to_q.in_features, _size(step), _layers(block, names)
+    mlp = any(name.endswith("net.2") for name in layers)  # and with it a second layer norm
+    normed = (2 if mlp else 1) * (4 if _copied(step) else size)
+    total = d * (normed + 4 * size * mlp) + _attention(d, norms, step) + _inputs(layers, step, own_result=True)
+    if _trains(modulation):
+        total += d * size * mlp if step.compiled else d * (normed + 2 * size * mlp)
+    return total
+
+
+def _second_attention(block: nn.Module, step: Step) -> int:
+    """Bytes per image token of a dual block's second attention."""
+    if block.attn2 is None:
+        return 0
+    d = block.attn2.to_q.in_features
+    gate = d * _size(step) if _trains(block.norm1) else 0
+    return _attention(d, block.attn2.norm_q, step) + _inputs(_layers(block, DUAL), step, own_result=False) + gate
+
+
+def block_bytes(block: nn.Module, step: Step) -> int:
+    """Bytes that a block keeps for its backward pass, of a batch."""
+    image = _stream(block, IMAGE, block.norm1, block.attn.norm_q, step) + _second_attention(block, step)
+    text = _stream(block, TEXT, block.norm1_context, block.attn.norm_added_q, step)
+    return step.batch * (image * step.image_tokens + text * step.text_tokens)
+
+
+def activation_bytes(transformer: nn.Module, step: Step) -> tuple[int, int]:
+    """Bytes that are kept until the backward pass begins, and the most that it needs besides at any time.
+
+    Blocks before the first that trains something keep nothing: no gradient passes them.
+
+    Args:
+        transformer: on the meta device, with adapters or trained weights as in the run.
+    """
+    blocks = list(transformer.transformer_blocks)
+    d, size = blocks[0].attn.to_q.in_features, _size(step)
+    outside = [module for name, module in transformer.named_children() if name not in ("transformer_blocks", "norm_out", "proj_out")]
+    first = 0 if any(_trains(module) for module in outside) else next((i for i, block in enumerate(blocks) if _trains(block)), len(blocks))
+    number = 4 if step.wide or not step.autocast else 2  # of the residual stream
+    tokens = step.batch * (step.image_tokens + step.text_tokens)
+    kept, again = 0, 0
+    for index, block in enumerate(blocks[first:], start=first):
+        own = block_bytes(block, step)
+        if step.checkpoint_every and index % step.checkpoint_every == 0:
+            kept, again = kept + tokens * d * number, max(again, own)
+        else:
+            kept += own
+    trains_end = _trains(transformer.norm_out) or _trains(transformer.proj_out)
+    kept += step.batch * step.image_tokens * d * (4 + (4 + size if trains_end else 0))  # the last norm
+    if step.wide and step.autocast:  # of every trained weight a copy in 16 bits, which the backward pass reads
+        copies = [2 * sum(p.numel() for p in block.parameters() if p.requires_grad and p.ndim > 1) for block in blocks]
+        kept, again = kept + (0 if step.checkpoint_every == 1 else sum(copies)), again + max(copies)
+    return kept, again + WORKING * tokens * d * size
+
+
+def peak_bytes(*, resident: float, gradients: float, kept: float, working: float, updating: float = 0, accumulated: bool = False) -> float:
+    """The highest point of a step: when the backward pass begins, when it ends, or while the weights are updated.
+
+    Gradients grow while what was kept shrinks, so the two are not there together, unless earlier micro-batches left gradients.
+
+    Args:
+        resident: weights, optimizer state, average; gradients, kept, working: bytes; updating: what the optimizer needs for a moment.
+    """
+    backward = (gradients + kept if accumulated else max(gradients, kept)) + working
+    return resident + max(backward, gradients + updating)

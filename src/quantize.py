@@ -1,0 +1,115 @@
+"""A frozen base in 8 or 4 bits, under adapters that are trained in fp32 (QLoRA): --quantize_base.
+
+Only storage shrinks: at each product the weight is made full for a moment, forward and again backward, and nothing full is kept for the
+backward pass. Quantised are the attention and feed-forward layers in the blocks, two thirds of SD3.5-medium; norms, modulation and what
+lies outside the blocks stay as they are, the layers that diffusers excepts from casting, too.
+
+    int8  a scale per row, round(w / scale) in [-127, 127]; a byte per weight, off by at most half a scale
+    nf4   blocks of 64 weights, each the nearest of 16 quantiles of a normal distribution, times the block's largest; 0.56 bytes per weight
+
+bitsandbytes packs nf4. Its own 8-bit layer is not used: it rounds the activations as well, and keeps its input alive through gradient
+checkpointing. Source: Dettmers et al., arXiv 2305.14314, section 3.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+KINDS = ("int8", "nf4")
+NF4_BLOCK = 64  # weights that share a scale
+BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / NF4_BLOCK}  # per weight, without int8's one scale per row
+_INSIDE = re.compile(r"transformer_blocks\.\d+\.(attn|ff)")  # attn, attn1, attn2, ff, ff_context; SD1.5's UNet has the same names inside
+
+
+def check(kind: str | None) -> None:
+    """Refuse nf4 without its package, importing nothing.
+
+    Raises:
+        ValueError: naming the package.
+    """
+    if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--quantize_base nf4 needs the package bitsandbytes: pip install bitsandbytes, or use --quantize_base int8")
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that `linear_layers` replaces, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and _INSIDE.search(name)}
+
+
+def linear_layers(model: nn.Module, kind: str, device: str | torch.device | None = None) -> None:
+    """Replace the layers in place, before adapters are added; one at a time, so that the full model never has to fit on `device`.
+
+    Args:
+        kind: one of KINDS.
+        device: where each weight is packed and stays (None: where it is).
+    """
+    for name, layer in quantizable(model).items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, QuantizedLinear(layer if device is None else layer.to(device), kind))
+
+
+def _pack(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(out, in) -> packed weights and their scales, fp32."""
+    if kind == "int8":
+        scale = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (out, 1)
+        return (weight.float() / scale).round().to(torch.int8), scale
+    import bitsandbytes  # noqa: F401  (registers the operations)
+
+    return torch.ops.bitsandbytes.quantize_4bit.default(weight.contiguous(), NF4_BLOCK, "nf4", torch.uint8)
+
+
+def _unpack(packed: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The full weight (out, in)."""
+    if packed.dtype == torch.int8:
+        return (packed * scale).to(dtype)
+    return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scale, NF4_BLOCK, "nf4", shape, dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + bias, W unpacked; torch's own linear would keep the full W for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(packed, scale)
+        ctx.shape, ctx.dtype, ctx.of_input = shape, dtype, x.dtype
+        return F.linear(x, _unpack(packed, scale, shape, dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight = _unpack(*ctx.saved_tensors, ctx.shape, ctx.dtype).to(gradient.dtype)
+        return (gradient @ weight).to(ctx.of_input), None, None, None, None, None
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weight lies packed; for peft an ordinary one.
+
+    Args:
+        linear: the layer to replace; its bias is kept.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str):
+        nn.Module.__init__(self)  # without Linear's own weights
+        self.in_features, self.out_features, self.kind, self.dtype = linear.in_features, linear.out_features, kind, linear.weight.dtype
+        packed, scale = _pack(linear.weight.detach(), kind)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.register_parameter("bias", linear.bias)
+        self.requires_grad_(False)
+
+    def full_weight(self) -> Tensor:
+        """(out, in) in the dtype it had before, rounded to what the packed one can say."""
+        return _unpack(self.weight, self.scale, (self.out_features, self.in_features), self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Product.apply(x, self.weight, self.scale, self.bias, (self.out_features, self.in_features), self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.kind}"
