@@ -26,11 +26,11 @@ def make(folder, *argv):
 
 
 def test_the_shipped_data_set_is_what_its_command_makes(tmp_path):
-    """The page gives 160 new and 320 known drawings; here the captions of all, and the first pictures of each kind."""
+    """The page gives 240 new and 720 known drawings; here the captions of all, and the first pictures of each kind."""
     lines = [json.loads(line) for line in (ROOT / "datas/shapes-new/metadata.jsonl").read_text().splitlines()]
-    drawings = shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(320, 1)
+    drawings = shapes.drawings(240, 1, shapes=("heart",)) + shapes.drawings(720, 1)
     assert [line["text"] for line in lines] == [drawing.caption for drawing in drawings]
-    for number in (0, 1, 160, 161):
+    for number in (0, 1, 240, 241):
         shipped = Image.open(ROOT / "datas/shapes-new" / lines[number]["file_name"])
         assert np.array_equal(shipped, images.to_pil(shapes.draw(drawings[number], 64)[None])[0])
 
@@ -80,7 +80,7 @@ def test_the_subjects_word_is_one_token(part):
 
 
 def test_held_out_triples_are_not_written():
-    for drawing in shapes.drawings(160, 1, shapes=("heart",)) + shapes.drawings(320, 1):
+    for drawing in shapes.drawings(240, 1, shapes=("heart",)) + shapes.drawings(720, 1):
         assert not shapes.is_held_out(drawing.shape, drawing.color, drawing.background)
 
 
