@@ -36,9 +36,6 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (  # what it says, trainer,
     ("full, bf16, 8-bit Adam", "full", NARROW),
     ("full, bf16, 8-bit Adam, checkpointed", "full", (*NARROW, *CHECKPOINTED)),
     ("full, bf16, 8-bit Adam, checkpointed, fused backward", "full", (*NARROW, *CHECKPOINTED, *FUSED)),
-    ("GRPO or DDPO, rank 32", "grpo", ()),
-    ("GRPO or DDPO, rank 32, checkpointed", "grpo", CHECKPOINTED),
-    ("GRPO or DDPO, rank 32, base in int8, checkpointed", "grpo", (*CHECKPOINTED, "--quantize_base", "int8")),
 )
 RESOLUTIONS = (512, 1024)
 
