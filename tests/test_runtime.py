@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 def arguments(folder, **changes):
     parser = cli.make_parser("a run")
     cli.add_model_args(parser)
+    cli.add_speed_args(parser)
     cli.add_run_args(parser, output_dir=str(folder))
     args = cli.parse(parser, [])
     defaults = {"report_to": "none", "mixed_precision": "no", "seed": 5}
