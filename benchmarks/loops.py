@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+import train_dreambooth_lora_sd3
 import train_full_finetuning_sd3
 import train_text_to_image_lora_sd3
 from src import cli, flow, full, lora, optim, quantize, runtime, seeds, sharding, speed
@@ -43,6 +44,7 @@ TINY = {
         "vae": geometry.MODELS["sd1.5"]["vae"] | _VAE,
     },
 }  # fmt: skip
+PRIOR = ("--with_prior_preservation", "--class_prompt", "a photo of a dog")  # flags of DreamBooth's loop
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,33 @@ class FlowLoop(Loop):
         return loss.detach()
 
 
+class PriorLoop(FlowLoop):
+    """The same with as many pictures of the class as of the subject: a forward and a backward pass each, one update."""
+
+    unit = "pair"
+
+    def draw(self, batch: int) -> None:
+        super().draw(batch)
+        self.subject = self.batch
+        self.prior = Sample(self.batch.x0.flip(0), self.batch.condition)
+        self.prior.positions = range(batch, 2 * batch)
+
+    def adopt(self, other: "PriorLoop") -> None:
+        super().adopt(other)
+        self.subject, self.prior = self.batch, Sample(other.prior.x0, self.batch.condition)
+
+    def step(self) -> Tensor:
+        total = 0.0
+        for batch, weight in ((self.subject, 1.0), (self.prior, self.args.prior_loss_weight)):
+            self.batch = batch
+            loss = self.losses(self.steps).mean()
+            self.run.accelerator.backward(weight * loss)
+            total = total + weight * loss.detach()
+        self.batch = self.subject
+        self.update()
+        return total
+
+
 # --------------------------------------------------------------------------- setting up
 
 
@@ -278,7 +307,15 @@ def random_weights(setting: Setting) -> Iterator[list[nn.Module]]:
 
 def lora_sd3(setting: Setting) -> Loop:
     """Of train_text_to_image_lora_sd3.py."""
-    script = train_text_to_image_lora_sd3
+    return _adapted(train_text_to_image_lora_sd3, setting, FlowLoop)
+
+
+def dreambooth_sd3(setting: Setting) -> Loop:
+    """Of train_dreambooth_lora_sd3.py, with prior preservation."""
+    return _adapted(train_dreambooth_lora_sd3, setting, PriorLoop)
+
+
+def _adapted(script: ModuleType, setting: Setting, kind: type[FlowLoop]) -> Loop:
     run = start(script, setting)
     seeds.seed_everything(0, "transformer")
     transformer = geometry.build(setting.config("sd3.5-medium", "transformer"), dtype=run.weight_dtype, device=run.device)
@@ -289,7 +326,7 @@ def lora_sd3(setting: Setting) -> Loop:
     weights, args = lora.parameters(transformer.train()), run.args
     optimizer = optim.build(weights, name=args.optimizer, learning_rate=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                             weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
-    return FlowLoop(setting, run, transformer, weights, optimizer, script.flow_matching_loss)
+    return kind(setting, run, transformer, weights, optimizer, script.flow_matching_loss)
 
 
 def full_sd3(setting: Setting) -> Loop:

@@ -86,6 +86,7 @@ ROWS = (
     Row("full", 512, (*BF16_FULL, *COMPILED), (1, 8, 16)),
     Row("full", 1024, (*BF16_FULL, *COMPILED), (1, 2, 4)),
     Row("lora", 1024, (*CHECKPOINTED, *COMPILED), (1, 4, 8)),
+    Row("dreambooth", 512, (*loops.PRIOR, *COMPILED), (1, 8, 16)),
     Row("lora", 512, (*CHECKPOINTED, *COMPILED), (1, 16, 32), extra=True),
     Row("lora", 1024, ("--attention_backend", "_native_cudnn", *COMPILED), (1, 2, 4), extra=True),
     Row("grpo", 512, COMPILED, (1, 8, 16), extra=True),

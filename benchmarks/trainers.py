@@ -11,6 +11,7 @@ from types import ModuleType
 
 import train_ddpo_sd3
 import train_dpo_sd15
+import train_dreambooth_lora_sd3
 import train_full_finetuning_sd3
 import train_grpo_sd3
 import train_refl_sd15
@@ -50,7 +51,8 @@ def planned_lora_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMem
     weights = plan.weight_bytes(counts, transformer, number, quantized=args.quantize_base)
     train_text_to_image_lora_sd3.add_lora(transformer, args)
     trained = sum(p.numel() for p in lora.parameters(transformer))
-    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens)
+    twice = True if getattr(args, "with_prior_preservation", False) else None  # the subject's gradients wait for those of the class
+    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, accumulated=twice)
 
 
 def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
@@ -61,6 +63,7 @@ def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMem
     train_full_finetuning_sd3.select(transformer, args)
     trained = sum(p.numel() for p in full.parameters(transformer))
     return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=whole)
+
 
 def planned_rollouts(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
     """As --dry_run plans it, for the parts that the loop holds: the VAE, too."""
@@ -81,6 +84,7 @@ TRAINERS = {
     "lora": Trainer(train_text_to_image_lora_sd3, loops.lora_sd3, planned_lora_sd3),
     "full": Trainer(train_full_finetuning_sd3, loops.full_sd3, planned_full_sd3, checked=("--weights_dtype", "bf16"),
                     as_fp32=("--mixed_precision", "no", "--weights_dtype", "fp32")),
+    "dreambooth": Trainer(train_dreambooth_lora_sd3, loops.dreambooth_sd3, planned_lora_sd3, checked=loops.PRIOR),
     "grpo": Trainer(train_grpo_sd3, aligned.grpo_sd3, planned_rollouts),
     "ddpo": Trainer(train_ddpo_sd3, aligned.ddpo_sd3, planned_rollouts),
     "dpo": Trainer(train_dpo_sd15, aligned.PreferenceLoop),
