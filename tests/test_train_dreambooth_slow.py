@@ -141,7 +141,7 @@ def test_photographs_of_every_shape_train_in_buckets_beside_square_class_picture
 
 def recipe(prior: bool) -> list[str]:
     """Arguments of the wrapper's tiny recipe, with or without those of prior preservation."""
-    text = Path(runs.ROOT, WRAPPER).read_text()
+    text = Path(runs.ROOT, WRAPPER).read_text().replace("\\\n", " ")  # one line for each command
     words = shlex.split(re.search(r"launch train_dreambooth_lora_sd3.py (.*?) \"\$@\"", text, re.S)[1])
     flags = []
     for word in words:
