@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from benchmarks import loops
+from benchmarks import loops, trainers
 from src import cli, full, plan
 from src.pipelines import sd3
 
@@ -58,7 +58,7 @@ def make(args: argparse.Namespace, way: str) -> loops.Loop:
     flags = ["--weights_dtype", dtype, "--optimizer", optimizer, "--max_grad_norm", "0"]
     flags += ["--fused_backward"] * fused + ["--gradient_checkpointing"] * args.gradient_checkpointing
     source = "published" if args.pretrained_model_name_or_path == "medium" else args.pretrained_model_name_or_path
-    loop = loops.make(loops.Setting("full", args.resolution, tuple(flags), TEXT_TOKENS, source))
+    loop = trainers.make(loops.Setting("full", args.resolution, tuple(flags), TEXT_TOKENS, source))
     loop.draw(args.train_batch_size)
     return loop
 

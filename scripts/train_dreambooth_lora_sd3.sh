@@ -13,12 +13,20 @@
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
+prior=(--with_prior_preservation)
+if [ "${TINY:-}" = 1 ]; then
+  prior+=(--class_prompts_file datas/subject/class_prompts.txt --num_class_images 96 --sample_batch_size 32 --class_inference_steps 20
+          --class_guidance_scale 2)
+else
+  prior+=(--num_class_images 100)
+fi
+case " $* " in *" --no-with_prior_preservation "*) prior=() ;; esac # these have no effect then, and would be refused
+
 if [ "${TINY:-}" = 1 ]; then
   # The class of a drawn shape is all others: 96 prompts take turns. Feed-forward layers are adapted, as for any new shape at this size.
   launch train_dreambooth_lora_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --instance_data_dir datas/subject --resolution 64 --no_hflip --mixed_precision no \
-    --with_prior_preservation --class_prompts_file datas/subject/class_prompts.txt --num_class_images 96 --sample_batch_size 32 \
-    --class_inference_steps 20 --class_guidance_scale 2 --rank 16 \
+    "${prior[@]}" --rank 16 \
     --lora_layers attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out,attn2.to_q,attn2.to_k,attn2.to_v,attn2.to_out.0,ff.net.0.proj,ff.net.2 \
     --learning_rate 1e-3 --lr_scheduler cosine --train_batch_size 8 --dataloader_num_workers 0 --max_train_steps 300 \
     --checkpointing_steps 150 --validation_steps 150 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
@@ -27,7 +35,7 @@ if [ "${TINY:-}" = 1 ]; then
 else
   launch train_dreambooth_lora_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --resolution 1024 --mixed_precision bf16 --no_hflip \
-    --with_prior_preservation --num_class_images 100 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup \
+    "${prior[@]}" --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup \
     --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 --checkpointing_steps 250 --checkpoints_total_limit 2 \
     --validation_steps 100 --output_dir outputs/dreambooth_sd3 "$@"
 fi

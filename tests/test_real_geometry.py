@@ -122,7 +122,7 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in trainers.TRAINERS if name != "lora")])
-def test_the_check_passes_at_tiny_size(trainer, uncompiled, short):
+def test_the_check_passes_at_tiny_size(trainer, uncompiled):
     found = benchmark.correctness(trainer, arguments("--tokens", "6"))
     assert found["passed"], found
     assert 0.99 < found["bf16_against_fp32"]["cosine"] < 1, "it did compute in two precisions"
