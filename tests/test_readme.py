@@ -178,6 +178,7 @@ def test_defaults_in_wrappers_survive_the_parsers_own_checks(monkeypatch):
         parser = module.build_parser()
         values = {}  # of the wrapper's arrays: whatever they may hold
         for name, held in re.findall(r"^\s*(\w+)\+?=\(([^)]*)\)", (ROOT / where).read_text(), re.MULTILINE):
-            values["${%s[@]}" % name] = values.get("${%s[@]}" % name, []) + shlex.split(held)
+            word = f"${{{name}[@]}}"
+            values[word] = values.get(word, []) + shlex.split(held)
         args, rest = parser.parse_known_args([value for word in words if word != "$@" for value in values.get(word, [word])])
         assert isinstance(args, argparse.Namespace) and not rest, f"{where}: {rest}"
