@@ -1,6 +1,6 @@
 """Write captioned drawings as a data set folder: PNGs and metadata.jsonl. The shipped datas/shapes-new and datas/subject were made by
 
-    python -m src.tiny.dataset --output datas/shapes-new --new 240 --known 720
+    python -m src.tiny.dataset --output datas/shapes-new --new 240 --known 600
     python -m src.tiny.dataset --output datas/subject --subject purple
 """
 
@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
     g.add_argument("--new_shape", choices=shapes.NEW_SHAPES, default="heart", help="the shape that the base model does not know")
     g.add_argument("--new", type=cli.non_negative_int, default=240, help="drawings of the new shape")
-    g.add_argument("--known", type=cli.non_negative_int, default=720, help="drawings of the known shapes, so that they are not forgotten")
+    g.add_argument("--known", type=cli.non_negative_int, default=600, help="drawings of the known shapes, so that they are not forgotten")
     g.add_argument("--subject", choices=shapes.COLORS, metavar="COLOUR",
                    help=f"instead: {SUBJECT_PICTURES} drawings of one subject, the new shape in this colour, and prompts of its class")
     g.add_argument("--resolution", type=cli.multiple_of_16, default=64, help="side of the pictures in pixels")
