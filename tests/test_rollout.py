@@ -280,7 +280,7 @@ def test_wrapped_by_ddp_it_is_the_same(world, tmp_path):
         model.transformer.zero_grad()
 
 
-@pytest.mark.slow
+@pytest.mark.long  # torch compiles for more than a minute
 def test_compiled_blocks_replay_within_the_stated_tolerance(tiny_sd3_folder):
     model = sd3.load(tiny_sd3_folder)
     with torch.no_grad():
