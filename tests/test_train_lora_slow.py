@@ -225,6 +225,7 @@ def test_wandb_offline_holds_the_curves_the_flags_and_the_pictures(world, tmp_pa
         runs.interrupt(patch, 4)
         runs.train(script, world.argv(out, **flags))
     wandb.finish()  # what the end of that process would do
+    time.sleep(1)  # wandb's folders are named by the second: the next run would write over this one's
     runs.train(script, world.argv(out, **flags, resume_from_checkpoint="latest"))
     folders = sorted((out / "logs/wandb").glob("offline-run-*"))
     assert len({folder.name.split("-")[3] for folder in folders}) == 1  # offline-run-TIME-ID: resumed, not a second curve
