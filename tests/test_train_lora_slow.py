@@ -225,13 +225,14 @@ def test_wandb_offline_holds_the_curves_the_flags_and_the_pictures(world, tmp_pa
         runs.interrupt(patch, 4)
         runs.train(script, world.argv(out, **flags))
     wandb.finish()  # what the end of that process would do
-    time.sleep(1)  # wandb's folders are named by the second: the next run would write over this one's
     runs.train(script, world.argv(out, **flags, resume_from_checkpoint="latest"))
     folders = sorted((out / "logs/wandb").glob("offline-run-*"))
     assert len({folder.name.split("-")[3] for folder in folders}) == 1  # offline-run-TIME-ID: resumed, not a second curve
+    files, end = [next(folder.glob("run-*.wandb")) for folder in folders], time.monotonic() + 30
+    while any(file.stat().st_size <= 7 for file in files) and time.monotonic() < end:
+        time.sleep(0.1)  # wandb's own process writes them, sometimes after `finish` has returned
     steps, pictures, config = {}, [], set()
-    for folder in folders:
-        (file,) = folder.glob("run-*.wandb")
+    for folder, file in zip(folders, files, strict=True):
         for record in records(file):
             config |= {item.key or item.nested_key[0] for item in (*record.run.config.update, *record.config.update)}
             values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
