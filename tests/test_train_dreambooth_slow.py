@@ -142,12 +142,9 @@ def test_photographs_of_every_shape_train_in_buckets_beside_square_class_picture
 def recipe(prior: bool) -> list[str]:
     """Arguments of the wrapper's tiny recipe, with or without those of prior preservation."""
     text = Path(runs.ROOT, WRAPPER).read_text().replace("\\\n", " ")  # one line for each command
-    words = shlex.split(re.search(r"launch train_dreambooth_lora_sd3.py (.*?) \"\$@\"", text, re.S)[1])
-    flags = []
-    for word in words:
-        flags.append([word]) if word.startswith("--") else flags[-1].append(word)
-    about_class = re.compile("--(with_prior|class_|num_class|sample_batch)")
-    return [word for flag in flags if prior or not about_class.match(flag[0]) for word in flag]
+    always, tiny, *_ = re.findall(r"prior\+?=\(([^)]*)\)", text)
+    flags = re.search(r"launch train_dreambooth_lora_sd3.py (.*?) \"\$@\"", text, re.S)[1]
+    return shlex.split(flags.replace('"${prior[@]}"', f"{always} {tiny}" if prior else ""))
 
 
 @pytest.mark.long
