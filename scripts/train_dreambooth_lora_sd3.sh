@@ -15,8 +15,8 @@ source "$(dirname "$0")/launch.sh"
 
 prior=(--with_prior_preservation)
 if [ "${TINY:-}" = 1 ]; then
-  prior+=(--class_prompts_file datas/subject/class_prompts.txt --num_class_images 96 --sample_batch_size 32 --class_inference_steps 20
-          --class_guidance_scale 2)
+  prior+=(--class_prompts_file datas/subject/class_prompts.txt --num_class_images 288 --prior_loss_weight 2 --sample_batch_size 32
+          --class_inference_steps 20 --class_guidance_scale 2)
 else
   prior+=(--num_class_images 100)
 fi
@@ -28,8 +28,8 @@ if [ "${TINY:-}" = 1 ]; then
     --pretrained_model_name_or_path models/tiny-sd3 --instance_data_dir datas/subject --resolution 64 --no_hflip --mixed_precision no \
     "${prior[@]}" --rank 32 \
     --lora_layers context_embedder,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out,ff_context.net.0.proj,ff_context.net.2,ff.net.0.proj,ff.net.2 \
-    --learning_rate 3e-3 --lr_scheduler cosine --train_batch_size 8 --dataloader_num_workers 0 --max_train_steps 400 \
-    --checkpointing_steps 200 --validation_steps 200 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
+    --learning_rate 3e-3 --lr_scheduler cosine --train_batch_size 8 --dataloader_num_workers 0 --max_train_steps 700 \
+    --checkpointing_steps 350 --validation_steps 350 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
     --validation_prompt "a sks on a green background" --validation_prompt "a green circle on a white background" \
     --output_dir outputs/tiny_dreambooth_sd3 "$@"
 else
