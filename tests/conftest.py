@@ -1,5 +1,6 @@
 """A randomly initialised SD3 pipeline, smaller than the shipped one, built once per session without any download."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,8 @@ def tiny_sdxl_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-random-sdxl"
     unets.sdxl_pipeline().save_pretrained(folder)
     return folder
+
+
+def pytest_sessionfinish():
+    if "forked" in sys.modules:
+        sys.modules["forked"].stop()

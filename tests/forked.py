@@ -4,6 +4,7 @@ Each has memory, signals, files and an exit code of its own, as `python train_â€
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -43,7 +45,7 @@ class Forked:
     def __init__(self, command: list[str], log: Path, env: dict[str, str], cwd: Path, ranks: int = 1):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)  # the first call counts
-        with mock.patch.dict(os.environ, env, clear=True):  # libraries read some variables when they are imported
+        with mock.patch.dict(os.environ, env, clear=True), _quiet():  # libraries read some variables when they are imported
             multiprocessing.forkserver.ensure_running()
         log.write_text("")
         self.processes = [
@@ -80,6 +82,28 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What is started inside writes nowhere: whoever reads the tests' output through a pipe would wait for its end, too."""
+    kept, nowhere = [os.dup(number) for number in (1, 2)], os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    try:
+        yield
+    finally:
+        for number, file in zip((1, 2), kept, strict=True):
+            os.dup2(file, number)
+            os.close(file)
+        os.close(nowhere)
+
+
+def stop() -> None:
+    """Ends the process that the others are forked from."""
+    pid = multiprocessing.forkserver._forkserver._forkserver_pid
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
 
 
 def _free_port() -> int:
