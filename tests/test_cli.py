@@ -115,7 +115,7 @@ def test_every_flag_has_help_and_no_group_is_empty(name):
 
 @pytest.mark.skipif(not SCRIPTS, reason="no script yet")
 def test_help_answers_in_five_seconds():
-    """Processor time of the child: the same on a busy machine. The better of two, since the first may read the libraries from a cold disk."""
+    """Processor time of the child: the same on a busy machine. The better of two: the first may read from a cold disk."""
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -67,8 +67,23 @@ def test_what_is_written_is_read_by_the_trainer_and_the_winner_is_right(painted,
         assert shapes.correct(shapes.verify(both), [record.prompt] * 2).tolist() == [True, False]
 
 
+def test_pictures_of_a_caption_take_the_guidance_weights_in_turn():
+    """Each picture keeps its own seed and prompt, however the pictures are batched by weight."""
+    calls = []
+
+    def pipeline(*, prompt, generator, guidance_scale, **options):
+        seeds = [source.initial_seed() for source in generator]
+        calls.append((guidance_scale, seeds))
+        return SimpleNamespace(images=torch.tensor([[seed, guidance_scale, float(text)] for text, seed in zip(prompt, seeds, strict=True)]))
+
+    drawn = pairs.draw(pipeline, ["10", "11", "12", "13", "14"], [3, 1, 3, 1, 3], batch_size=2, num_inference_steps=1)
+    assert drawn.tolist() == [[0, 3, 10], [1, 1, 11], [2, 3, 12], [3, 1, 13], [4, 3, 14]]
+    assert calls == [(1, [1, 3]), (3, [0, 2]), (3, [4])]
+
+
 @pytest.mark.parametrize(("argv", "line"), [
     (["--num_images", "1"], "--num_images 1 makes no pair"),
+    (["--num_images", "2", "--guidance_scale", "1", "2", "3"], "--guidance_scale names 3 weights for --num_images 2"),
     (["--output", "src"], "--output src exists"),
     (["--pretrained_model_name_or_path", "nowhere"], "no pipeline there; try models/tiny-sd15"),
 ])  # fmt: skip

@@ -1,8 +1,9 @@
 """Preference pairs of a tiny model's own pictures, ordered by the verifier: `python -m src.tiny.pairs --output datas/pairs`.
 
 Draws some pictures for each of many training captions (never a held-out one) and reads them back from their pixels. A picture that shows
-all that its caption asks for wins against one that does not; captions whose pictures are all right, or all wrong, make no pair. Written as
-a folder of PNGs and a metadata.jsonl with the columns of pickapic_v2, the winner first in one row and second in the next.
+all that its caption asks for wins against one that does not; captions whose pictures are all right, or all wrong, make no pair. The
+pictures of a caption take the guidance weights in turn, as in collected preferences, where they differ as well. Written as a folder of
+PNGs and a metadata.jsonl with the columns of pickapic_v2, the winner first in one row and second in the next.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--num_images", type=cli.positive_int, default=8, help="pictures of each, from seeds that no other picture has")
     g.add_argument("--pairs_per_prompt", type=cli.positive_int, default=2, help="pairs of each caption at most; no picture is in two")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
-    g.add_argument("--guidance_scale", type=cli.number, default=2.0, help="classifier-free guidance weight; 1 turns it off")
+    g.add_argument("--guidance_scale", type=cli.number, nargs="+", default=[2.0], metavar="W",
+                   help="classifier-free guidance weights, which the pictures of a caption take in turn; 1 turns it off")  # fmt: skip
     g.add_argument("--batch_size", type=cli.positive_int, default=64, help="pictures drawn at once")
     g.add_argument("--seed", type=cli.non_negative_int, default=2, help="names the series of captions; the base model saw seed 0")
     return parser
@@ -44,14 +46,19 @@ def training_prompts(count: int, seed: int) -> list[str]:
     return list(prompts)
 
 
-def draw(pipeline, prompts: list[str], *, batch_size: int, **options) -> Tensor:
-    """One picture for each prompt, picture i from the noise of seed i: (n, 3, H, W) in [0, 1]."""
-    rendered = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        generators = [torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))]
-        rendered.append(pipeline(prompt=part, generator=generators, output_type="pt", **options).images.float())
-    return torch.cat(rendered)
+def draw(pipeline, prompts: list[str], guidance_scales: list[float], *, batch_size: int, num_inference_steps: int) -> Tensor:
+    """One picture for each prompt, (n, 3, H, W) in [0, 1]: picture i from the noise of seed i, with the guidance weight i of as many."""
+    rendered: list[Tensor | None] = [None] * len(prompts)
+    for scale in sorted(set(guidance_scales)):  # a pipeline draws a batch with one weight
+        chosen = [i for i, own in enumerate(guidance_scales) if own == scale]
+        for start in range(0, len(chosen), batch_size):
+            part = chosen[start : start + batch_size]
+            generators = [torch.Generator("cpu").manual_seed(i) for i in part]
+            drawn = pipeline(prompt=[prompts[i] for i in part], generator=generators, guidance_scale=scale, output_type="pt",
+                             num_inference_steps=num_inference_steps)  # fmt: skip
+            for i, picture in zip(part, drawn.images.float(), strict=True):
+                rendered[i] = picture
+    return torch.stack(rendered)
 
 
 def pair_up(right: list[bool], pairs_per_prompt: int) -> list[tuple[int, int]]:
@@ -86,6 +93,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output} exists; choose another folder or delete it")
     if args.num_images < 2:
         raise ValueError("--num_images 1 makes no pair; give at least 2")
+    if len(args.guidance_scale) > args.num_images:
+        raise ValueError(f"--guidance_scale names {len(args.guidance_scale)} weights for --num_images {args.num_images}: too many")
     cli.check_writable(args.output, "output")
 
 
@@ -101,8 +110,8 @@ def main(args: argparse.Namespace) -> int:
     pipeline.set_progress_bar_config(disable=True)
     prompts = training_prompts(args.num_prompts, args.seed)
     repeated = [prompt for prompt in prompts for _ in range(args.num_images)]
-    pictures = draw(pipeline, repeated, batch_size=args.batch_size, num_inference_steps=args.num_inference_steps,
-                    guidance_scale=args.guidance_scale)  # fmt: skip
+    weights = [args.guidance_scale[i % args.num_images % len(args.guidance_scale)] for i in range(len(repeated))]
+    pictures = draw(pipeline, repeated, weights, batch_size=args.batch_size, num_inference_steps=args.num_inference_steps)
     right = shapes.correct(shapes.verify(pictures), repeated).tolist()
     pairs = []
     for number, prompt in enumerate(prompts):
