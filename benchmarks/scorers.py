@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="weights of the networks")
     g.add_argument("--gradient", action="store_true", help="forward and backward, to the pictures")
     g.add_argument("--random_weights", action="store_true", help="draw the weights of the real geometry instead of loading them")
-    g.add_argument("--rounds", type=cli.positive_int, default=5, help="measured batches of each size, after one to warm up")
+    g.add_argument("--rounds", type=cli.positive_int, default=5, help="measured batches of each size, whose median counts")
     g.add_argument("--output", type=Path, help="also write the result there, as JSON")
     return parser
 
@@ -90,6 +90,7 @@ def measure(args: argparse.Namespace, name: str) -> list[dict[str, float]]:
             os.chdir(here)
     else:
         mixture = scorers.build(name, device, DTYPES[args.dtype], max(args.batch_sizes))
+    mixture(pictures(1, args.resolution, device), [PROMPT], [METADATA])  # warms up
     return [measure_batch(mixture, args, count, device, memory) for count in args.batch_sizes]
 
 
@@ -98,7 +99,7 @@ def measure_batch(mixture, args: argparse.Namespace, count: int, device: str, me
     images = pictures(count, args.resolution, device).requires_grad_(args.gradient)
     memory.reset()
     seconds = []
-    for _ in range(args.rounds + 1):
+    for _ in range(args.rounds):
         start = time.perf_counter()
         total = mixture(images, [PROMPT] * count, [METADATA] * count).total
         if args.gradient:
@@ -108,7 +109,7 @@ def measure_batch(mixture, args: argparse.Namespace, count: int, device: str, me
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return {"batch": count, "pictures_per_second": count / statistics.median(seconds[1:]), "peak_bytes": memory.peak()}
+    return {"batch": count, "pictures_per_second": count / statistics.median(seconds), "peak_bytes": memory.peak()}
 
 
 def why_not(name: str, args: argparse.Namespace) -> str | None:
