@@ -2,6 +2,7 @@
 #
 #   NUM_PROCESSES=2            processes on this machine (default: one per GPU, one without a GPU)
 #   ACCELERATE_ARGS="..."      handed to `accelerate launch` instead of the defaults, e.g. --config_file scripts/accelerate/...
+#   PRINT_COMMAND=1            print the program and its arguments instead of running it
 #   VENV=PATH                  environment to use (default: .venv if it is there, else the active one)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -10,6 +11,7 @@ if [ -x "$VENV/bin/python" ]; then export PATH="$(cd "$VENV" && pwd)/bin:$PATH";
 
 launch() {
   local script=$1 gpus processes launcher status; shift
+  if [ "${PRINT_COMMAND:-}" = 1 ]; then printf '%q ' python "$script" "$@"; echo; return; fi
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true) # without nvidia-smi: 0, and no stop by pipefail
   if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l); fi
   processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}

@@ -29,7 +29,7 @@ def wrapper_of(script):
     return f"scripts/{NAMED_OTHERWISE.get(script.stem, script.stem)}.sh"
 
 
-WRAPPED = {"demo.sh": "demo.py", **{wrapper_of(path): path.name for path in ROOT.glob("train_*.py")}}
+WRAPPED = {"demo.sh": "demo.py", "scripts/tour.sh": "src/tiny/tour.py", **{wrapper_of(path): path.name for path in ROOT.glob("train_*.py")}}
 OWN_ARGUMENTS = {"scripts/test.sh", "scripts/download.sh", "scripts/quickstart.sh"}  # parse none, or hand them to pytest
 
 

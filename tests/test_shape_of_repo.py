@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", *MATHS},
     "scorers": {"scorers", "images", "tiny", "cli"},  # cli: the program in __main__
     "data": {"data", "images", "seeds", "tiny"},
-    "tiny": {"tiny", "cli", "images", "flow", "seeds"},
+    "tiny": {"tiny", "cli", "images", "flow", "seeds", "scorers"},  # scorers: the tour measures by them
     "grpo_variants": MATHS,
     **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize", "memory",
               "rounding", "sharding", *MATHS} - {name} for name in RUN_LAYER},

@@ -61,10 +61,15 @@ def held_out_score(pipeline, prompts: list[str], **options) -> tuple[float, Tens
     return shapes.correct(shapes.verify(pictures), prompts).float().mean().item(), pictures
 
 
+def subject_prompts(count: int, color: str) -> list[str]:
+    """Prompts with the subject's word, on every background but the subject's own colour in turn."""
+    backgrounds = [name for name in shapes.COLORS if name != color]
+    return [shapes.subject_prompt(backgrounds[i % len(backgrounds)]) for i in range(count)]
+
+
 def subject_score(pipeline, count: int, *, shape: str, color: str, **options) -> tuple[float, Tensor]:
     """Share of `count` pictures from prompts with the subject's word that show it, whatever lies behind; and the pictures."""
-    backgrounds = [name for name in shapes.COLORS if name != color]
-    pictures = draw(pipeline, [shapes.subject_prompt(backgrounds[i % len(backgrounds)]) for i in range(count)], **options)
+    pictures = draw(pipeline, subject_prompts(count, color), **options)
     shown = [reading.shape == shape and reading.color == color for reading in shapes.verify(pictures)]
     return sum(shown) / count, pictures
 
@@ -114,7 +119,8 @@ def check(args: argparse.Namespace) -> None:
         cli.check_writable(args.output.parent, "output")
 
 
-def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def load(folder: str | Path, lora: Path | None = None):
+    """The stock pipeline of a folder in fp32, with a LoRA (its file, or the folder that holds it) if one is given; nothing is printed."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -123,18 +129,20 @@ def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    scores = measures(args)
-    figures = {name: {"before": score(pipeline)} for name, (score, _) in scores.items()}
-    if args.lora_weights_path:
-        lora = args.lora_weights_path  # the file by its name: a folder may hold kohya's besides
+    if lora:  # the file by its name: a folder may hold kohya's besides
         file = lora / LORA_NAME if lora.is_dir() else lora
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-    elif args.trained_model:
-        pipeline = DiffusionPipeline.from_pretrained(args.trained_model, dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    pipeline = load(args.pretrained_model_name_or_path)
+    scores = measures(args)
+    figures = {name: {"before": score(pipeline)} for name, (score, _) in scores.items()}
     if args.lora_weights_path or args.trained_model:
+        pipeline = load(args.trained_model or args.pretrained_model_name_or_path, args.lora_weights_path)
         for name, (score, _) in scores.items():
             figures[name]["after"] = score(pipeline)
     for name, values in figures.items():
