@@ -348,7 +348,7 @@ def main(args: argparse.Namespace) -> str:
     say(f"\n{table}")
     for page in tour_report.PAGES if args.write else ():
         tour_report.write_into(page, table)
-    say(f"Look at {args.output_dir / 'tour.png'}: the same prompts and seeds before and after. The table is {args.output_dir / 'table.md'}.")
+    say(f"Look at {args.output_dir / 'tour.png'}: the same prompts and seeds before and after. The table: {args.output_dir / 'table.md'}.")
     return table
 
 
