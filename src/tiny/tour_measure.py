@@ -153,7 +153,8 @@ def trained(run: Path, args: dict[str, Any]) -> dict[str, Any]:
     parameters = 0
     for file in files:
         with safe_open(file, "pt") as opened:
-            parameters += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
+            names = [name for name in opened.keys() if name != "pos_embed.pos_embed"]  # a fixed table of sines
+            parameters += sum(math.prod(opened.get_slice(name).get_shape()) for name in names)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "kind": "LoRA" if lora.is_file() else "all weights", "model": Path(args["pretrained_model_name_or_path"]).name,

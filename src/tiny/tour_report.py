@@ -20,7 +20,7 @@ CELL, GAP, MARGIN, SIDE = 128, 4, 28, 300  # a picture, between before and after
 FRAME = 4
 INK, GREY, PAPER, LINE = (30, 34, 40), (110, 116, 124), (255, 255, 255), (225, 228, 232)
 RIGHT, WRONG = (46, 160, 84), (214, 96, 82)
-LEGEND = "left: before, right: after, from the same noise;"
+LEGEND = "of each pair: left before, right after training, from the same noise"
 
 
 # --------------------------------------------------------------------------- table
@@ -45,7 +45,8 @@ def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     found = []
     for result in results:
         trained = result["trained"]
-        what = f"{trained['kind']}, {trained['parameters'] / 1e6:.2f} M of {trained['model']}, {trained['steps']} steps"
+        steps = f"{trained['steps']} step{'s' if trained['steps'] != 1 else ''}"
+        what = f"{trained['kind']}, {trained['parameters'] / 1e6:.2f} M of {trained['model']}, {steps}"
         run = (f"{result['seconds']:.0f}", f"{trained['memory_gb']:.1f} GB")
         for number, measure in enumerate(result["measures"]):
             first = (result["title"], what) if number == 0 else ("", "")
@@ -130,8 +131,8 @@ def picture(results: Sequence[dict[str, Any]], output_dir: Path) -> Image.Image:
         top = MARGIN + 2 * line + number * high
         draw.line([(MARGIN, top - 12), (width - MARGIN, top - 12)], fill=LINE, width=1)
         draw.text((MARGIN, top), result["title"], fill=INK, font=title)
-        for row, words in enumerate(_words(result, text)):
-            draw.text((MARGIN, top + 32 + row * line), words, fill=GREY if row % 2 == 0 else INK, font=text)
+        for row, (words, color) in enumerate(_words(result, text)):
+            draw.text((MARGIN, top + 32 + row * line), words, fill=color, font=text)
         for column, shown in enumerate(result["shown"]):
             left = MARGIN + SIDE + column * (pair + MARGIN)
             for x, when in ((left, "before"), (left + CELL + GAP, "after")):
@@ -149,15 +150,15 @@ def _legend(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: int)
             draw.rectangle([(x, MARGIN), (x + 14, MARGIN + 14)], outline=color, width=FRAME)
             x += 22
         draw.text((x, MARGIN - 2), words, fill=GREY, font=font)
-        x += font.getlength(words) + 14
+        x += font.getlength(words) + 24
 
 
-def _words(result: dict[str, Any], font: ImageFont.FreeTypeFont) -> list[str]:
-    """Name and figures of each measure in turn, in lines that fit into the column."""
+def _words(result: dict[str, Any], font: ImageFont.FreeTypeFont) -> list[tuple[str, tuple[int, int, int]]]:
+    """Name and figures of each measure in turn, in lines that fit into the column, with their colours."""
     found = []
     for measure in result["measures"]:
-        name, *_ = wrapped(measure_name(measure), font, SIDE - MARGIN)
-        found += [name, f"{figure(measure, 'before')}  \N{RIGHTWARDS ARROW}  {figure(measure, 'after')}"]
+        found += [(words, GREY) for words in wrapped(measure_name(measure), font, SIDE - MARGIN)]
+        found.append((f"{figure(measure, 'before')} to {figure(measure, 'after')}", INK))
     return found
 
 
