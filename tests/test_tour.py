@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import stat
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -433,14 +434,31 @@ def test_words_are_wrapped_at_the_room_they_have():
 # ---------------------------------------------------------------------------------------------- the real thing
 
 
+def run_here(shell, command, log, **env):
+    """In place of Shell.run: the same programs in this process, which saves their imports. A wrapper is asked what it would run."""
+    log.write_text("run in the test's process")
+    if command[0] == "bash":
+        printed = subprocess.run(command, env=os.environ | env | {"PRINT_COMMAND": "1"}, check=True, capture_output=True, text=True).stdout
+        _, script, *words = shlex.split(printed)
+        runs.train(importlib.import_module(script.removesuffix(".py")), words)
+    else:
+        assert command[1:3] == ["-m", "src.tiny.tour_measure"]
+        tour_measure.main(cli.parse(tour_measure.build_parser(), command[3:], checks=(tour_measure.check,)))
+    return 0
+
+
 @pytest.mark.slow
-def test_a_quick_tour_of_one_trainer_through_its_wrapper(tmp_path):
-    """The program as tour.sh starts it, on the shipped model; started again, nothing is left to do."""
-    log = tmp_path / "log"
-    command = [*"python -m src.tiny.tour lora --quick --output_dir".split(), str(tmp_path / "tour")]
-    assert "== 1/1 LoRA" in runs.finish(runs.start(command, log), log)
-    result = json.loads((tmp_path / "tour/lora/result.json").read_text())
-    assert result["trained"]["steps"] == 2 and result["trained"]["kind"] == "LoRA" and len(result["shown"]) == 4
-    assert [one["count"] for one in result["measures"]] == [4, 4] and result["seconds"] > 1 and result["trained"]["memory_gb"] > 0.1
-    assert (tmp_path / "tour/tour.png").is_file() and "| LoRA " in (tmp_path / "tour/table.md").read_text()
-    assert "done before" in runs.finish(runs.start(command, log), log)
+def test_a_quick_tour_on_the_shipped_models(tmp_path, monkeypatch):
+    """Trainers of either model family, a LoRA and all weights, with data and with a reward, and what each of them leaves is measured."""
+    monkeypatch.chdir(runs.ROOT)
+    monkeypatch.setattr(tour.Shell, "run", run_here)
+    table = main("lora", "refl", "--quick", "--output_dir", str(tmp_path))
+    lora, refl = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("lora", "refl"))
+    assert lora["trained"]["steps"] == 2 and lora["trained"]["kind"] == "LoRA" and 5e5 < lora["trained"]["parameters"] < 1e6
+    assert refl["trained"] == refl["trained"] | {"kind": "all weights", "model": "tiny-sd15", "steps": 1, "parameters": 2_910_788}
+    assert [one["scorer"] for one in refl["measures"]] == ["tiny_clip", "shapes_strict"]
+    assert refl["measures"][0]["before"] != refl["measures"][0]["after"] and refl["trained"]["memory_gb"] > 0.1
+    assert [len(result["shown"]) for result in (lora, refl)] == [4, 4] and lora["seconds"] > 1
+    assert (tmp_path / "tour.png").is_file() and "| LoRA " in table and "| ReFL " in table
+    monkeypatch.setattr(tour.Shell, "run", None)  # nothing is left to be run
+    assert main("lora", "--quick", "--output_dir", str(tmp_path)) == table
