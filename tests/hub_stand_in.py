@@ -51,7 +51,10 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = self.path.split("?")[0].removeprefix("/")
             if path.startswith("api/"):
-                kind, owner, name, what = path.removeprefix("api/").split("/")[:4]
+                parts = path.removeprefix("api/").split("/")
+                if len(parts) < 4:  # who calls, which version: not needed here
+                    return self.answer(b"", 404)
+                kind, owner, name, what = parts[:4]
                 repository = f"{kind}/{owner}/{name}"
                 found = hub.tree(repository) if what == "tree" else {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}
                 return self.answer(json.dumps(found).encode(), Content_Type="application/json")
