@@ -41,7 +41,7 @@ SETTINGS = (
     "gradient_accumulation_steps", "timestep_density", "prior_loss_weight", "beta_dpo", "loss_type", "loss", "method", "scorer", "prompts",
     "grad_scale", "reward_threshold", "transition", "noise_level", "window_size", "group_size", "sample_batch_size",
     "sample_num_batches_per_epoch", "updates_per_epoch", "num_inner_epochs", "clip_nats", "kl_weight", "guidance_scale", "use_ema",
-    "ema_decay", "mixed_precision",
+    "mixed_precision",
 )  # fmt: skip
 UNETS = ("Diffusion-DPO", "SFT", "ReFL", "DRaFT", "DRaFT-LV")  # what the SD1.5 scripts train, each as a LoRA, too
 LOADING = {
@@ -124,7 +124,7 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
     grids = sorted((folder / "samples").glob("step-*.png"))
     picture = f"\n![validation pictures, before and after](samples/{grids[-1].name})\n" if grids else ""
     curves = "\n![curves and samples from first to last](summary.png)\n" if (folder / "summary.png").exists() else ""
-    command = f"It was started with\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```\n\n" if sys.argv[0].endswith(".py") else ""
+    command = f" It was started with\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```" if sys.argv[0].endswith(".py") else ""
     return f"""---
 {front_matter(args, kind)}---
 # {kind} of {base}
@@ -139,7 +139,9 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
 |---|---|---|---|
 {chr(10).join(rows)}
 {curves}
-{settings(args)}. All arguments are in `args.json`; `--config {folder}/args.json` repeats the run. {command}## Licence
+{settings(args)}. All arguments are in `args.json`; `--config {folder}/args.json` repeats the run.{command}
+
+## Licence
 
 {licence(base)}
 """

@@ -135,7 +135,7 @@ def test_every_setting_on_a_card_is_a_flag_of_some_trainer():
     ("somebody/their-sd35", "That of the base model."),
 ])  # fmt: skip
 def test_the_licence_is_named_where_it_is_known(folder, base, words):
-    assert words in written(folder, pretrained_model_name_or_path=base).split("## Licence")[1]
+    assert words in written(folder, pretrained_model_name_or_path=base).split("\n\n## Licence\n\n")[1]
 
 
 def test_the_command_is_quoted_for_a_shell(folder, monkeypatch):

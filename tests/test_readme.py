@@ -207,13 +207,26 @@ def test_the_chinese_readme_is_chinese():
 
 
 def test_predicted_memory_is_that_of_the_page():
-    """The figures of the LoRA and of all weights stand in docs/memory-and-speed.md: 13.5; 35.3 and the average's 4 bytes a weight, 8.4."""
+    """The figures of the LoRA and of all weights follow from docs/memory-and-speed.md: 13.5; 35.3 and the average's 4 bytes a weight, 8.4.
+
+    Those of GRPO and DDPO, with the VAE, are planned by the benchmarks' own function.
+    """
     page = (ROOT / "docs/memory-and-speed.md").read_text(encoding="utf-8")
     predicted = {name: float(value) for name, value in re.findall(r"^\| (.*?) \| 1024² \| ([\d.]+) \|", page, re.M)}
     shown = dict(re.findall(r"^\| `(\w+)\.py` \|(?:[^|]*\|){3} ([\d.]+)", ENGLISH, re.M))
     assert float(shown["train_text_to_image_lora_sd3"]) == predicted["LoRA, rank 16"] == float(shown["train_dreambooth_lora_sd3"])
     average = 4 * 2_243_171_520 / 2**30
-    assert float(shown["train_full_finetuning_sd3"]) == pytest.approx(predicted["full, fp32, AdamW, checkpointed"] + average, abs=0.06)
+    assert float(shown["train_full_finetuning_sd3"]) == pytest.approx(predicted["full, fp32, AdamW, checkpointed"] + average, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "ddpo"])
+def test_predicted_memory_of_rollouts_is_what_is_planned(name):
+    """Eight pictures at a time, 512 px, rank 32, checkpointed: the wrappers' settings."""
+    from benchmarks import loops, trainers
+
+    peak = trainers.planned(loops.Setting(name, 512, ("--gradient_checkpointing",)), 8).peak / 2**30
+    assert re.search(rf"^\| `train_{name}_sd3.py` .*\| {peak:.1f}, and scorers \|", ENGLISH, re.M)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=name_of)
