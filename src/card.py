@@ -35,6 +35,14 @@ from diffusers import StableDiffusion3Pipeline
 pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
 image = pipeline({prompt!r}).images[0]"""
+# What a reader asks first; a run that has no such flag, or has it unset or off, leaves it out. The rest is in args.json.
+SETTINGS = (
+    "resolution", "rank", "lora_alpha", "weights_dtype", "quantize_base", "optimizer", "learning_rate", "lr_scheduler", "train_batch_size",
+    "gradient_accumulation_steps", "timestep_density", "prior_loss_weight", "beta_dpo", "loss_type", "loss", "method", "scorer", "prompts",
+    "grad_scale", "reward_threshold", "transition", "noise_level", "window_size", "group_size", "sample_batch_size",
+    "sample_num_batches_per_epoch", "updates_per_epoch", "num_inner_epochs", "clip_nats", "kl_weight", "guidance_scale", "use_ema",
+    "mixed_precision",
+)  # fmt: skip
 UNETS = ("Diffusion-DPO", "SFT", "ReFL", "DRaFT", "DRaFT-LV")  # what the SD1.5 scripts train, each as a LoRA, too
 LOADING = {
     "LoRA": LORA,
@@ -104,7 +112,7 @@ def write(
 
 
 def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, where: str) -> str:
-    """The card: YAML for the Hub, a picture, how to load, what was measured, how to repeat it."""
+    """The card: YAML for the Hub, a picture, how to load, what was measured, how to repeat it, under which licence."""
     folder, base = Path(args.output_dir), hub_name(args.pretrained_model_name_or_path)
     lines = metrics.read(folder / "metrics.jsonl")
     rows = []
@@ -116,7 +124,7 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
     grids = sorted((folder / "samples").glob("step-*.png"))
     picture = f"\n![validation pictures, before and after](samples/{grids[-1].name})\n" if grids else ""
     curves = "\n![curves and samples from first to last](summary.png)\n" if (folder / "summary.png").exists() else ""
-    command = f"It was started with\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```\n\n" if sys.argv[0].endswith(".py") else ""
+    command = f" It was started with\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```" if sys.argv[0].endswith(".py") else ""
     return f"""---
 {front_matter(args, kind)}---
 # {kind} of {base}
@@ -131,8 +139,30 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
 |---|---|---|---|
 {chr(10).join(rows)}
 {curves}
-All arguments are in `args.json`; `--config args.json` repeats the run. {command}The licence of the base model applies to these weights.
+{settings(args)}. All arguments are in `args.json`; `--config {folder}/args.json` repeats the run.{command}
+
+## Licence
+
+{licence(base)}
 """
+
+
+def settings(args: argparse.Namespace) -> str:
+    """The arguments of SETTINGS that this run has, as flags in backticks."""
+    given = {name: getattr(args, name, None) for name in SETTINGS}
+    return ", ".join(f"`--{name}`" if value is True else f"`--{name} {shlex.quote(str(value))}`"
+                     for name, value in given.items() if value is not None and value is not False)  # fmt: skip
+
+
+def licence(base: str) -> str:
+    """What applies to weights that were trained from this base model."""
+    if base.startswith(SD35):
+        return f"Stability AI Community License, that of the base model: https://huggingface.co/{base}/blob/main/LICENSE.md"
+    if base in OPENRAIL.values():
+        return f"CreativeML Open RAIL{'++' if 'xl' in base else ''}-M, that of the base model: https://huggingface.co/{base}"
+    if Path(base).name.startswith("tiny-sd"):
+        return "Apache-2.0, as the tiny base model, which is part of the project."
+    return "That of the base model."
 
 
 def hub_name(path: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -111,6 +112,30 @@ def test_a_run_without_validation_has_a_card(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     text = written(tmp_path, validation_prompt=None)
     assert "![" not in text and "widget" not in front(text)
+
+
+def test_settings_are_those_that_the_run_has(folder):
+    text = written(folder, rank=16, use_ema=True, quantize_base=None, fused_backward=False, loss="ppo", mixed_precision="bf16")
+    assert "`--rank 16`, `--loss ppo`, `--use_ema`, `--mixed_precision bf16`. All arguments are in `args.json`" in text
+    assert f"`--config {folder}/args.json` repeats the run" in text
+
+
+def test_every_setting_on_a_card_is_a_flag_of_some_trainer():
+    """A renamed flag would silently vanish from the cards."""
+    flags = set()
+    for script in Path(__file__).parent.parent.glob("train_*.py"):
+        parser = importlib.import_module(script.stem).build_parser()
+        flags |= {action.dest for action in parser._actions}
+    assert set(card.SETTINGS) <= flags
+
+
+@pytest.mark.parametrize(("base", "words"), [
+    ("models/stable-diffusion-3.5-medium", "Stability AI Community License"), ("models/stable-diffusion-v1-5", "CreativeML Open RAIL-M,"),
+    ("models/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M,"), ("models/tiny-sd15", "Apache-2.0"),
+    ("somebody/their-sd35", "That of the base model."),
+])  # fmt: skip
+def test_the_licence_is_named_where_it_is_known(folder, base, words):
+    assert words in written(folder, pretrained_model_name_or_path=base).split("\n\n## Licence\n\n")[1]
 
 
 def test_the_command_is_quoted_for_a_shell(folder, monkeypatch):

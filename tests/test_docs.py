@@ -42,9 +42,78 @@ def test_metric_tables_name_metrics_that_are_written(page):
                 assert name in metrics.NAMES, f"{page.name} explains {name}, which no run writes"
 
 
-def test_pages_of_algorithms_map_equations_to_functions():
-    """A page with a section on the equations names at least five functions; that there are such pages keeps the tests above honest."""
-    pages = [page for page in PAGES if "## From equation to function" in page.read_text(encoding="utf-8")]
-    assert {f"{name}.md" for name in ("lora", "full-finetuning", "ddpo", "grpo", "dpo", "refl")} <= {page.name for page in pages}
-    for page in pages:
-        assert sum(bool(name) for _, name in references(page)) >= 5, page.name
+# --------------------------------------------------------------------------- the seven pages of the algorithms
+
+EVERY_RUN = {"lr", "epoch", "images_per_second", "seconds", "memory_gb"}  # what these mean stands on lora.md; others may link that
+SUPERVISED = {"loss", "grad_norm", "val_loss", *(f"val_loss_sigma_{level}" for level in ("0.25", "0.5", "0.75", "0.95"))}
+REINFORCED = {"reward", "reward_std", "eval_reward", "loss", "policy_loss", "log_ratio", "clip_fraction", "no_signal", "grad_norm",
+              "skipped_updates", "unjudged"}  # fmt: skip
+LOGGED = {  # what the program of a page writes into metrics.jsonl
+    "lora": SUPERVISED | EVERY_RUN,
+    "full-finetuning": SUPERVISED | EVERY_RUN,
+    "dreambooth": SUPERVISED | EVERY_RUN | {"instance_loss", "prior_loss"},
+    "ddpo": REINFORCED | EVERY_RUN,
+    "grpo": REINFORCED | EVERY_RUN | {"kl"},
+    "dpo": EVERY_RUN | {"loss", "accuracy", "val_accuracy", "val_loss", "winner_gain", "loser_gain", "policy_margin", "reference_margin",
+                        "grad_norm"},
+    "refl": EVERY_RUN - {"epoch"} | {"reward", "loss", "pretrain_loss", "eval_reward", "grad_norm"},
+}  # fmt: skip
+SECTIONS = (
+    "From equation to function", "What the numbers mean", "Settings, and where they come from", "What differs from", "When it goes wrong",
+)  # fmt: skip
+
+
+def explained(text):
+    """Metrics in the tables of a page; "`val_loss_sigma_0.25` to `val_loss_sigma_0.95`" names those between, too."""
+    found = set()
+    for table in re.findall(r"^\| metric \|.*\n\|[-| :]+\n((?:\|.*\n)+)", text, re.M):
+        for row in table.splitlines():
+            cell = row.split("|")[1]
+            found |= set(re.findall(r"`([^`]+)`", cell))
+            if "` to `" in cell:
+                found |= {name for name in metrics.NAMES if name.startswith("val_loss_sigma_")}
+    return found
+
+
+def test_the_pages_cover_all_metrics():
+    """A metric that is new in metrics.NAMES belongs into LOGGED, and so onto a page."""
+    assert set().union(*LOGGED.values()) == metrics.NAMES.keys() - {"step"}
+
+
+@pytest.mark.parametrize("page", sorted(LOGGED))
+def test_every_metric_of_a_run_is_explained_on_its_page(page):
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    names = explained(text)
+    if link := re.search(r"^([^\n]*) are in every run: \[lora.md\]\(lora.md#what-the-numbers-mean\)", text, re.M):
+        linked = set(re.findall(r"`([^`]+)`", link[1]))
+        assert linked <= explained((ROOT / "docs/lora.md").read_text(encoding="utf-8"))
+        names |= linked
+    assert not LOGGED[page] - names, f"docs/{page}.md does not explain {sorted(LOGGED[page] - names)}"
+
+
+@pytest.mark.parametrize("page", sorted(LOGGED))
+def test_the_pages_of_algorithms_have_the_same_sections(page):
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", text, re.M)
+    for section in SECTIONS:
+        assert any(heading.startswith(section) for heading in headings), f"docs/{page}.md lacks ## {section}"
+    opening = text.split("\n\n")[1]
+    assert len(re.findall(r"[.:] ", opening + " ")) >= 3, f"docs/{page}.md says what the problem is in fewer than three sentences"
+
+
+@pytest.mark.parametrize("page", sorted(LOGGED))
+def test_pages_of_algorithms_map_equations_to_functions(page):
+    """At least five functions; that there are such tables keeps the tests above honest."""
+    path = ROOT / f"docs/{page}.md"
+    assert sum(bool(name) for _, name in references(path)) >= 5
+
+
+@pytest.mark.parametrize("page", sorted(LOGGED))
+def test_every_setting_has_a_source(page):
+    """Rows of the settings' table: a flag, its value, and a reason that is not empty."""
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8").split("## Settings, and where they come from")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`--.*)\|$|^\| (batch.*)\|$", text, re.M)
+    assert len(rows) >= 5
+    for row in rows:
+        cells = [cell.strip() for cell in "".join(row).split(" | ")]
+        assert len(cells) == 3 and all(cells), f"docs/{page}.md: {row}"

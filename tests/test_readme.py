@@ -37,6 +37,17 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
+def text_of(path):
+    """A file's text; of CONTRIBUTING.md without the recipes, whose files do not exist here: tests/test_contributing.py carries them out.
+
+    Of docs/migrating.md without its left column, the flags that are gone.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.name == "CONTRIBUTING.md":
+        return re.sub(r"^## Add a .*?(?=^## (?!Add a ))", "", text, flags=re.M | re.S)
+    return re.sub(r"^\| `--[^|]*\|", "|", text, flags=re.M) if path.name == "migrating.md" else text
+
+
 def commands(text):
     """Command lines in a page, script or docstring, continuations joined: everything from `python` or `bash` on."""
     text = re.sub(r"\\+\n\s*#?\s*", " ", text)  # a docstring writes its backslash twice
@@ -72,7 +83,7 @@ def program(words):
 def all_commands():
     found = []
     for path in SOURCES:
-        for command in commands(path.read_text(encoding="utf-8")):
+        for command in commands(text_of(path)):
             parsed = program(split(command))
             if parsed and not re.search(r"[A-Z*<$]|\.\.\.", parsed[0]):  # those are patterns
                 found.append((name_of(path), *parsed))
@@ -132,7 +143,7 @@ def test_no_flag_in_prose_is_invented(known):
     ours = set().union(*(known(file) for file in files))
     theirs = {"--num_processes", "--multi_gpu", "--machine_rank", "--entries", "--lib", "--tests", "--strict-markers"}  # accelerate, pytest
     for path in PAGES:
-        for flag in re.findall(r"`(--[a-z][\w-]*)[^`]*`", path.read_text(encoding="utf-8")):
+        for flag in re.findall(r"`(--[a-z][\w-]*)[^`]*`", text_of(path)):
             assert flag in ours | theirs, f"{name_of(path)} mentions {flag}, which no program has"
 
 
@@ -150,6 +161,80 @@ def test_every_script_in_the_readme_table_exists_and_every_trainer_is_there():
     assert {row[0] for row in rows} == {path.name for path in [*ROOT.glob("train_*.py"), ROOT / "demo.py"]}
     for script, wrapper in rows:
         assert WRAPPED[wrapper] == script and (ROOT / wrapper).is_file()
+
+
+# --------------------------------------------------------------------------- the same in two languages
+
+ENGLISH, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md"))
+CHARACTERS = r"[\u4e00-\u9fff]"
+
+
+def skeleton(text):
+    """What does not depend on the language: levels of headings, code blocks without their comments, pictures, links to files."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    return {
+        "headings": re.findall(r"^#+(?= )", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M),
+        "blocks": [(kind, re.sub(r" +#.*", "", body) if kind else re.findall(r"^(.*?)(?:  |$)", body, re.M)) for kind, body in blocks],
+        "links": sorted(set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README_zh.md"}),
+        "markers": re.findall(r"<!-- .* -->", text),
+        "bullets": len(re.findall(r"^- ", text, re.M)),
+        "flags": sorted(re.findall(r"`(--[\w-]+)", text)),
+    }
+
+
+def table_rows(text):
+    """Cells of every table without words: code, numbers and links are the same in any language."""
+    rows = []
+    for line in re.findall(r"^\|.*\|$", text, re.M):
+        cells = line.strip("|").split("|")
+        rows.append([sorted(re.findall(r"`[^`]*`|\d+(?:\.\d+)?|\]\([^)]*\)|:?-{3}:?", cell)) for cell in cells])
+    return rows
+
+
+def test_both_languages_have_the_same_headings_commands_links_and_flags():
+    english, chinese = skeleton(ENGLISH), skeleton(CHINESE)
+    assert len(english["blocks"]) >= 6 and len(english["headings"]) >= 8
+    for name, value in english.items():
+        assert chinese[name] == value, name
+
+
+def test_both_languages_have_the_same_tables():
+    english, chinese = table_rows(ENGLISH), table_rows(CHINESE)
+    assert len(english) >= 30
+    for one, other in zip(english, chinese, strict=True):
+        assert one == other
+
+
+def test_the_chinese_readme_is_chinese():
+    """Every paragraph of words and every row of words has been translated; only code, names and BibTeX are not."""
+    prose = re.sub(r"^```.*?^```", "", CHINESE, flags=re.M | re.S)
+    for line in prose.splitlines():
+        words = re.findall(r"[A-Za-z]{3,}", re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", "", line))
+        assert len(words) <= 12 and (re.search(CHARACTERS, line) or len(words) <= 4), line
+    assert not re.search(CHARACTERS, ENGLISH.replace("中文", ""))
+
+
+def test_predicted_memory_is_that_of_the_page():
+    """The figures of the LoRA and of all weights follow from docs/memory-and-speed.md: 13.5; 35.3 and the average's 4 bytes a weight, 8.4.
+
+    Those of GRPO and DDPO, with the VAE, are planned by the benchmarks' own function.
+    """
+    page = (ROOT / "docs/memory-and-speed.md").read_text(encoding="utf-8")
+    predicted = {name: float(value) for name, value in re.findall(r"^\| (.*?) \| 1024² \| ([\d.]+) \|", page, re.M)}
+    shown = dict(re.findall(r"^\| `(\w+)\.py` \|(?:[^|]*\|){3} ([\d.]+)", ENGLISH, re.M))
+    assert float(shown["train_text_to_image_lora_sd3"]) == predicted["LoRA, rank 16"] == float(shown["train_dreambooth_lora_sd3"])
+    average = 4 * 2_243_171_520 / 2**30
+    assert float(shown["train_full_finetuning_sd3"]) == pytest.approx(predicted["full, fp32, AdamW, checkpointed"] + average, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "ddpo"])
+def test_predicted_memory_of_rollouts_is_what_is_planned(name):
+    """Eight pictures at a time, 512 px, rank 32, checkpointed: the wrappers' settings."""
+    from benchmarks import loops, trainers
+
+    peak = trainers.planned(loops.Setting(name, 512, ("--gradient_checkpointing",)), 8).peak / 2**30
+    assert re.search(rf"^\| `train_{name}_sd3.py` .*\| {peak:.1f}, and scorers \|", ENGLISH, re.M)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_*.py")), ids=name_of)

@@ -82,8 +82,8 @@ def check_folder(path: str | Path, name: str = "--pretrained_model_name_or_path"
         return
     if not folder.exists():
         raise ValueError(
-            f"{flag}: no such folder; `bash scripts/download.sh` fetches the real weights, models/tiny-sd15 is shipped, "
-            "and a Hub id looks like stable-diffusion-v1-5/stable-diffusion-v1-5"
+            f"{flag}: no such folder; `bash scripts/download.sh stable-diffusion-v1-5` fetches the real weights, models/tiny-sd15 is "
+            "shipped, and a Hub id looks like stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{flag}: no model_index.json in it; a model in diffusers' folder layout is needed, not a single weight file")
