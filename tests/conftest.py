@@ -106,6 +106,16 @@ def tiny_sdxl_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def summaries(monkeypatch):
+    """Runs draw no summary.png, which is a third of a small one, unless the test calls this."""
+    from src import validation
+
+    draw = validation.summary
+    monkeypatch.setattr(validation, "summary", lambda *_: None)
+    return lambda: monkeypatch.setattr(validation, "summary", draw)
+
+
 def pytest_collection_modifyitems(items):
     places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
