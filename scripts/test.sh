@@ -8,7 +8,9 @@ set -euo pipefail
 source "$(dirname "$0")/env.sh"
 # Two workers of one thread each: torch's threads fight over the cores as soon as there are more of them.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-workers=(-n 2 --dist loadfile)
+unset PYTHONDONTWRITEBYTECODE  # what the fast tests have compiled serves the slow ones, and the next run
+# Whole files, in the order of tests/conftest.py: their fixtures are expensive, and the longest files have to start first.
+workers=(-n 2 --dist loadfile --no-loadscope-reorder)
 
 if [ "$#" -gt 0 ] && [ "$1" != fast ]; then exec python -m pytest "$@"; fi
 

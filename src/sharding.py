@@ -6,13 +6,19 @@ tensors through, so that a run on one process takes the same path.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+
+
+def sharded(value: Any) -> bool:
+    """Whether it is a DTensor. Whoever made one has imported them; here that would cost every `--help` half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def gathered(tree: Any) -> Any:
@@ -21,25 +27,27 @@ def gathered(tree: Any) -> Any:
         return {key: gathered(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return type(tree)(gathered(value) for value in tree)
-    return whole(tree).cpu() if isinstance(tree, DTensor) else tree
+    return whole(tree).cpu() if sharded(tree) else tree
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor in one piece, on every process."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's share of a whole tensor that all processes hold, spread as `like` is."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    if not sharded(like) or sharded(tensor):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # no communication: all hold it
 
 
 def placed_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """An optimizer's state from a checkpoint, its moments spread as the weights that they belong to."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if not any(isinstance(weight, DTensor) for weight in weights):
+    if not any(sharded(weight) for weight in weights):
         return state
     spread = {
         number: {

@@ -1,10 +1,24 @@
-"""A randomly initialised SD3 pipeline, smaller than the shipped one, built once per session without any download."""
+"""A randomly initialised SD3 pipeline, smaller than the shipped one, built once per session without any download; the order of the tests.
 
+torch is imported inside the functions: the process that only hands the tests out to its workers needs none.
+"""
+
+import gc
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+# Looking for cyclic garbage among all that torch, diffusers and transformers define takes half a second: with Python's own thresholds
+# (700, 10, 10) a sixth of the suite.
+gc.set_threshold(50_000, 20, 100)
+
+# Files that take several seconds, longest first: who starts with them ends together, which --dist loadfile alone would not see to.
+LONGEST = [
+    "test_train_lora_slow", "test_train_grpo_slow", "test_rollout", "test_train_grpo", "test_train_lora", "test_real_geometry",
+    "test_train_dpo", "test_train_refl", "test_train_dreambooth", "test_train_full", "test_cli", "test_scorer_preprocess", "test_lora",
+    "test_demo", "test_tiny_build", "test_train_ddpo", "test_tiny_build_sd15", "test_shapes", "test_memory", "test_seeds",
+]  # fmt: skip
 
 
 def clip_tokenizer():
@@ -27,6 +41,7 @@ def t5_tokenizer():
 
 def tiny_pipeline():
     """StableDiffusion3Pipeline in fp32 with every class of the real one; about 60 thousand parameters, 64 x 64 pixels."""
+    import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -89,6 +104,21 @@ def tiny_sdxl_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-random-sdxl"
     unets.sdxl_pipeline().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def summaries(monkeypatch):
+    """Runs draw no summary.png, which is a third of a small one, unless the test calls this."""
+    from src import validation
+
+    draw = validation.summary
+    monkeypatch.setattr(validation, "summary", lambda *_: None)
+    return lambda: monkeypatch.setattr(validation, "summary", draw)
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 def pytest_sessionfinish():

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,8 +48,8 @@ def test_loops_that_differ_are_not_compared(benchmark):
 @pytest.mark.slow
 def test_the_whole_benchmark_reports_times_memory_and_ratio(arguments, tmp_path):
     words = [word for name, value in vars(arguments).items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "benchmarks/lora_step.py", *words]  # it starts processes of its own, which need to find it by name
-    out = subprocess.run(command, cwd=ROOT, env=runs.environment(), capture_output=True, text=True, check=True).stdout
+    log = tmp_path / "log"  # a program, because it starts processes of its own, which need to find it by name
+    out = runs.finish(runs.fork(["benchmarks/lora_step.py", *words], log), log)
     result = json.loads((tmp_path / "result.json").read_text())
     cached, encoding = result["loops"]["cached"], result["loops"]["encoding at every step"]
     assert result["ratio"] == pytest.approx(encoding["seconds_per_step"] / cached["seconds_per_step"])

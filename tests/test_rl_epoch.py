@@ -3,8 +3,6 @@
 import importlib.util
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -93,9 +91,10 @@ def test_a_wrong_flag_of_the_trainer_is_refused_by_name(benchmark, capsys):
 @pytest.mark.slow
 def test_the_whole_benchmark_reports_time_and_memory(world, tmp_path):
     """Memory of an epoch must not grow with its pictures but for what waits on the CPU: here 8 and 32 pictures, 20 kB each."""
-    command = [sys.executable, "benchmarks/rl_epoch.py", "--trainer", "ddpo", "--epochs", "1", "--memory", "--output",
-               str(tmp_path / "result.json"), "--", *flags(world)]  # fmt: skip
-    out = subprocess.run(command, cwd=ROOT, env=runs.environment(), capture_output=True, text=True, check=True).stdout
+    command = ["benchmarks/rl_epoch.py", "--trainer", "ddpo", "--epochs", "1", "--memory", "--output", tmp_path / "result.json", "--",
+               *flags(world)]  # fmt: skip
+    log = tmp_path / "log"
+    out = runs.finish(runs.fork(command, log), log)
     result = json.loads((tmp_path / "result.json").read_text())
     few, many = result["peak_bytes"]
     assert 0 < many < 1.15 * few

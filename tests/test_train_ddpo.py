@@ -13,6 +13,7 @@ import train_ddpo_sd3 as script
 from src import lora, metrics
 from src.pipelines import sd3_rollout
 
+pytestmark = pytest.mark.usefixtures("summaries")
 NAN = math.nan
 
 
@@ -22,9 +23,8 @@ def world(tiny_sd3_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def train(world, tmp_path, monkeypatch):
-    """train("name", rank=2, ...) -> output folder of a run with these flags, without the drawing of summary.png."""
-    monkeypatch.setattr(script.rewards.validation, "summary", lambda *_: None)
+def train(world, tmp_path):
+    """train("name", rank=2, ...) -> output folder of a run with these flags."""
 
     def run(name: str = "run", **changes) -> Path:
         runs.train(script, world.argv(tmp_path / name, **({"rank": 2, "learning_rate": 1e-2} | changes)))

@@ -18,6 +18,7 @@ from PIL import Image
 import train_dpo_sd15 as script
 from src import full, lora
 
+pytestmark = pytest.mark.usefixtures("summaries")
 PROMPT = "a red ring"
 SHOWN = dict(validation_prompt=[PROMPT], validation_seed=7, validation_guidance_scale=4.0, validation_inference_steps=3)
 LORA = dict(use_lora=True, rank=4, learning_rate=1e-2)

@@ -18,6 +18,7 @@ import train_dreambooth_lora_sd3 as script
 from src import flow, lora, seeds
 from src.pipelines import sd3
 
+pytestmark = pytest.mark.usefixtures("summaries")
 SUBJECT, CLASS = "a photo of sks dog", "a photo of a dog"
 SHOWN = dict(validation_prompt=[SUBJECT], validation_seed=7, validation_guidance_scale=4.0, validation_inference_steps=3)
 PRIOR = dict(with_prior_preservation=True, class_prompt=[CLASS], num_class_images=6, class_inference_steps=2)
@@ -54,12 +55,6 @@ def train_in(world, root: Path):
 def train(world, tmp_path):
     """train("name", rank=2, ...) -> output folder of a run with these flags."""
     return train_in(world, tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def summaries(monkeypatch):
-    """A third of a small run is drawing summary.png, which other files test."""
-    monkeypatch.setattr(script.validation, "summary", lambda *_: None)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from PIL import Image
 import train_full_finetuning_sd3 as script
 from src import full
 
+pytestmark = pytest.mark.usefixtures("summaries")
 PROMPT = "a red ring"
 SHOWN = dict(validation_prompt=[PROMPT], validation_seed=7, validation_guidance_scale=4.0, validation_inference_steps=3)
 BF16 = dict(mixed_precision="bf16", weights_dtype="bf16")

@@ -20,6 +20,7 @@ from src.pipelines import sd3, sd3_rollout
 from src.scorers import Scores
 from src.scorers.mixture import Mixture
 
+pytestmark = pytest.mark.usefixtures("summaries")
 GRPO = dict(group_size=4, rank=4, learning_rate=1e-2)
 
 
@@ -65,14 +66,6 @@ def judge(monkeypatch):
         monkeypatch.setattr(Mixture, "__call__", verdict)
 
     return replace_scorers
-
-
-@pytest.fixture(autouse=True)
-def summaries(monkeypatch):
-    """A third of a small run is drawing summary.png: only the tests that look at it call this to have it drawn."""
-    draw = script.rewards.validation.summary
-    monkeypatch.setattr(script.rewards.validation, "summary", lambda *_: None)
-    return lambda: monkeypatch.setattr(script.rewards.validation, "summary", draw)
 
 
 def weights(folder):

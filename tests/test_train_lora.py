@@ -20,6 +20,7 @@ import train_text_to_image_lora_sd3 as script
 from src import checkpoint, lora, metrics
 from src.pipelines import sd3
 
+pytestmark = pytest.mark.usefixtures("summaries")
 PROMPT = "a red ring"
 
 
@@ -51,14 +52,6 @@ def live(monkeypatch):
     add_lora = script.add_lora
     monkeypatch.setattr(script, "add_lora", add)
     return seen
-
-
-@pytest.fixture(autouse=True)
-def summaries(monkeypatch):
-    """A third of a small run is drawing summary.png: only the tests that look at it call this to have it drawn."""
-    draw = script.validation.summary
-    monkeypatch.setattr(script.validation, "summary", lambda *_: None)
-    return lambda: monkeypatch.setattr(script.validation, "summary", draw)
 
 
 def stock_pipeline(world, weights: Path | None = None):

@@ -102,7 +102,7 @@ def test_sigterm_to_the_wrapper_saves_exits_0_and_resumes_exactly(world, whole, 
     assert 12 <= stopped < 60 and f"stopped after step {stopped}" in said
     assert "Traceback" not in said and not (out / runs.WEIGHTS).exists()
 
-    runs.finish(launch(world, out, "resumed", env, **LONG, resume_from_checkpoint="latest"), out.with_suffix(".resumed"))
+    runs.finish(launch(world, out, "resumed", **LONG, resume_from_checkpoint="latest"), out.with_suffix(".resumed"))
     assert_same_run(whole, out)
 
 
@@ -129,8 +129,9 @@ def test_two_processes_are_one_with_twice_the_batch_also_when_stopped_in_between
     assert "step(s) of 4" in said  # the global batch: two processes of two
     assert said.count("stopped after step") == 1 and checkpoint.find_latest(out)
 
-    again = launch(pair, out, "resumed", env, **SHARED, train_batch_size=2, resume_from_checkpoint="latest")
-    runs.finish(again, out.with_suffix(".resumed"))
+    again = ["--config", out / "args.json", "--resume_from_checkpoint", "latest"]  # with what the wrapper added
+    log = out.with_suffix(".resumed")
+    runs.finish(runs.fork(["train_text_to_image_lora_sd3.py", *again], log, ranks=2), log)
     one, two = runs.lines(tmp_path / "one"), runs.lines(out)
     assert [line.keys() for line in one] == [line.keys() for line in two]
     for expected, line in zip(one, two, strict=True):

@@ -19,6 +19,7 @@ from src import cli, lora
 from src.scorers import Scores, base
 from src.scorers.mixture import Mixture
 
+pytestmark = pytest.mark.usefixtures("summaries")
 LORA = dict(use_lora=True, rank=4, learning_rate=1e-2)
 
 
@@ -69,14 +70,6 @@ def world(tiny_sd15_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "MODELS", root / "models")
         yield make_world(tiny_sd15_folder, root)
-
-
-@pytest.fixture(autouse=True)
-def summaries(monkeypatch):
-    """A good part of a small run is drawing summary.png: only the test that looks at it has it drawn."""
-    draw = script.rewards.validation.summary
-    monkeypatch.setattr(script.rewards.validation, "summary", lambda *_: None)
-    return lambda: monkeypatch.setattr(script.rewards.validation, "summary", draw)
 
 
 @pytest.fixture
