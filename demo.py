@@ -267,7 +267,7 @@ def main(args: argparse.Namespace) -> None:
         build_parser().error(" ".join(str(error).split()))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.ui:
-        return ui.serve(ui.Studio(build_parser(), args, pipeline, scorer, render, check_flags), prompts)
+        return ui.serve(ui.Studio(build_parser(), args, pipeline, scorer, render, check_flags), prompts, args.ui_host, args.ui_port)
     if note := stock.long_prompts(pipeline, prompts):
         print(note)
     seeds = range(args.seed, args.seed + args.num_images)

@@ -208,31 +208,37 @@ def album(run: Path) -> dict[int, list[tuple[str, str]]]:
     from src import validation  # and with it all that a run needs; the demo without a page does without
 
     folders = sorted((path for path in (run / "samples").glob(validation.STEPS) if path.is_dir()), key=validation.step_of)
-    return {validation.step_of(folder): [(str(path), _prompt_of(path)) for path in sorted(folder.glob("*.png"))] for folder in folders}
+    pictures = {validation.step_of(folder): sorted(folder.glob("*.png"), key=_numbers_of) for folder in folders}
+    return {step: [(str(path), _prompt_of(path)) for path in paths] for step, paths in pictures.items()}
+
+
+def _numbers_of(path: Path) -> list[int]:
+    """Of 03-10.png: prompt 3, seed 10."""
+    return [int(number) for number in path.stem.split("-")]
 
 
 def _prompt_of(path: Path) -> str:
     with Image.open(path) as picture:
-        return picture.info.get("prompt", f"prompt {int(path.name.split('-')[0])}")  # older runs did not write it into the file
+        return picture.info.get("prompt", f"prompt {_numbers_of(path)[0]}")  # older runs did not write it into the file
 
 
 # --------------------------------------------------------------------------- the page
 
 
-def serve(studio: Studio, prompts: list[str]) -> None:
-    """Serve the page until Ctrl-C. It asks nothing of any other machine."""
+def serve(studio: Studio, prompts: list[str], host: str, port: int) -> None:
+    """Serve the page until Ctrl-C; it asks nothing of any other machine. Of the prompts, the first is filled in, the others are offered."""
     import gradio as gr
 
     args, run = studio.args, run_folder(Path(studio.args.lora_weights_path or studio.args.pretrained_model_name_or_path))
     page = build(studio, prompts, run)
     page.queue(default_concurrency_limit=1)
     page.launch(
-        server_name=args.ui_host, server_port=args.ui_port, share=False, quiet=True, show_error=True, prevent_thread_lock=True,
+        server_name=host, server_port=port, share=False, quiet=True, show_error=True, prevent_thread_lock=True,
         allowed_paths=[str(path.absolute()) for path in (args.output_dir, *([run / "samples", run / "summary.png"] if run else []))],
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]), css=CSS,
         footer_links=[], run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False,
     )  # fmt: skip
-    print(f"the page is at http://{args.ui_host}:{args.ui_port}, its pictures are kept in {args.output_dir}; Ctrl-C ends it", flush=True)
+    print(f"the page is at http://{host}:{port}, its pictures are kept in {args.output_dir}; Ctrl-C ends it", flush=True)
     page.block_thread()
 
 
