@@ -1133,7 +1133,9 @@ def command_line(parser: Parser, args: argparse.Namespace, groups: Collection[st
         if isinstance(value, list) and not isinstance(action, argparse._AppendAction):
             value = ",".join(map(str, value))  # as layer_numbers reads it
         if getattr(args, action.dest) != action.default:
-            tokens += _tokens(action, str(value) if isinstance(value, Path) else value, _flag(action))
+            for token in _tokens(action, str(value) if isinstance(value, Path) else value, _flag(action)):
+                flag, _, text = token.partition("=")
+                tokens += [token] if text.startswith("-") or not text else [flag, text]
     return tokens
 
 

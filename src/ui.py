@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from src import cli, gallery, images
+from src import cli, gallery
 from src.pipelines import stock
 from src.scorers.base import Scorer
 from src.scorers.mixture import Mixture
@@ -30,14 +30,16 @@ SMALL = 256  # px: pictures below it are enlarged pixel by pixel, others smoothl
 DAY = 86400  # s: how long gradio's copies of pictures are kept; the originals stay in --output_dir
 TITLES = {"base": "Base model", "tuned": "With the LoRA"}
 CSS = """
-.gradio-container {max-width: 1500px !important; margin: 0 auto !important}
+.gradio-container {max-width: 1500px !important; width: 100%; margin: 0 auto !important}
+.gradio-container main {width: 100%}
 #header h1 {font-size: 1.5rem; font-weight: 650; margin: 0 0 .15rem}
 #header span {color: var(--body-text-color-subdued); margin-right: 1.2em}
 #header code, #note code {font-size: .92em}
 .picture img {width: 100%; height: 100%; object-fit: contain !important}
 .small img {image-rendering: pixelated}
+#first .grid-wrap, #chosen .grid-wrap {height: auto; min-height: 0; max-height: none}
 .scores {width: 100%; border-collapse: collapse; border: 0; font-variant-numeric: tabular-nums}
-.scores tr, .scores td, .scores th {border: 0; background: none; text-align: left; vertical-align: baseline}
+.scores tr, .scores td, .scores th {border: 0; padding: 0; background: none; text-align: left; vertical-align: baseline}
 .scores th {padding: .75rem .5rem .1rem 0; font-weight: 600; white-space: nowrap}
 .scores td.value {padding: .75rem 0 .1rem; text-align: right; white-space: nowrap; font-size: 1.15rem; font-weight: 600}
 .scores .change {font-size: .85rem; font-weight: 500; margin-right: .6em; color: var(--body-text-color-subdued)}
@@ -90,7 +92,7 @@ class Studio:
         self.parser, self.args, self.pipeline, self.scorer = parser, args, pipeline, scorer
         self.render, self.check = render, check
         self.columns = ["base", "tuned"] if args.lora_weights_path else ["base"]
-        self._turn, self._index = threading.Lock(), 0
+        self._turn, self._index = threading.Lock(), -1
 
     def first_wish(self, prompt: str) -> Wish:
         """What the page opens with."""
@@ -178,8 +180,8 @@ def _judged(scorer: Scorer, score: float, base: float) -> str:
     share = min(max((score - low) / (high - low), 0), 1)
     change = ""
     if math.isfinite(base):
-        kind = "better" if score > base else "worse" if score < base else ""
-        change = f'<span class="change {kind}">{score - base:+.3g}</span>'
+        kind = "better" if score > base else "worse"
+        change = '<span class="change">±0</span>' if score == base else f'<span class="change {kind}">{score - base:+.3g}</span>'
     return (
         f'<tr><th>{scorer.name}</th><td class="value">{change}{score:.3g}</td></tr>'
         f'<tr><td colspan="2"><div class="bar"><i style="width: {share:.1%}"></i></div>'
@@ -199,7 +201,7 @@ def _unjudged(scorer: Scorer, reason: str) -> str:
 
 def run_folder(weights: Path) -> Path | None:
     """The run that made these weights (a folder, a checkpoint in one, a file in either), if it left validation pictures."""
-    path = weights.expanduser().absolute()
+    path = weights.expanduser()
     return next((folder for folder in (path, *path.parents[:2]) if album(folder)), None)
 
 
@@ -269,14 +271,13 @@ def _controls(studio: Studio, prompts: list[str]) -> tuple[list[Any], Any]:
         first.prompt, label="Prompt", info="What the picture shows. Shift+Enter draws.", lines=2, autofocus=True, elem_id="prompt"
     )
     button = gr.Button("Draw", variant="primary", elem_id="draw")
-    gr.Examples([[text] for text in prompts], [prompt], label="Or one of these", cache_examples=False)
     lora_scale = gr.Slider(
         min(-1, first.lora_scale), max(2, first.lora_scale), first.lora_scale, step=0.05, label="LoRA scale", visible=tuned,
         info="Strength of the LoRA: 0 is the base model, 1 as trained.", elem_id="lora_scale",
     )  # fmt: skip
-    with gr.Row():
+    with gr.Row(equal_height=True):
         seed = gr.Number(first.seed, label="Seed", info="Decides the noise it starts from.", precision=0, minimum=0, elem_id="seed")
-        gr.Button("Next seed", size="sm", scale=0, min_width=110).click(None, seed, seed, js="seed => seed + 1", api_visibility="private")
+        gr.Button("Next seed", scale=0, min_width=120).click(None, seed, seed, js="seed => seed + 1", api_visibility="private")
     steps = gr.Slider(
         1, max(100, first.num_inference_steps), first.num_inference_steps, step=1, label="Steps", elem_id="steps",
         info="Denoising steps: more are slower, and closer to what the model knows.",
@@ -288,6 +289,7 @@ def _controls(studio: Studio, prompts: list[str]) -> tuple[list[Any], Any]:
     negative = gr.Textbox(
         first.negative_prompt, label="Negative prompt", info="What to stay away from; needs guidance above 1.", elem_id="negative"
     )
+    gr.Examples([[text] for text in prompts], [prompt], label="Prompts to start from", cache_examples=False)
     return [prompt, negative, seed, steps, guidance, lora_scale], button
 
 
@@ -329,7 +331,8 @@ def _draw_tab(studio: Studio, prompts: list[str]) -> None:
                 yield {pictures[shown.column]: gr.update(value=str(shown.path), elem_classes=f"picture{small}"),
                        cards[shown.column]: score_card(studio.scorer, wish.prompt, shown.scores, base)}  # fmt: skip
         except (ValueError, MemoryError) as error:
-            raise gr.Error(str(error), title="Nothing was drawn", duration=None, print_exception=False) from None
+            gr.Warning(str(error), title="Not drawn", duration=None)
+            return
         yield {note: _note(studio, wish, list(done.values()), time.perf_counter() - started), command: gr.update(value=same, visible=True)}
 
     outputs = [*pictures.values(), *cards.values(), note, command]
@@ -359,9 +362,7 @@ def _album_tab(run: Path, page: Any) -> None:
         summary = gr.Image(type="filepath", show_label=False, interactive=False, buttons=["download", "fullscreen"])
 
     def strip(number: int) -> Any:
-        pictures = album(run)[number]
-        small = "small" if max(images.measure(pictures[0][0])) < SMALL else ""
-        return gr.update(value=pictures, label=f"Step {number}", elem_classes=small)
+        return gr.update(value=album(run)[number], label=f"Step {number}")
 
     def read() -> tuple:
         steps = list(album(run))

@@ -159,6 +159,7 @@ def test_a_card_by_hand():
     assert '<span class="change worse">-0.5</span>-97' in card and "width: 20.0%" in card
     for name in mixture.names:
         assert scorers.get(name).summary in card and "{:g} to {:g}".format(*scorers.get(name).range) in card
+    assert "±0" in ui.score_card(mixture, "a heart", scores, scores)
     assert "change" not in ui.score_card(mixture, "a heart", {"shapes": 0.5, "jpeg_compressibility": -97.0})
     assert "no verdict" in ui.score_card(mixture, "a heart", {"shapes": math.nan, "jpeg_compressibility": -97.0})
     assert "width: 100.0%" in ui.score_card(mixture, "a heart", {"shapes": 1.5, "jpeg_compressibility": -97.0})
@@ -250,7 +251,7 @@ def test_the_tiny_world_is_judged_by_its_own_scorers_unless_told_otherwise(tiny_
 def test_a_command_says_what_was_parsed_and_nothing_more():
     """Every kind of flag: repeated, a list in one word, a path, a switch, a negative number; defaults are left out."""
     parser = demo.build_parser()
-    argv = ["--prompt=a", "--prompt=-b 'c'", "--seed=4", "--skip_layer_guidance=2.8", "--skip_layers=1,2",
-            "--lora_weights_path=a b/c", "--lora_scale=-0.5", "--compare"]  # fmt: skip
+    argv = ["--prompt", "a=b", "--prompt=-b 'c'", "--seed", "4", "--skip_layer_guidance", "2.8", "--skip_layers", "1,2",
+            "--lora_weights_path", "a b/c", "--lora_scale=-0.5", "--compare"]  # fmt: skip
     args = parser.parse_args([*argv, "--output_dir", "x"])
     assert cli.command_line(parser, args, ("what to draw", "model")) == argv
