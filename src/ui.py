@@ -275,9 +275,9 @@ def _controls(studio: Studio, prompts: list[str]) -> tuple[list[Any], Any]:
         min(-1, first.lora_scale), max(2, first.lora_scale), first.lora_scale, step=0.05, label="LoRA scale", visible=tuned,
         info="Strength of the LoRA: 0 is the base model, 1 as trained.", elem_id="lora_scale",
     )  # fmt: skip
-    with gr.Row(equal_height=True):
+    with gr.Group():
         seed = gr.Number(first.seed, label="Seed", info="Decides the noise it starts from.", precision=0, minimum=0, elem_id="seed")
-        gr.Button("Next seed", scale=0, min_width=120).click(None, seed, seed, js="seed => seed + 1", api_visibility="private")
+        gr.Button("Next seed", size="sm").click(None, seed, seed, js="seed => seed + 1", api_visibility="private")
     steps = gr.Slider(
         1, max(100, first.num_inference_steps), first.num_inference_steps, step=1, label="Steps", elem_id="steps",
         info="Denoising steps: more are slower, and closer to what the model knows.",
@@ -331,7 +331,7 @@ def _draw_tab(studio: Studio, prompts: list[str]) -> None:
                 yield {pictures[shown.column]: gr.update(value=str(shown.path), elem_classes=f"picture{small}"),
                        cards[shown.column]: score_card(studio.scorer, wish.prompt, shown.scores, base)}  # fmt: skip
         except (ValueError, MemoryError) as error:
-            gr.Warning(str(error), title="Not drawn", duration=None)
+            gr.Warning(str(error), duration=None)
             return
         yield {note: _note(studio, wish, list(done.values()), time.perf_counter() - started), command: gr.update(value=same, visible=True)}
 
