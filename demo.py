@@ -2,17 +2,18 @@
 
 Without arguments it draws with the tiny model that is shipped, on a CPU, in seconds. Every picture is a PNG that carries its prompt,
 seed and settings; a grid shows them all; --scorer judges them. A picture depends on its prompt, seed and settings, not on what else is
-drawn with it.
+drawn with it. --ui does the same on a page in the browser.
 
   python demo.py --prompt "a red star on a white background"
   python demo.py --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --lora_weights_path outputs/lora_sd3 --compare \\
       --prompt "a corgi on a surfboard" --resolution 1024 --num_inference_steps 28 --guidance_scale 4.5 --dtype bf16
+  python demo.py --ui --lora_weights_path outputs/quickstart
 """
 
 import argparse
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -21,15 +22,6 @@ from src import cli, scorers
 MAX_T5_TOKENS = 512  # what the stock pipeline takes; the model was trained with 256
 DEFAULT_PROMPTS = ["a large red circle on a blue background", "a small yellow star at the top on a purple background",
                    "a large green cross on a white background", "a white triangle at the left on a black background"]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture to draw: its number, and what alone decides how it looks besides the settings."""
-
-    index: int
-    prompt: str
-    seed: int
 
 
 # --------------------------------------------------------------------------- arguments
@@ -65,7 +57,8 @@ def build_parser() -> cli.Parser:
     cli.add_scorer_args(parser, default=None)
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where the PNGs and grid.png go")
-    parser.when_unset["dtype"] = default_dtype
+    cli.add_page_args(parser)
+    parser.when_unset |= {"dtype": default_dtype, "scorer": default_scorer}
     return parser
 
 
@@ -75,13 +68,19 @@ def default_dtype(args: argparse.Namespace) -> str:
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
+def default_scorer(args: argparse.Namespace) -> str | None:
+    """On the page of a shipped model: both judges of its world."""
+    shipped = Path(args.pretrained_model_name_or_path).name in ("tiny-sd3", "tiny-sd15")
+    return "shapes,tiny_clip" if args.ui and shipped else None
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments of the demo; whatever can be refused without loading a model is refused here, with exit code 2."""
-    return cli.parse(build_parser(), argv, checks=(check_flags, check_model))
+    return cli.parse(build_parser(), argv, checks=(check_flags, check_prompts, check_model))
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that have no effect, prompts that are none, and scorers that cannot judge them.
+    """Refuse flags that have no effect.
 
     Raises:
         ValueError: naming the flag and the cure.
@@ -100,10 +99,18 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ValueError("--resolution has no effect beside --height and --width; leave it out")
     if args.max_sequence_length and args.max_sequence_length > MAX_T5_TOKENS:
         raise ValueError(f"--max_sequence_length {args.max_sequence_length} is more than the pipeline takes; try {MAX_T5_TOKENS} or less")
+
+
+def check_prompts(args: argparse.Namespace) -> None:
+    """Refuse prompts that are none, and scorers that cannot be loaded, or cannot judge them: on the page prompts are yet to come.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
     prompts = prompts_of(args)
     if args.scorer:
         scorers.check(args.scorer, **cli.scorer_options(args))
-        scorers.check_prompts(args.scorer, prompts)
+        scorers.check_prompts(args.scorer, [] if args.ui else prompts)
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -142,18 +149,11 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line, then those of the file; four for the tiny model if there are none.
 
     Raises:
-        ValueError: an empty file, or one that is not UTF-8.
+        ValueError: an empty file, or what is not UTF-8.
     """
     prompts = list(args.prompt or [])
     if args.prompts_file:
-        try:
-            lines = args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"--prompts_file {args.prompts_file} is not UTF-8 text") from None
-        listed = [line.strip() for line in lines if line.strip()]
-        if not listed:
-            raise ValueError(f"--prompts_file {args.prompts_file} holds no prompt; one per line")
-        prompts += listed
+        prompts += cli.read_prompts(args.prompts_file, "--prompts_file")
     try:
         "".join([*prompts, args.negative_prompt]).encode()
     except UnicodeEncodeError:
@@ -164,26 +164,38 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
 # --------------------------------------------------------------------------- drawing
 
 
-def load(args: argparse.Namespace):
-    """The stock pipeline with the LoRA, on the GPU if there is one; ends with one line if that cannot be."""
+def load(args: argparse.Namespace) -> tuple:
+    """The stock pipeline with the LoRA, and the mixture of --scorer or None; on the GPU if there is one.
+
+    Raises:
+        ValueError: the model is incomplete, the LoRA does not fit it, or a scorer's weights are not what they should be.
+    """
     import torch
 
     from src.pipelines import stock
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.dtype]
-    try:
-        pipeline = stock.load(
-            args.pretrained_model_name_or_path, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu",
-            lora_path=args.lora_weights_path, lora_scale=args.lora_scale, cpu_offload=args.cpu_offload,
-        )  # fmt: skip
-    except ValueError as error:
-        build_parser().error(" ".join(str(error).split()))
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scorer = scorers.build(
+        args.scorer, device=device, dtype=dtypes[args.scorer_dtype], batch_size=args.scorer_batch_size, **cli.scorer_options(args)
+    ) if args.scorer else None  # fmt: skip
+    pipeline = stock.load(
+        args.pretrained_model_name_or_path, dtype=dtypes[args.dtype], device=device, lora_path=args.lora_weights_path,
+        lora_scale=args.lora_scale, cpu_offload=args.cpu_offload,
+    )  # fmt: skip
     pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # None: only on a terminal
-    return pipeline
+    return pipeline, scorer
 
 
-def draw(pipeline, jobs: list[Job], args: argparse.Namespace) -> list:
-    """PIL pictures of the jobs in one batch; each starts from the noise of its own seed, drawn on the CPU."""
+def draw(pipeline, jobs: list, args: argparse.Namespace, on_step: Callable | None = None) -> list:
+    """PIL pictures of the jobs (gallery.Job) in one batch; each starts from the noise of its own seed, drawn on the CPU.
+
+    Args:
+        on_step: told after each denoising step how many are done, and of how many.
+
+    Raises:
+        MemoryError: that of the GPU is too small; says what to try.
+    """
     import torch
 
     from src.pipelines import sd3
@@ -194,38 +206,16 @@ def draw(pipeline, jobs: list[Job], args: argparse.Namespace) -> list:
         options["max_sequence_length"] = args.max_sequence_length or sd3.default_sequence_length(pipeline.tokenizer_3)
         if args.skip_layer_guidance:
             options |= {"skip_guidance_layers": args.skip_layers, "skip_layer_guidance_scale": args.skip_layer_guidance}
+    if on_step:  # it returns nothing; the pipeline wants its tensors back
+        options["callback_on_step_end"] = lambda pipeline, step, t, tensors: on_step(step + 1, pipeline.num_timesteps) or tensors
     try:
         return pipeline(
             prompt=[job.prompt for job in jobs], negative_prompt=[args.negative_prompt] * len(jobs),
             generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs], **options,
         ).images  # fmt: skip
     except torch.OutOfMemoryError:
-        build_parser().error("the GPU's memory is too small; try --cpu_offload, --batch_size 1, --dtype bf16 or a smaller --resolution")
-
-
-def note_long_prompts(pipeline, prompts: list[str]) -> None:
-    """Say which prompts CLIP reads in part only; the pipeline prints pages about it, at every batch."""
-    limit = pipeline.tokenizer.model_max_length
-    cut = [number for number, prompt in enumerate(prompts) if len(pipeline.tokenizer(prompt).input_ids) > limit]
-    if cut:
-        rest = "T5 alone reads the rest" if getattr(pipeline, "text_encoder_3", None) else "the rest is not read"
-        print(f"note: {len(cut)} prompt(s), the first is number {cut[0]}, have more than CLIP's {limit} tokens; {rest}")
-
-
-# --------------------------------------------------------------------------- judging
-
-
-def load_scorer(args: argparse.Namespace):
-    """The mixture of --scorer beside the pipeline; ends with one line if its weights are not what they should be."""
-    import torch
-
-    try:
-        return scorers.build(
-            args.scorer, device="cuda" if torch.cuda.is_available() else "cpu", batch_size=args.scorer_batch_size,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.scorer_dtype], **cli.scorer_options(args),
-        )  # fmt: skip
-    except ValueError as error:
-        build_parser().error(" ".join(str(error).split()))
+        cure = "try --cpu_offload, --batch_size 1, --dtype bf16 or a smaller --resolution"
+        raise MemoryError(f"the GPU's memory is too small; {cure}") from None
 
 
 # --------------------------------------------------------------------------- files
@@ -240,42 +230,63 @@ def settings_of(args: argparse.Namespace, column: str, size: tuple[int, int]) ->
     return settings
 
 
+def render(pipeline, scorer, jobs: list, column: str, args: argparse.Namespace, on_step: Callable | None = None) -> list[tuple]:
+    """Draw the jobs (gallery.Job) in one batch, judge the pictures and keep them: file, picture and scores of each."""
+    from src import gallery
+    from src.scorers.mixture import score_pictures
+
+    if args.compare:  # the same weights, seeds and batches: only the LoRA is switched
+        pipeline.disable_lora() if column == "base" else pipeline.enable_lora()
+    drawn = draw(pipeline, jobs, args, on_step)
+    scores = score_pictures(scorer, drawn, [job.prompt for job in jobs]) if scorer else [{}] * len(jobs)
+    kept = []
+    for job, picture, verdict in zip(jobs, drawn, scores, strict=True):
+        suffix = (f"-{column}" if args.compare else "") + gallery.score_suffix(verdict)
+        path = args.output_dir / gallery.file_name(job.index, job.prompt, job.seed, suffix)
+        gallery.save(picture, path, job.prompt, job.seed, settings_of(args, column, picture.size), verdict)
+        kept.append((path, picture, verdict))
+    return kept
+
+
 def main(args: argparse.Namespace) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from src import gallery
-    from src.scorers.mixture import means, score_pictures
+    from src import gallery, ui
+    from src.pipelines import stock
+    from src.scorers.mixture import means
 
     for library in (diffusers_logging, transformers_logging):  # pages of notes on prompts and LoRA layers; what matters is said here
         library.set_verbosity_error()
         library.disable_progress_bar()
-    started = time.perf_counter()
-    scorer, pipeline, prompts = load_scorer(args) if args.scorer else None, load(args), prompts_of(args)
-    note_long_prompts(pipeline, prompts)
-    seeds = range(args.seed, args.seed + args.num_images)
-    jobs = [Job(index, prompt, seed) for index, (prompt, seed) in enumerate(product(prompts, seeds))]
-    columns = ["base", "tuned"] if args.compare else ["tuned" if args.lora_weights_path else "base"]
+    started, prompts = time.perf_counter(), prompts_of(args)
+    try:
+        pipeline, scorer = load(args)
+    except ValueError as error:
+        build_parser().error(" ".join(str(error).split()))
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.ui:
+        return ui.serve(ui.Studio(build_parser(), args, pipeline, scorer, render, check_flags), prompts, args.ui_host, args.ui_port)
+    if note := stock.long_prompts(pipeline, prompts):
+        print(note)
+    seeds = range(args.seed, args.seed + args.num_images)
+    jobs = [gallery.Job(index, prompt, seed) for index, (prompt, seed) in enumerate(product(prompts, seeds))]
+    columns = ["base", "tuned"] if args.compare else ["tuned" if args.lora_weights_path else "base"]
 
     cells = {}  # for the grid: the pictures themselves are on disk as soon as they are drawn
     verdicts = {column: [] for column in columns}
-    for start in range(0, len(jobs), args.batch_size):
+    for start, column in product(range(0, len(jobs), args.batch_size), columns):
         part = jobs[start : start + args.batch_size]
-        for column in columns:
-            if args.compare:  # the same weights, seeds and batches: only the LoRA is switched
-                pipeline.disable_lora() if column == "base" else pipeline.enable_lora()
-            drawn = draw(pipeline, part, args)
-            scores = score_pictures(scorer, drawn, [job.prompt for job in part]) if scorer else [{}] * len(part)
-            verdicts[column] += scores
-            for job, picture, verdict in zip(part, drawn, scores, strict=True):
-                suffix = (f"-{column}" if args.compare else "") + gallery.score_suffix(verdict)
-                path = args.output_dir / gallery.file_name(job.index, job.prompt, job.seed, suffix)
-                gallery.save(picture, path, job.prompt, job.seed, settings_of(args, column, picture.size), verdict)
-                if job.index < gallery.PROMPTS * args.num_images:
-                    picture.thumbnail((gallery.CELL, gallery.CELL))
-                    cells[column, job.index] = picture, verdict
+        try:
+            rendered = render(pipeline, scorer, part, column, args)
+        except MemoryError as error:
+            build_parser().error(str(error))
+        for job, (_, picture, verdict) in zip(part, rendered, strict=True):
+            verdicts[column].append(verdict)
+            if job.index < gallery.PROMPTS * args.num_images:
+                picture.thumbnail((gallery.CELL, gallery.CELL))
+                cells[column, job.index] = picture, verdict
 
     gallery.sheet(cells, prompts, columns, args.num_images).save(args.output_dir / "grid.png")
     for column in columns:

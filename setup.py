@@ -27,6 +27,7 @@ setup(
         "optimizers": ["bitsandbytes>=0.45", "prodigyopt>=1.1"],
         "trackers": ["tensorboard", "wandb>=0.20"],
         "scorers": ["open_clip_torch>=3.0", "rapidocr>=3.10", "onnxruntime", "scipy"],  # those that need a package of their own
+        "ui": ["gradio>=6.31,<7"],  # demo.py --ui; tested with 6.31.0, which brings Pillow 12.3
         "build": ["open_clip_torch>=3.0"],  # python -m src.tiny.build
         "test": ["pytest>=8", "ruff"],
     },

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.metadata
 import importlib.util
 import math
 import netrc
 import os
 import re
+import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+GRADIO = "gradio==6.31.0"  # what --ui was tested with
 DENSITIES = ("logit_normal", "uniform", "mode", "cosmap")
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "_native_math")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
@@ -752,6 +755,15 @@ SCORER_OPTIONS = {
 }  # fmt: skip
 
 
+def add_page_args(parser: Parser) -> None:
+    """The demo as a page in the browser."""
+    g = parser.add_argument_group("page")
+    g.add_argument("--ui", action="store_true",
+                   help="serve a page for the browser: base beside LoRA, with sliders; other flags are its first values (needs gradio)")
+    g.add_argument("--ui_host", default="127.0.0.1", help="address it listens on; 0.0.0.0 lets the whole network in, without a password")
+    g.add_argument("--ui_port", type=positive_int, default=7860, help="port it listens on")
+
+
 def scorer_options(args: argparse.Namespace) -> dict[str, object]:
     """The settings of single scorers, as `scorers.check` and `scorers.build` take them; None means unset."""
     return {
@@ -831,6 +843,25 @@ def read_config(parser: argparse.ArgumentParser, path: Path, argv: list[str]) ->
     return tokens
 
 
+# --------------------------------------------------------------------------- --prompts_file
+
+
+def read_prompts(path: Path, flag: str) -> list[str]:
+    """One prompt per line, without empty ones.
+
+    Raises:
+        ValueError: it holds none, or is not UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{flag} {path} is not UTF-8 text") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"{flag} {path} holds no prompt; one per line")
+    return prompts
+
+
 # --------------------------------------------------------------------------- checks
 
 
@@ -884,6 +915,23 @@ def check_trackers(report_to: str) -> None:
         raise ValueError(f"--report_to {report_to}: no wandb login on this machine; run `wandb login`, or set WANDB_MODE=offline")
 
 
+def check_page(host: str, port: int) -> None:
+    """Refuses a page without gradio, with one whose arguments were others, or at an address that is not free.
+
+    Raises:
+        ValueError: names --ui or --ui_port and the cure.
+    """
+    if not installed("gradio"):
+        raise ValueError(f"--ui needs gradio, which is not installed: pip install {GRADIO}")
+    version = importlib.metadata.version("gradio")
+    if version.split(".")[0] != GRADIO.partition("==")[2].split(".")[0]:
+        raise ValueError(f"--ui does not know gradio {version}: pip install {GRADIO}")
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--ui_port {port}: cannot listen on {host} ({error}); try --ui_port {port % 65535 + 1}") from None
+
+
 def _data_of(args: argparse.Namespace) -> str | None:
     return args.dataset_name if hasattr(args, "dataset_name") else args.pretrain_dataset_name
 
@@ -921,6 +969,9 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("rank", "lora_alpha", "use_dora", "lora_layers", "lora_blocks", "init_lora", "export_format", "export_merged", "quantize_base"),
      lambda a: not getattr(a, "full_weights", False), "with --full_weights"),
     (("negative_prompt",), lambda a: a.guidance_scale > 1, "without --guidance_scale above 1"),
+    (("compare",), lambda a: not getattr(a, "ui", False), "with --ui, which always compares; leave it out"),
+    (("num_images", "batch_size"), lambda a: not getattr(a, "ui", False), "with --ui, which draws one picture at a time; leave it out"),
+    (("ui_host", "ui_port"), lambda a: a.ui, "without --ui"),
     (("window_shift_epochs",), lambda a: a.window_order == "progressive", "without --window_order progressive"),
     (("transition", "noise_level", "window_size", "window_range", "window_order", "clip_nats", "kl_form"),
      lambda a: getattr(a, "loss", None) != "nft", "with --loss nft, which trains on pictures of the deterministic sampler"),
@@ -1036,6 +1087,8 @@ def check_environment(args: argparse.Namespace) -> None:
         check_writable(args.cache_dir, "cache_dir")
     if "report_to" in has:
         check_trackers(args.report_to)
+    if has.get("ui"):
+        check_page(args.ui_host, args.ui_port)
 
 
 # --------------------------------------------------------------------------- parse
@@ -1057,6 +1110,35 @@ def _config_path(argv: list[str]) -> Path | None:
         return None
 
 
+def check(parser: Parser, args: argparse.Namespace, checks: Iterable[Check] = ()) -> None:
+    """What `parse` does with arguments that have been read: refuses combinations, fills in what is unset, calls the checks.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
+    for refusal in _refusals(parser, args):
+        raise ValueError(refusal)
+    for name, value in parser.when_unset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value(args))
+    for one in checks:
+        one(args)
+
+
+def command_line(parser: Parser, args: argparse.Namespace, groups: Collection[str]) -> list[str]:
+    """The flags of these argument groups that differ from their defaults, as one would type them."""
+    tokens = []
+    for action in (action for group in parser._action_groups if group.title in groups for action in group._group_actions):
+        value = getattr(args, action.dest)
+        if isinstance(value, list) and not isinstance(action, argparse._AppendAction):
+            value = ",".join(map(str, value))  # as layer_numbers reads it
+        if getattr(args, action.dest) != action.default:
+            for token in _tokens(action, str(value) if isinstance(value, Path) else value, _flag(action)):
+                flag, _, text = token.partition("=")
+                tokens += [token] if text.startswith("-") or not text else [flag, text]
+    return tokens
+
+
 def parse(parser: Parser, argv: list[str] | None = None, checks: Iterable[Check] = ()) -> argparse.Namespace:
     """Arguments from `--config`, then `argv` (None: the command line); exits with code 2 and one line if anything is wrong.
 
@@ -1069,13 +1151,7 @@ def parse(parser: Parser, argv: list[str] | None = None, checks: Iterable[Check]
         args, rest = parser.parse_known_args(tokens + argv)
         if rest:
             raise ValueError(_unknown(parser, rest))
-        for refusal in _refusals(parser, args):
-            raise ValueError(refusal)
-        for name, value in parser.when_unset.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value(args))
-        for check in (check_environment, *checks):
-            check(args)
+        check(parser, args, (check_environment, *checks))
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
     return args

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,20 @@ from PIL.PngImagePlugin import PngInfo
 from src import images
 
 PROMPTS, SEEDS, CELL = 24, 8, 512  # the sheet shows no more prompts, pictures of each, and pixels a side
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw: its number, and what alone decides how it looks besides the settings."""
+
+    index: int
+    prompt: str
+    seed: int
+
+
+def next_index(folder: Path) -> int:
+    """One more than the highest number of the pictures in a folder; 0 in an empty one, or in none."""
+    return max((int(path.name.split("-")[0]) + 1 for path in folder.glob("[0-9][0-9][0-9]*-*.png")), default=0)
 
 
 def file_name(index: int, prompt: str, seed: int, suffix: str = "") -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from src import ema, images, inputs, metrics, runtime, seeds, speed
@@ -133,13 +134,15 @@ class Album:
         if not self.run.is_main:
             return
         for stale in self.folder.glob(STEPS):
-            if _step_of(stale) >= step:
+            if step_of(stale) >= step:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         folder, count = self.folder / f"step-{step:06d}", len(self.names[0])
         folder.mkdir(parents=True)
         pictures, names = images.to_pil(rendered), [name for row in self.names for name in row]
-        for name, picture in zip(names, pictures, strict=True):
-            picture.save(folder / name)
+        for name, picture, prompt in zip(names, pictures, (p for p in self.prompts for _ in range(count)), strict=True):
+            info = PngInfo()
+            info.add_itxt("prompt", prompt)
+            picture.save(folder / name, pnginfo=info)
 
         columns = [(f"step {step}", pictures)]
         earlier = [self.folder / "step-000000" / name for name in names]
@@ -172,7 +175,7 @@ def summary(output_dir: Path, prompts: list[str], panels: dict[str, str] | None 
     return output_dir / "summary.png"
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
     """Of samples/step-000100 and samples/step-000100.png."""
     return int(path.stem.split("-")[1])
 
@@ -188,7 +191,7 @@ def _film_strip(folder: Path, prompts: list[str]) -> Image.Image | None:
     """One row per prompt, one column per validation, always the first seed; None without samples."""
     prompts = prompts[:FILM_ROWS]
     firsts = {}  # step -> its first picture of each prompt
-    for step in sorted((path for path in folder.glob(STEPS) if path.is_dir()), key=_step_of):
+    for step in sorted((path for path in folder.glob(STEPS) if path.is_dir()), key=step_of):
         rows = [sorted(step.glob(f"{row:02d}-*.png"), key=lambda path: int(path.stem.split("-")[1])) for row in range(len(prompts))]
         if rows and all(rows):  # a run resumed with more prompts has steps without some of them
             firsts[step] = [row[0] for row in rows]
@@ -198,7 +201,7 @@ def _film_strip(folder: Path, prompts: list[str]) -> Image.Image | None:
     cells = [images.open_rgb(firsts[step][row]) for row in range(len(prompts)) for step in steps]
     for cell in cells:
         cell.thumbnail((FILM_CELL, FILM_CELL), Image.Resampling.LANCZOS)
-    names = [f"step {_step_of(step)}" for step in steps]
+    names = [f"step {step_of(step)}" for step in steps]
     return images.grid(cells, columns=len(steps), row_labels=prompts, column_labels=names)
 
 

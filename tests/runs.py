@@ -104,6 +104,20 @@ def make_rollouts(model: Path, root: Path) -> Rollouts:
     return Rollouts(model, root / "prompts.txt", root / "cache")
 
 
+def save_lora(model_folder: Path, folder: Path, *, alpha: float = 8.0, size: float = 0.5, **changes: Any) -> Path:
+    """A LoRA of rank 4 whose B is not zero, so that it changes pictures."""
+    from src import lora
+    from src.pipelines import sd3
+
+    transformer = sd3.load(model_folder, parts=("transformer",)).transformer
+    torch.manual_seed(1)
+    lora.add(transformer, rank=4, alpha=alpha, **changes)
+    for parameter in lora.parameters(transformer):
+        parameter.data.normal_(0, size)
+    lora.save(transformer, folder)
+    return folder
+
+
 def train(script: ModuleType, argv: list[str]) -> None:
     script.main(script.parse_args(argv))
 

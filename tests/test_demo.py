@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import torch
 from PIL import Image
 
@@ -24,20 +25,9 @@ def close(one, other, levels=2):
     return np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= levels
 
 
-def save_lora(model_folder, folder, *, alpha=8.0, size=0.5, **changes):
-    """A LoRA of rank 4 whose B is not zero, so that it changes pictures."""
-    transformer = sd3.load(model_folder, parts=("transformer",)).transformer
-    torch.manual_seed(1)
-    lora.add(transformer, rank=4, alpha=alpha, **changes)
-    for parameter in lora.parameters(transformer):
-        parameter.data.normal_(0, size)
-    lora.save(transformer, folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def lora_folder(tiny_sd3_folder, tmp_path_factory):
-    return save_lora(tiny_sd3_folder, tmp_path_factory.mktemp("lora"))
+    return runs.save_lora(tiny_sd3_folder, tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture

@@ -16,7 +16,9 @@ MODULES = sorted((ROOT / "src").rglob("*.py"))
 
 # layer -> the src layers that it may import. Trainers and the demo may import all of them, and are imported by tests only.
 MATHS = {"flow", "transitions", "ddpm"}
-RUN_LAYER = {"runtime", "checkpoint", "metrics", "validation", "inputs", "subject", "plan", "card", "policy", "rewards", "unet", "speed"}
+RUN_LAYER = {
+    "runtime", "checkpoint", "metrics", "validation", "inputs", "subject", "plan", "card", "policy", "rewards", "unet", "speed", "ui",
+}  # fmt: skip
 MAY_IMPORT = {
     "__init__": set(),
     "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
@@ -28,11 +30,11 @@ MAY_IMPORT = {
     "tiny": {"tiny", "cli", "images", "flow", "seeds", "scorers"},  # scorers: the tour measures by them
     "grpo_variants": MATHS,
     **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize", "memory",
-              "rounding", "sharding", *MATHS} - {name} for name in RUN_LAYER},
+              "rounding", "sharding", "gallery", *MATHS} - {name} for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}
 HEAVY = {
-    "accelerate", "bitsandbytes", "datasets", "diffusers", "matplotlib", "open_clip", "peft", "prodigyopt", "tensorboard",
+    "accelerate", "bitsandbytes", "datasets", "diffusers", "gradio", "matplotlib", "open_clip", "peft", "prodigyopt", "tensorboard",
     "transformers", "wandb",
 }  # fmt: skip
 MAX_SCRIPT_LINES, MAX_MAIN_LINES, MAX_FUNCTION_LINES, MAX_LINES_TO_BACKWARD = 300, 120, 60, 90

@@ -167,8 +167,9 @@ def test_pictures_are_those_of_their_prompt_and_seed(parts, validator, tmp_path)
     alone = sd3.render(parts.data.model, parts.model.transformer, parts.data.condition([PROMPTS[1]]), negative=parts.data.condition([""]),
                        seeds=[6], height=32, width=32, num_inference_steps=args.validation_inference_steps,
                        guidance_scale=args.validation_guidance_scale)  # fmt: skip
-    picture = np.asarray(Image.open(tmp_path / "samples" / "step-000004" / "01-6.png"), dtype=float)
-    assert np.abs(picture - 255 * alone[0].permute(1, 2, 0).numpy()).max() <= 1.5
+    picture = Image.open(tmp_path / "samples" / "step-000004" / "01-6.png")
+    assert picture.text == {"prompt": PROMPTS[1]}
+    assert np.abs(np.asarray(picture, dtype=float) - 255 * alone[0].permute(1, 2, 0).numpy()).max() <= 1.5
 
 
 def test_nothing_larger_than_a_training_batch_is_rendered_at_once(parts, validator, monkeypatch):

@@ -139,3 +139,11 @@ def _add_lora(pipeline: Any, path: Path, scale: float) -> None:
     layers = sum(isinstance(module, LoraLayer) for part in parts for module in part.modules())
     if layers < wanted:  # diffusers drops the others, with a warning at most
         raise ValueError(f"{flag}: adapts {wanted} layers, the model has only {layers} of them; was it made for a larger one?")
+
+
+def long_prompts(pipeline: Any, prompts: list[str]) -> str | None:
+    """Which prompts CLIP reads in part only; the pipeline itself prints pages about it, at every batch."""
+    limit = pipeline.tokenizer.model_max_length
+    cut = [number for number, prompt in enumerate(prompts) if len(pipeline.tokenizer(prompt).input_ids) > limit]
+    rest = "T5 alone reads the rest" if getattr(pipeline, "text_encoder_3", None) else "the rest is not read"
+    return f"note: {len(cut)} prompt(s), the first is number {cut[0]}, have more than CLIP's {limit} tokens; {rest}" if cut else None
