@@ -18,6 +18,8 @@ SIZES = {
                    "patch_size": 14},
         "openclip": "ViT-H-14",
         "blip": {},
+        "swin": {"image_size": 384, "embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
+        "mask2former": {"num_queries": 100},  # all else as transformers' defaults
     },
     "tiny": {
         "clip_l": {"vision": (16, 2, 2), "text": (8, 2, 2), "projection": 768, "side": 32, "patch": 8},  # 768: what the heads take
@@ -31,6 +33,9 @@ SIZES = {
             "text": {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
                      "max_position_embeddings": 40, "encoder_hidden_size": 24},
         },
+        "swin": {"image_size": 32, "embed_dim": 8, "depths": [1] * 4, "num_heads": [1] * 4, "window_size": 2},
+        "mask2former": {"feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32, "encoder_layers": 1,
+                        "decoder_layers": 2, "num_attention_heads": 1, "dim_feedforward": 8, "num_queries": 6},
     },
 }  # fmt: skip
 TINY_OPENCLIP = {  # the "tiny-clip" that the tests add to open_clip's list
@@ -197,9 +202,22 @@ def original_name(name: str) -> str:
     return f"blip.visual_encoder.{rest}"
 
 
+def geneval(models: Path, size: str) -> None:
+    """GenEval's detector, Mask2Former on a Swin backbone, and the CLIP that names colours."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, SwinConfig
+
+    swin = SwinConfig(out_features=["stage1", "stage2", "stage3", "stage4"], **SIZES[size]["swin"])
+    folder = models / "mask2former-swin-small-coco-instance"
+    config = Mask2FormerConfig(backbone_config=swin, num_labels=80, **SIZES[size]["mask2former"])
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
+    Mask2FormerImageProcessor().save_pretrained(folder)
+    clip_l(models, size)
+
+
 WRITERS = {
     "aesthetic": aesthetic, "aesthetic_v1": aesthetic_v1, "aesthetic_v25": aesthetic_v25, "clip": clip_l, "openclip": openclip,
     "pickscore": pickscore, "hps": hps, "image_reward": image_reward,
+    "geneval": geneval, "geneval_strict": geneval,
 }  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 #
 #   needs     one GPU, models/stable-diffusion-3.5-medium and the weights of the scorers (scripts/download.sh)
 #   override  any argument:  bash scripts/train_aesthetic_ddpo_sd3.sh --scorer jpeg_compressibility --prompts datas/my-prompts.txt
-#   try it    TINY=1 bash scripts/train_aesthetic_ddpo_sd3.sh     the tiny model, pictures that JPEG compresses well, on a CPU; --num_epochs 5
-#             for a look
+#   try it    TINY=1 bash scripts/train_aesthetic_ddpo_sd3.sh     the tiny model, pictures that JPEG compresses well, on a CPU, in three minutes;
+#             --num_epochs 100 for more
 #   plan it   bash scripts/train_aesthetic_ddpo_sd3.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
@@ -12,8 +12,8 @@ source "$(dirname "$0")/launch.sh"
 if [ "${TINY:-}" = 1 ]; then
   launch train_ddpo_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --resolution 64 --mixed_precision no --prompts shapes --scorer jpeg_compressibility \
-    --sample_batch_size 16 --sample_num_batches_per_epoch 8 --learning_rate 1e-3 --num_epochs 100 --checkpointing_epochs 25 \
-    --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 25 \
+    --sample_batch_size 16 --sample_num_batches_per_epoch 8 --learning_rate 3e-4 --num_epochs 12 --checkpointing_epochs 6 \
+    --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 6 \
     --eval_scorers shapes --output_dir outputs/tiny_ddpo_sd3 "$@"
 else
   launch train_ddpo_sd3.py \

@@ -35,6 +35,11 @@ def test_random_weights_are_judged_like_real_ones_and_leave_nothing_behind(bench
     assert not list(tmp_path.iterdir())
 
 
+def test_the_detector_of_geneval_is_drawn_too(benchmark, arguments):
+    rows = benchmark.measure(arguments("--random_weights"), "geneval")
+    assert [row["batch"] for row in rows] == [1, 3] and all(row["pictures_per_second"] > 0 for row in rows)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a process on a CPU")
 def test_memory_is_the_most_since_the_last_reset(benchmark):
     memory = benchmark.Memory("cpu")

@@ -34,9 +34,9 @@ QUICK_EVALUATION = "--num_eval_prompts 4 --eval_num_inference_steps 2"
 DATASETS = {  # path in a recipe -> the program and the arguments that make it
     "datas/shapes-new": ("src.tiny.dataset", "--new 240 --known 600"),
     "datas/subject": ("src.tiny.dataset", "--subject purple"),
-    "datas/pairs": ("src.tiny.pairs", "--num_prompts 1280 --num_images 4 --guidance_scale 1"),  # docs/dpo.md
+    "datas/pairs": ("src.tiny.pairs", "--num_prompts 1280 --num_images 4 --guidance_scale 1 3"),  # docs/dpo.md
 }
-QUICK_PAIRS = "--num_prompts 8 --num_images 4 --guidance_scale 1 --num_inference_steps 10"
+QUICK_PAIRS = "--num_prompts 8 --num_images 4 --guidance_scale 1 3 --num_inference_steps 10"
 UNTIMED = {"began": None, "seconds": 0.0}
 
 
