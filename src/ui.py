@@ -332,6 +332,7 @@ def _draw_tab(studio: Studio, prompts: list[str]) -> None:
                        cards[shown.column]: score_card(studio.scorer, wish.prompt, shown.scores, base)}  # fmt: skip
         except (ValueError, MemoryError) as error:
             gr.Warning(str(error), duration=None)
+            yield {note: gr.skip()}  # nothing yielded would empty all of the page
             return
         yield {note: _note(studio, wish, list(done.values()), time.perf_counter() - started), command: gr.update(value=same, visible=True)}
 
