@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-# Looking for cyclic garbage among all that torch, diffusers and transformers define takes half a second: with Python's own thresholds
-# (700, 10, 10) a sixth of the suite.
-gc.set_threshold(50_000, 20, 100)
+# Looking for cyclic garbage among all that torch, diffusers and transformers define takes half a second, and Python looks often: a tenth
+# of the suite's time. So it looks less often, and never at what was there when the first model had been built (`gc.freeze` below).
+gc.set_threshold(10_000, 10, 10)
 
 # Files that take several seconds, longest first: who starts with them ends together, which --dist loadfile alone would not see to.
 LONGEST = [
@@ -83,6 +83,7 @@ def tiny_sd3_folder(tmp_path_factory) -> Path:
     """Folder of a tiny random SD3 pipeline in fp32; read it, do not write into it."""
     folder = tmp_path_factory.mktemp("models") / "tiny-random-sd3"
     tiny_pipeline().save_pretrained(folder)
+    gc.freeze()
     return folder
 
 
@@ -93,6 +94,7 @@ def tiny_sd15_folder(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny-random-sd15"
     unets.sd15_pipeline().save_pretrained(folder)
+    gc.freeze()
     return folder
 
 
@@ -122,5 +124,6 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_sessionfinish():
+    gc.unfreeze()
     if "forked" in sys.modules:
         sys.modules["forked"].stop()

@@ -28,6 +28,7 @@ LIBRARIES = [
 
 def _run(command: list[str], log: Path, env: dict[str, str], cwd: Path) -> None:
     """The whole life of a forked process: output to a file, environment, arguments, and the script as __main__."""
+    multiprocessing.set_start_method(None, force=True)  # of a data loader's workers: that of a program, not of the tests
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
