@@ -452,13 +452,14 @@ def test_a_quick_tour_on_the_shipped_models(tmp_path, monkeypatch):
     """Trainers of either model family, a LoRA and all weights, with data and with a reward, and what each of them leaves is measured."""
     monkeypatch.chdir(runs.ROOT)
     monkeypatch.setattr(tour.Shell, "run", run_here)
-    table = main("lora", "refl", "--quick", "--output_dir", str(tmp_path))
-    lora, refl = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("lora", "refl"))
-    assert lora["trained"]["steps"] == 2 and lora["trained"]["kind"] == "LoRA" and 5e5 < lora["trained"]["parameters"] < 1e6
-    assert refl["trained"] == refl["trained"] | {"kind": "all weights", "model": "tiny-sd15", "steps": 1, "parameters": 2_910_788}
+    table = main("full", "refl", "--quick", "--output_dir", str(tmp_path))
+    full, refl = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("full", "refl"))
+    assert full["trained"]["steps"] == 2 and full["trained"]["kind"] == "all weights" and 3e6 < full["trained"]["parameters"] < 5e6
+    assert refl["trained"] == refl["trained"] | {"kind": "LoRA", "model": "tiny-sd15", "steps": 1}
+    assert 1e5 < refl["trained"]["parameters"] < 2e5
     assert [one["scorer"] for one in refl["measures"]] == ["tiny_clip", "shapes_strict"]
     assert refl["measures"][0]["before"] != refl["measures"][0]["after"] and refl["trained"]["memory_gb"] > 0.1
-    assert [len(result["shown"]) for result in (lora, refl)] == [4, 4] and lora["seconds"] > 1
-    assert (tmp_path / "tour.png").is_file() and "| LoRA " in table and "| ReFL " in table
+    assert [len(result["shown"]) for result in (full, refl)] == [4, 4] and full["seconds"] > 1
+    assert (tmp_path / "tour.png").is_file() and "| full fine-tuning " in table and "| ReFL " in table
     monkeypatch.setattr(tour.Shell, "run", None)  # nothing is left to be run
-    assert main("lora", "--quick", "--output_dir", str(tmp_path)) == table
+    assert main("full", "--quick", "--output_dir", str(tmp_path)) == table
