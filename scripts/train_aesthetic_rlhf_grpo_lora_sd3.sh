@@ -5,7 +5,7 @@
 #   override  any argument:  bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh --scorer pickscore=1 --prompts datas/my-prompts.txt
 #   as paper  --config scripts/presets/flow_grpo.yaml
 #   try it    TINY=1 bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh     the tiny model against its own verifier, on a CPU, in three minutes;
-#             --num_epochs 250 goes on for half an hour, --loss ppo --learning_rate 3e-4 is the clipped surrogate that is the default above
+#             --num_epochs 250 goes on for half an hour, --loss ppo --learning_rate 3e-4 takes the clipped surrogate, as the real run does
 #   plan it   bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

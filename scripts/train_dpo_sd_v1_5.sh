@@ -6,7 +6,8 @@
 #   24 GB     add --optimizer adamw8bit --gradient_checkpointing, or --use_lora
 #   override  any argument:  bash scripts/train_dpo_sd_v1_5.sh --dataset_name datas/mine --chosen_column good --rejected_column bad
 #   paper     2048 pairs a step: batch 4 x accumulation 512 on one GPU; the same learning rate as --learning_rate 1e-8 --scale_lr, 2.05e-5
-#   try it    TINY=1 bash scripts/train_dpo_sd_v1_5.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
+#   try it    TINY=1 bash scripts/train_dpo_sd_v1_5.sh      the same thing on the shipped tiny model, on a CPU, in three minutes, once its pairs
+#             are made: python -m src.tiny.pairs --output datas/pairs --num_prompts 1280 --num_images 4 --guidance_scale 1 3
 #   plan it   bash scripts/train_dpo_sd_v1_5.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

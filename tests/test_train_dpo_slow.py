@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from safetensors.torch import load_file
 from test_train_dpo import SHOWN, World, make_pairs, saved
 
 from src import metrics
@@ -90,7 +91,5 @@ def test_the_wrapper_trains_and_answers_a_wrong_flag_at_once(world, tmp_path):
     out = tmp_path / "run"
     command = WRAPPER + world.argv(out, lr_scheduler=None, validation_steps=2)
     runs.finish(runs.start(command, out.with_suffix(".log"), TINY="1"), out.with_suffix(".log"))
-    from safetensors.torch import load_file
-
     weights = load_file(out / "pytorch_lora_weights.safetensors")
     assert weights and all(torch.isfinite(value).all() for value in weights.values())

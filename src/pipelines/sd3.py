@@ -294,8 +294,6 @@ def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> f
     return model.shift if shift == "model" else float(shift)
 
 
-
-
 def _check_skip_layers(skip_layers: Sequence[int], layers: int, guidance_scale: float, steps: int, start: float, stop: float) -> None:
     """Raises ValueError where the stock pipeline would ignore skip-layer guidance in silence."""
     if not set(skip_layers) <= set(range(layers)):
