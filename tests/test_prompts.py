@@ -46,6 +46,16 @@ def test_json_lines_keep_the_other_fields_as_metadata(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_prompt_may_hold_what_other_programs_end_a_line_with(tmp_path):
+    """JSON leaves U+2028 as it is, which str.splitlines() cuts at; in a table a quoted field goes on over several lines."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a red\u2028fox"}\n{"prompt": "an owl"}\n', encoding="utf-8")
+    assert texts(tmp_path / "a.jsonl") == ["a red\u2028fox", "an owl"]
+    (tmp_path / "a.txt").write_text("a red\u2028fox\nan owl\n", encoding="utf-8")
+    assert texts(tmp_path / "a.txt") == ["a red\u2028fox", "an owl"]
+    (tmp_path / "a.csv").write_text('prompt,other\n"a red\nfox",b\nan owl,c\n')
+    assert texts(tmp_path / "a.csv") == ["a red\nfox", "an owl"]
+
+
 def test_a_json_list_holds_objects_as_imagerewards_does_or_texts(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"id": "000010-0137", "text": "a fox"}, {"id": "000010-0138", "text": "an owl"}]))
     assert prompts.read(str(tmp_path / "a.json"), cache_dir=None)[1] == Prompt("an owl", {"id": "000010-0138"})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import itertools
 import json
 import re
@@ -115,7 +116,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     if kind == "built-in":
         return [Prompt(text) for text in BUILT_IN[source]()]
     if kind == "lines":
-        found = [Prompt(line.strip()) for line in _text(Path(source), where).splitlines() if line.strip()]
+        found = [Prompt(line.strip()) for line in _text(Path(source), where).split("\n") if line.strip()]
     elif kind == "rows":
         file = Path(source).expanduser()
         file = next(file / name for name in _METADATA if (file / name).is_file()) if file.is_dir() else file
@@ -155,6 +156,7 @@ def _kind(source: str, flag: str) -> str:
 
 
 def _text(file: Path, where: str) -> str:
+    """Its lines end in \\n, whatever they end in on the disk; splitlines() would also cut at what may stand within a prompt, as U+2028."""
     try:
         return file.expanduser().read_text(encoding="utf-8-sig")  # -sig: Windows editors put a byte order mark first
     except UnicodeDecodeError as error:
@@ -163,7 +165,7 @@ def _text(file: Path, where: str) -> str:
 
 def _json_rows(file: Path, where: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_text(file, where).splitlines(), start=1):
+    for number, line in enumerate(_text(file, where).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -192,7 +194,7 @@ def _json_list(file: Path, where: str) -> list[dict[str, Any]]:
 
 
 def _csv_rows(file: Path, where: str) -> list[dict[str, Any]]:
-    return list(csv.DictReader(_text(file, where).splitlines()))
+    return list(csv.DictReader(io.StringIO(_text(file, where))))  # as one text: what is quoted may hold several lines
 
 
 def _column(names: Sequence[str], column: str | None, where: str) -> str:
