@@ -149,10 +149,11 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
 
 def as_evaluated(args: argparse.Namespace) -> str:
     """More arguments of the example, in a run on a reward: the pipeline's own guidance and size are not what was learned to please."""
-    if not hasattr(args, "eval_guidance_scale"):
+    guidance, steps = getattr(args, "eval_guidance_scale", None), getattr(args, "eval_num_inference_steps", None)
+    if guidance is None:
         return ""
-    size, steps = args.resolution, args.eval_num_inference_steps
-    return f", height={size}, width={size}, num_inference_steps={steps}, guidance_scale={args.eval_guidance_scale}"
+    size = getattr(args, "resolution", None)
+    return f", height={size}, width={size}, num_inference_steps={steps}, guidance_scale={guidance}"
 
 
 def settings(args: argparse.Namespace) -> str:

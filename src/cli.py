@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         when_unset: defaults that depend on other flags, filled in in this order.
-        total_steps: optimizer steps of a run with these arguments, once they are filled in.
+        total_steps: optimizer steps of a run with these arguments, once they are filled in; 0 in a program that trains nothing.
     """
 
     def __init__(self, description: str):
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         # hidden, so that the script's own group comes first in --help
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self.when_unset: dict[str, Callable[[argparse.Namespace], object]] = {}
-        self.total_steps: Callable[[argparse.Namespace], int] = lambda args: args.max_train_steps
+        self.total_steps: Callable[[argparse.Namespace], int] = lambda args: getattr(args, "max_train_steps", 0)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
@@ -1089,12 +1089,13 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
 
 def _check_warmup(args: argparse.Namespace, steps: int) -> None:
     """Refuse a warm-up of nothing, and one that never ends; steps: of the whole run."""
-    if args.lr_warmup_steps == 0 and args.lr_scheduler == "constant_with_warmup" and steps >= 4:  # a quarter of fewer: 0 steps
+    has = vars(args)
+    warmup, epochs = has["lr_warmup_steps"], has.get("num_epochs")
+    if warmup == 0 and has["lr_scheduler"] == "constant_with_warmup" and steps >= 4:  # a quarter of fewer: 0 steps
         raise ValueError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps of at least 1")
-    if args.lr_warmup_steps >= steps > 0:  # 0: the script itself refuses what leaves an epoch without an update
-        epochs = getattr(args, "num_epochs", None)
+    if warmup >= steps > 0:  # 0: the script itself refuses what leaves an epoch without an update
         end = f"the {steps} optimizer steps of --num_epochs {epochs}" if epochs else f"--max_train_steps {steps}"
-        raise ValueError(f"--lr_warmup_steps {args.lr_warmup_steps} must be less than {end}")
+        raise ValueError(f"--lr_warmup_steps {warmup} must be less than {end}")
 
 
 def check_environment(args: argparse.Namespace) -> None:
@@ -1144,7 +1145,7 @@ def check(parser: Parser, args: argparse.Namespace, checks: Iterable[Check] = ()
     for name, value in parser.when_unset.items():
         if getattr(args, name) is None:
             setattr(args, name, value(args))
-    if hasattr(args, "lr_warmup_steps"):
+    if "lr_warmup_steps" in vars(args):
         _check_warmup(args, parser.total_steps(args))
     for one in checks:
         one(args)

@@ -196,3 +196,8 @@ def test_groups_that_an_epoch_would_cut_are_refused_with_a_number_that_works():
     """2 x 3 batches of 4 are 24 samples; 5 does not divide them, 4 does."""
     with pytest.raises(ValueError, match="--group_size 5 does not divide the 24 samples.*try 4"):
         GroupSampler(ANIMALS, group_size=5, batch_size=4, batches_per_epoch=3, world=2, seed=0)
+
+
+def test_an_epoch_of_one_picture_has_no_group_size_to_suggest():
+    with pytest.raises(ValueError, match="--group_size 16 does not divide the 1 samples.*draw more of them"):
+        prompts.check_group_size(16, 1)

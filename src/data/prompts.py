@@ -329,8 +329,8 @@ def check_group_size(group_size: int, samples_per_epoch: int) -> None:
     """
     if samples_per_epoch % group_size:
         fitting = [size for size in range(2, samples_per_epoch + 1) if samples_per_epoch % size == 0]
-        nearest = min(fitting, key=lambda size: (abs(size - group_size), size))
+        nearest = min(fitting, key=lambda size: (abs(size - group_size), size), default=None)
         raise ValueError(
             f"--group_size {group_size} does not divide the {samples_per_epoch} samples of an epoch (--sample_batch_size x "
-            f"--sample_num_batches_per_epoch x processes); try {nearest}"
+            f"--sample_num_batches_per_epoch x processes); {f'try {nearest}' if nearest else 'draw more of them'}"
         )
