@@ -66,7 +66,7 @@ def check(args: argparse.Namespace) -> None:
                          "deviation, and a buffer never holds more than its size")  # fmt: skip
     policy.check_steps(args)
     if not args.dry_run:
-        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, args.num_epochs * updates_per_epoch(args))
+        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, num_epochs=args.num_epochs, updates=updates_per_epoch(args))
 
 
 def batches_per_epoch(args: argparse.Namespace) -> int:
@@ -223,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(first_epoch, args.num_epochs):
         saver.hold(epoch * updates)
         window = policy.window(args, epoch)
-        batches, trajectories, values = sampler.batches(epoch), [], defaultdict(list)
+        batches, trajectories, values, rollouts, passes = sampler.batches(epoch), [], defaultdict(list), (), ()  # frees the last epoch's
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
             # 1. rollout
             trajectory = sd3_rollout.sample(
@@ -258,19 +258,19 @@ def main(args: argparse.Namespace) -> None:
                 condition = texts.condition(rollout.batch.texts)
                 with run.no_sync(actor.network, last=number == len(passes) - 1):
                     loss, logged, step = surrogate(actor, rollout, t, condition, negative, args.clip_nats)
-                    if update == number == 0:
+                    if not values:  # the first pass of an epoch
                         sd3_rollout.check_on_policy(step, sd3_rollout.tolerance(run.weight_dtype, args.compile))
                     run.accelerator.backward((loss * rollout.judged).mean() / len(passes))
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
+                if run.stop_requested():
+                    return rewards.stop(run, saver, scoring)
             values["grad_norm"].append(run.clip_gradients(actor.weights, args.max_grad_norm))
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if average:
                 average.update()
-            if run.stop_requested():
-                return rewards.stop(run, saver, scoring)
 
         # twin: rl-tail
         done = (epoch + 1) * updates

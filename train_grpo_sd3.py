@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> None:
     if args.kl_form == "flow_grpo" and args.transition != "flow":
         raise ValueError(f"--kl_form flow_grpo belongs to --transition flow, got {args.transition}; use --kl_form exact")
     if not args.dry_run:
-        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, args.num_epochs * args.updates_per_epoch)
+        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, num_epochs=args.num_epochs, updates=args.updates_per_epoch)
 
 
 # --------------------------------------------------------------------------- the algorithm
@@ -222,7 +222,7 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(first_epoch, args.num_epochs):
         saver.hold(epoch * updates)
         window = range(0) if old else policy.window(args, epoch)
-        batches, trajectories, values = sampler.batches(epoch), [], defaultdict(list)
+        batches, trajectories, values, rollouts, passes = sampler.batches(epoch), [], defaultdict(list), (), ()  # frees the last epoch's
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
             # 1. rollout
             with old.applied() if old else contextlib.nullcontext():
@@ -260,19 +260,19 @@ def main(args: argparse.Namespace) -> None:
                         loss, logged = forward_process(actor, old, rollout, t, epoch, condition, args)
                     else:
                         loss, logged, step = surrogate(actor, rollout, t, condition, negative, args)
-                        if update == number == 0:
+                        if not values:  # the first pass of an epoch
                             sd3_rollout.check_on_policy(step, sd3_rollout.tolerance(run.weight_dtype, args.compile))
                     run.accelerator.backward((loss * rollout.judged).mean() / len(passes))
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
+                if run.stop_requested():
+                    return rewards.stop(run, saver, scoring)
             values["grad_norm"].append(run.clip_gradients(actor.weights, args.max_grad_norm))
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             if average:
                 average.update()
-            if run.stop_requested():
-                return rewards.stop(run, saver, scoring)
         if old:
             old.decay = min(args.nft_old_rate * (epoch + 1), args.nft_old_decay)
             old.update()

@@ -151,13 +151,14 @@ def step_cost(args: argparse.Namespace) -> float:
     transformer = sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision)
     policy.adapt(transformer, args)
     tokens = plan.text_tokens(args)
-    step = plan.step_flops(transformer, args.resolution, tokens, checkpointing=args.gradient_checkpointing)
+    step = plan.step_flops(transformer, args.resolution, tokens, checkpointing=plan.checkpoint_every(args))
     return step / sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
 
 
-def ideal_passes(*, steps: int, trained_steps: int, step_cost: float, guidance: bool, reference: bool) -> float:
-    """Forward passes' worth of computing per picture: sampling, trained steps, and the reference's pass beside each of these."""
-    return (steps + trained_steps * (step_cost + reference)) * (2 if guidance else 1)
+def ideal_passes(*, steps: int, trained_steps: int, step_cost: float, guidance: bool, others: int) -> float:
+    """Forward passes' worth of computing per picture: sampling, trained steps, and beside each of these the passes of `others`, the
+    reference and DiffusionNFT's old policy."""
+    return (steps + trained_steps * (step_cost + others)) * (2 if guidance else 1)
 
 
 def peak_memory(name: str, flags: list[str], batches: int) -> int:
@@ -182,8 +183,8 @@ def report(args: argparse.Namespace, seconds: dict[str, float], passes: dict[str
     pictures, total, cost = policy.samples_per_epoch(args), sum(seconds.values()), step_cost(args)
     guided = args.guidance_scale > 1
     counted = passes["sample"] + passes["reference"] + cost * passes["train"]
-    ideal = ideal_passes(steps=args.num_inference_steps, trained_steps=trained_steps, step_cost=cost, guidance=guided,
-                         reference=bool(getattr(args, "kl_weight", 0)))  # fmt: skip
+    others = bool(getattr(args, "kl_weight", 0)) + (getattr(args, "loss", None) == "nft")
+    ideal = ideal_passes(steps=args.num_inference_steps, trained_steps=trained_steps, step_cost=cost, guidance=guided, others=others)
     worth = {"sample": passes["sample"], "train": passes["reference"] + cost * passes["train"]}
     print(f"{'stage':<8} {'s/epoch':>8} {'share':>7} {'passes/picture':>15}")
     for stage in STAGES:

@@ -22,19 +22,19 @@ ANY_PIPELINE = """import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
-image = pipeline({prompt!r}).images[0]"""
+image = pipeline({prompt!r}{drawn}).images[0]"""
 ANY_LORA = """import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
-image = pipeline({prompt!r}).images[0]"""
+image = pipeline({prompt!r}{drawn}).images[0]"""
 LORA = """import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
-image = pipeline({prompt!r}).images[0]"""
+image = pipeline({prompt!r}{drawn}).images[0]"""
 # What a reader asks first; a run that has no such flag, or has it unset or off, leaves it out. The rest is in args.json.
 SETTINGS = (
     "resolution", "rank", "lora_alpha", "weights_dtype", "quantize_base", "optimizer", "learning_rate", "lr_scheduler", "train_batch_size",
@@ -51,14 +51,14 @@ LOADING = {
 from diffusers import StableDiffusion3Pipeline
 
 pipeline = StableDiffusion3Pipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
-image = pipeline({prompt!r}).images[0]""",
+image = pipeline({prompt!r}{drawn}).images[0]""",
     **{f"{kind} LoRA": ANY_LORA for kind in UNETS}, **dict.fromkeys(UNETS, ANY_PIPELINE),
     "Fine-tuned transformer": """import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 transformer = SD3Transformer2DModel.from_pretrained({where!r}, subfolder="transformer", torch_dtype=torch.bfloat16)
 pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, transformer=transformer, torch_dtype=torch.bfloat16)
-image = pipeline({prompt!r}).images[0]""",
+image = pipeline({prompt!r}{drawn}).images[0]""",
 }
 
 
@@ -132,7 +132,7 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
 {trained_on}, seed {args.seed}.
 {picture}
 ```python
-{LOADING[kind].format(base=base, where=where, prompt=prompt)}
+{LOADING[kind].format(base=base, where=where, prompt=prompt, drawn=as_evaluated(args))}
 ```
 
 | metric | first | last | meaning |
@@ -145,6 +145,15 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
 
 {licence(base)}
 """
+
+
+def as_evaluated(args: argparse.Namespace) -> str:
+    """More arguments of the example, in a run on a reward: the pipeline's own guidance and size are not what was learned to please."""
+    guidance, steps = getattr(args, "eval_guidance_scale", None), getattr(args, "eval_num_inference_steps", None)
+    if guidance is None:
+        return ""
+    size = getattr(args, "resolution", None)
+    return f", height={size}, width={size}, num_inference_steps={steps}, guidance_scale={guidance}"
 
 
 def settings(args: argparse.Namespace) -> str:

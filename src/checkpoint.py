@@ -49,12 +49,17 @@ def saved_args(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "args.json").read_text(encoding="utf-8"))
 
 
-def check_resume(spec: str | None, output_dir: Path, max_train_steps: int | None = None) -> None:
+def check_resume(
+    spec: str | None, output_dir: Path, max_train_steps: int | None = None, *, num_epochs: int | None = None, updates: int = 1
+) -> None:
     """Refuses to resume from what is no checkpoint or lies past the end of the run, and to mix two runs in one folder.
 
+    Args:
+        max_train_steps: where the run ends; or num_epochs, of so many `updates` each. None: nowhere.
+
     Raises:
-        ValueError: --resume_from_checkpoint names no checkpoint, or one beyond `max_train_steps`, or output_dir holds checkpoints that
-            this run would not continue.
+        ValueError: --resume_from_checkpoint names no checkpoint, or one past the end, or output_dir holds checkpoints that this run would
+            not continue.
     """
     flag = f"--resume_from_checkpoint {spec}"
     folder, latest = locate(spec, output_dir), find_latest(output_dir)
@@ -64,9 +69,10 @@ def check_resume(spec: str | None, output_dir: Path, max_train_steps: int | None
         if not _NAME.fullmatch(folder.resolve().name) or not all((folder / name).is_file() for name in ("state.pt", "args.json")):
             inside = find_latest(folder)
             raise ValueError(f"{flag} is no checkpoint; give " + (str(inside) if inside else "a checkpoint-STEP folder or `latest`"))
-        step = _step(folder.resolve())
-        if max_train_steps is not None and step > max_train_steps:
-            raise ValueError(f"--max_train_steps {max_train_steps}: {folder.name} is past it already; give at least {step}")
+        limit, end = ("--max_train_steps", max_train_steps) if num_epochs is None else ("--num_epochs", num_epochs)
+        needed = -(-_step(folder.resolve()) // updates)
+        if end is not None and needed > end:
+            raise ValueError(f"{limit} {end}: {folder.name} is past it already; give at least {needed}")
     if latest is not None and (folder is None or folder.resolve() != latest.resolve()):
         raise ValueError(
             f"--output_dir {output_dir} already holds {latest.name}: continue it with --resume_from_checkpoint latest, "

@@ -52,7 +52,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line; `when_unset` holds defaults that depend on other flags."""
+    """An ArgumentParser whose errors are one line.
+
+    Attributes:
+        when_unset: defaults that depend on other flags, filled in in this order.
+        total_steps: optimizer steps of a run with these arguments, once they are filled in; 0 in a program that trains nothing.
+    """
 
     def __init__(self, description: str):
         super().__init__(
@@ -61,6 +66,7 @@ class Parser(argparse.ArgumentParser):
         # hidden, so that the script's own group comes first in --help
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self.when_unset: dict[str, Callable[[argparse.Namespace], object]] = {}
+        self.total_steps: Callable[[argparse.Namespace], int] = lambda args: getattr(args, "max_train_steps", 0)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
@@ -361,7 +367,7 @@ def add_optimization_args(
         return lora_learning_rate if lora_learning_rate and args.use_lora else learning_rate
 
     def warmup_steps(args: argparse.Namespace) -> int:
-        return min(500, getattr(args, "max_train_steps", 0) // 4) if args.lr_scheduler == "constant_with_warmup" else 0
+        return min(500, parser.total_steps(args) // 4) if args.lr_scheduler == "constant_with_warmup" else 0
 
     parser.when_unset["learning_rate"] = usual
     parser.when_unset["lr_warmup_steps"] = warmup_steps
@@ -515,7 +521,12 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
         )
     merged = "UNet" if unet else "transformer"
     g.add_argument("--export_merged", action="store_true", help=f"write the merged {merged} as one safetensors file, too")
-    parser.when_unset["lora_alpha"] = lambda args: float(alpha_per_rank * args.rank) if getattr(args, "use_lora", True) else None
+
+    def usual_alpha(args: argparse.Namespace) -> float | None:
+        adapted = getattr(args, "use_lora", not getattr(args, "full_weights", False))
+        return float(alpha_per_rank * args.rank) if adapted else None
+
+    parser.when_unset["lora_alpha"] = usual_alpha
 
 
 def add_quantization_args(parser: Parser) -> None:
@@ -581,6 +592,7 @@ def add_grpo_args(parser: Parser) -> None:
     g.add_argument("--nft_levels", type=positive_int, default=3, help="noise levels that each picture is trained at, with nft")
     g.add_argument("--nft_old_rate", type=non_negative_float, default=1e-3, help="the old policy's decay grows by this per epoch, with nft")
     g.add_argument("--nft_old_decay", type=decay, default=0.5, help="largest decay of the old policy, which samples, with nft")
+    parser.total_steps = lambda args: args.num_epochs * args.updates_per_epoch
 
 
 def add_ddpo_args(parser: Parser) -> None:
@@ -615,11 +627,17 @@ def add_ddpo_args(parser: Parser) -> None:
     g.add_argument("--max_advantage", type=positive_float, default=5.0, help="bound on the absolute advantage")
     parser.when_unset["train_batch_size"] = lambda args: args.sample_batch_size
 
+    def batches(args: argparse.Namespace) -> int:
+        return max(1, args.sample_num_batches_per_epoch * args.sample_batch_size // args.train_batch_size)
+
     def half(args: argparse.Namespace) -> int:
-        batches = max(1, args.sample_num_batches_per_epoch * args.sample_batch_size // args.train_batch_size)
-        return batches // (1 if batches % 2 else 2)
+        return batches(args) // (1 if batches(args) % 2 else 2)
+
+    def total_steps(args: argparse.Namespace) -> int:
+        return args.num_epochs * args.num_inner_epochs * (batches(args) // args.train_gradient_accumulation_steps)
 
     parser.when_unset["train_gradient_accumulation_steps"] = half
+    parser.total_steps = total_steps
 
 
 def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
@@ -659,7 +677,7 @@ def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
     g.add_argument("--async_rewards", action="store_true", help="score on a background thread while the next batch is drawn; same results")
     g.add_argument("--cache_dir", type=Path, default=Path("outputs/cache"), help="folder of downloads and of the text cache")
     g.add_argument("--cache_batch_size", type=positive_int, default=8, help="prompts per forward pass while the text cache is filled")
-    parser.when_unset["noise_level"] = lambda args: NOISE_LEVELS.get(args.transition)
+    parser.when_unset["noise_level"] = lambda args: None if getattr(args, "loss", None) == "nft" else NOISE_LEVELS.get(args.transition)
 
 
 def add_prompt_args(parser: Parser, *, prompts: str) -> None:
@@ -1057,11 +1075,6 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
             yield "--export_merged would write the rounded weights of --quantize_base: leave it out, and merge the LoRA into the original"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
-    short = has.get("max_train_steps", 4) < 4  # a quarter of it: 0 steps
-    if has.get("lr_warmup_steps") == 0 and has["lr_scheduler"] == "constant_with_warmup" and not short:
-        yield "--lr_scheduler constant_with_warmup needs --lr_warmup_steps of at least 1"
-    if has.get("lr_warmup_steps") and has.get("max_train_steps") and has["lr_warmup_steps"] >= has["max_train_steps"]:
-        yield f"--lr_warmup_steps {has['lr_warmup_steps']} must be less than --max_train_steps {has['max_train_steps']}"
     if "chosen_column" in has and (has["chosen_column"] is None) != (has["rejected_column"] is None):
         yield "--chosen_column and --rejected_column belong together: give both, or neither for pickapic_v2's jpg_0 and jpg_1"
     if "weights_dtype" in has:
@@ -1072,6 +1085,17 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
         pictures, pairs = "a folder of captioned pictures, parquet, webdataset", "preference pairs in a folder with metadata.jsonl, parquet"
         what = pairs if "chosen_column" in has else pictures
         yield f"--dataset_name is required: {what} or a Hub id"
+
+
+def _check_warmup(args: argparse.Namespace, steps: int) -> None:
+    """Refuse a warm-up of nothing, and one that never ends; steps: of the whole run."""
+    has = vars(args)
+    warmup, epochs = has["lr_warmup_steps"], has.get("num_epochs")
+    if warmup == 0 and has["lr_scheduler"] == "constant_with_warmup" and steps >= 4:  # a quarter of fewer: 0 steps
+        raise ValueError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps of at least 1")
+    if warmup >= steps > 0:  # 0: the script itself refuses what leaves an epoch without an update
+        end = f"the {steps} optimizer steps of --num_epochs {epochs}" if epochs else f"--max_train_steps {steps}"
+        raise ValueError(f"--lr_warmup_steps {warmup} must be less than {end}")
 
 
 def check_environment(args: argparse.Namespace) -> None:
@@ -1121,6 +1145,8 @@ def check(parser: Parser, args: argparse.Namespace, checks: Iterable[Check] = ()
     for name, value in parser.when_unset.items():
         if getattr(args, name) is None:
             setattr(args, name, value(args))
+    if "lr_warmup_steps" in vars(args):
+        _check_warmup(args, parser.total_steps(args))
     for one in checks:
         one(args)
 

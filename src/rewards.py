@@ -201,7 +201,7 @@ class Evaluator:
         self.every = getattr(args, "eval_epochs", None) or getattr(args, "eval_steps", None)
         self.rounds = getattr(args, "num_epochs", None) or getattr(args, "max_train_steps", None)
         # no more at once than training holds
-        self.batch_size = getattr(args, "sample_batch_size", None) or getattr(args, "train_batch_size", None)
+        self.batch_size = getattr(args, "train_batch_size", None) or getattr(args, "sample_batch_size", None)
 
     def run_if_due(self, done: int, step: int) -> None:
         """done: epochs so far, or optimizer steps in a script without."""
@@ -253,7 +253,7 @@ class Evaluator:
                 pictures = self.texts.family.render(
                     self.model, self.model.denoiser, self.texts.condition(texts), negative=negative, seeds=part,
                     height=args.resolution, width=args.resolution, num_inference_steps=args.eval_num_inference_steps,
-                    guidance_scale=args.eval_guidance_scale, batch_size=self.batch_size,
+                    guidance_scale=args.eval_guidance_scale, batch_size=self.batch_size, decode_batch_size=args.decode_batch_size,
                 )  # fmt: skip
             scored = [mixture(pictures, texts, metadata) for mixture in self.mixtures]
             values = {"reward": scored[0].total} | {name: value for scores in scored for name, value in scores.parts.items()}

@@ -95,6 +95,16 @@ def test_the_code_is_python_whatever_the_prompt_holds(folder):
     assert NASTY in strings and str(folder) in strings and "stabilityai/stable-diffusion-3.5-medium" in strings
 
 
+def test_a_run_on_a_reward_is_drawn_as_its_evaluation_was(folder):
+    """The pipeline's own guidance, 7, would burn pictures of a policy that learned to do without."""
+    text = written(folder, resolution=512, eval_num_inference_steps=40, eval_guidance_scale=1.0)
+    code = ast.parse(re.search(r"```python\n(.*?)```", text, re.S)[1])
+    call = next(node for node in ast.walk(code) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pipeline")
+    passed = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert passed == {"height": 512, "width": 512, "num_inference_steps": 40, "guidance_scale": 1.0}
+    assert ast.literal_eval(call.args[0]) == NASTY
+
+
 def test_every_measured_metric_is_in_the_table_with_first_last_and_meaning(folder):
     text = written(folder)
     assert f"| `loss` | 0.25 | 0.25 | {metrics.NAMES['loss']} |" in text  # null was not finite

@@ -46,6 +46,16 @@ def test_json_lines_keep_the_other_fields_as_metadata(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_prompt_may_hold_what_other_programs_end_a_line_with(tmp_path):
+    """JSON leaves U+2028 as it is, which str.splitlines() cuts at; in a table a quoted field goes on over several lines."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a red\u2028fox"}\n{"prompt": "an owl"}\n', encoding="utf-8")
+    assert texts(tmp_path / "a.jsonl") == ["a red\u2028fox", "an owl"]
+    (tmp_path / "a.txt").write_text("a red\u2028fox\nan owl\n", encoding="utf-8")
+    assert texts(tmp_path / "a.txt") == ["a red\u2028fox", "an owl"]
+    (tmp_path / "a.csv").write_text('prompt,other\n"a red\nfox",b\nan owl,c\n')
+    assert texts(tmp_path / "a.csv") == ["a red\nfox", "an owl"]
+
+
 def test_a_json_list_holds_objects_as_imagerewards_does_or_texts(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"id": "000010-0137", "text": "a fox"}, {"id": "000010-0138", "text": "an owl"}]))
     assert prompts.read(str(tmp_path / "a.json"), cache_dir=None)[1] == Prompt("an owl", {"id": "000010-0138"})
@@ -186,3 +196,8 @@ def test_groups_that_an_epoch_would_cut_are_refused_with_a_number_that_works():
     """2 x 3 batches of 4 are 24 samples; 5 does not divide them, 4 does."""
     with pytest.raises(ValueError, match="--group_size 5 does not divide the 24 samples.*try 4"):
         GroupSampler(ANIMALS, group_size=5, batch_size=4, batches_per_epoch=3, world=2, seed=0)
+
+
+def test_an_epoch_of_one_picture_has_no_group_size_to_suggest():
+    with pytest.raises(ValueError, match="--group_size 16 does not divide the 1 samples.*draw more of them"):
+        prompts.check_group_size(16, 1)

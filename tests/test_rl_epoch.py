@@ -33,8 +33,8 @@ def flags(world, **changes):
 
 def test_the_ideal_is_that_of_the_published_settings(benchmark):
     """With a LoRA, 2.13 passes a trained step: 10 + 3 x 2.13 = 16.4; 2 (10 + 9 (2.13 + 1)) = 76.3 with guidance and KL."""
-    assert benchmark.ideal_passes(steps=10, trained_steps=3, step_cost=2.13, guidance=False, reference=False) == pytest.approx(16.39)
-    assert benchmark.ideal_passes(steps=10, trained_steps=9, step_cost=2.13, guidance=True, reference=True) == pytest.approx(76.34)
+    assert benchmark.ideal_passes(steps=10, trained_steps=3, step_cost=2.13, guidance=False, others=0) == pytest.approx(16.39)
+    assert benchmark.ideal_passes(steps=10, trained_steps=9, step_cost=2.13, guidance=True, others=1) == pytest.approx(76.34)
     assert {round(number) for number in benchmark.PUBLISHED.values()} == {16, 76}
 
 
@@ -67,10 +67,13 @@ def test_forward_passes_are_counted_by_what_they_are_for(benchmark):
     [
         ("ddpo", dict(num_inner_epochs=2), {"sample": 4, "train": 4, "reference": 0}),
         ("grpo", dict(group_size=4, kl_weight=0.1, guidance_scale=2.0), {"sample": 8, "train": 4, "reference": 4}),
+        ("grpo", dict(group_size=4, loss="nft", nft_levels=2, window_size=None, window_range=None),
+         {"sample": 4, "train": 2, "reference": 2}),
     ],
 )
 def test_an_epoch_of_each_trainer_is_counted(benchmark, world, trainer, changes, expected, monkeypatch, capsys):
-    """4 steps of which 2 are trained; guidance doubles every pass, DDPO's second inner epoch the trained ones."""
+    """4 steps of which 2 are trained; guidance doubles every pass, DDPO's second inner epoch the trained ones. DiffusionNFT's
+    old policy passes beside each of 2 noise levels."""
     monkeypatch.setattr(benchmark.rewards.validation, "summary", lambda *_: None)
     used, seconds, passes = benchmark.measure(trainer, flags(world, **changes), epochs=1)
     assert passes == expected
@@ -80,6 +83,17 @@ def test_an_epoch_of_each_trainer_is_counted(benchmark, world, trainer, changes,
     assert result["pictures_per_second"] == pytest.approx(8 / sum(seconds.values()))
     out = capsys.readouterr().out
     assert f"{result['ideal']:.1f} by arithmetic" in out and "published settings: 76 (Flow-GRPO" in out
+
+
+@pytest.mark.slow
+def test_a_step_costs_the_blocks_that_are_computed_again(benchmark, world, tmp_path):
+    """All of them: one forward pass more; every other one: some of that."""
+
+    def cost(*more):
+        return benchmark.step_cost(benchmark.trainer_args("grpo", [*flags(world, group_size=4), *more], tmp_path, epochs=1))
+
+    none, every, other = cost(), cost("--gradient_checkpointing"), cost("--gradient_checkpointing", "--checkpoint_every", "2")
+    assert every - none == pytest.approx(1, rel=0.02) and 0.1 < other - none < 0.9
 
 
 def test_a_wrong_flag_of_the_trainer_is_refused_by_name(benchmark, capsys):

@@ -297,6 +297,7 @@ def test_the_first_ratio_of_every_epoch_is_checked(train, monkeypatch):
         (dict(window_range=(0, 4)), "--window_range 0 4 .* of 4 steps the last has no log-probability"),
         (dict(window_size=9), "--window_size 9 must lie in 1 .. 3"),
         (dict(train_timestep_fraction=0), "--train_timestep_fraction"),
+        (dict(lr_scheduler="linear", lr_warmup_steps=9), "--lr_warmup_steps 9 must be less than the 4 optimizer steps of --num_epochs 2"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, flags, message):
@@ -320,6 +321,9 @@ def test_older_programs_flags_keep_working(world, tmp_path):
 def test_what_is_unset_follows_from_the_rest(world, tmp_path):
     args = script.parse_args(world.argv(tmp_path / "run", sample_num_batches_per_epoch=6))
     assert (args.train_batch_size, args.train_gradient_accumulation_steps, script.updates_per_epoch(args)) == (4, 3, 2)
+    flags = dict(sample_num_batches_per_epoch=6, num_epochs=10, lr_scheduler="constant_with_warmup")
+    warming = script.parse_args(world.argv(tmp_path / "run", **flags))
+    assert warming.lr_warmup_steps == 5  # a quarter of 10 x 2 steps
     odd = script.parse_args(world.argv(tmp_path / "run", sample_num_batches_per_epoch=3, num_inner_epochs=2))
     assert (odd.train_gradient_accumulation_steps, script.updates_per_epoch(odd)) == (3, 2)
 

@@ -1,10 +1,13 @@
 """The GRPO trainer in this process, on the smallest model: what it trains, writes, repeats, resumes and refuses."""
 
 import contextlib
+import gc
+import json
 import os
 import re
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 from PIL import Image
 
 import train_grpo_sd3 as script
-from src import checkpoint, ema, lora, metrics, quantize
+from src import checkpoint, ema, lora, metrics, quantize, runtime
 from src.pipelines import sd3, sd3_rollout
 from src.scorers import Scores
 from src.scorers.mixture import Mixture
@@ -144,8 +147,8 @@ def test_text_encoders_are_gone_and_the_vae_decodes_a_few_at_a_time(train, monke
             monkeypatch.setattr(model.vae, "decode", vae_decode)
 
     monkeypatch.setattr(script.sd3, "decode_latents", spy)
-    train(num_epochs=1, decode_batch_size=3)
-    assert sizes.count(3) == sizes.count(1) == 2 and max(sizes) <= 4  # two batches of 4 in 3 + 1; the evaluation's by the batch size
+    train(num_epochs=1, decode_batch_size=3, num_eval_prompts=4)
+    assert sizes == [3, 1] * 4  # batches of 4: evaluation, two of the epoch, evaluation
 
 
 def test_only_finished_pictures_are_scored_each_once(train, judge):
@@ -312,6 +315,44 @@ def test_a_policy_that_does_not_replay_what_it_sampled_stops_the_run(train, monk
         train()
 
 
+@pytest.mark.slow
+def test_the_first_ratio_of_an_epoch_is_checked_even_if_its_first_update_is_skipped(train, judge, monkeypatch):
+    """The first of two batches has equal rewards: nothing to learn from it, so that the second is the first to be replayed."""
+    monkeypatch.setattr(script.prompts.GroupSampler, "updates", lambda sampler, epoch, count: [[0], [1]])
+    checked, calls = [], []
+
+    def verdict(images, texts):  # the evaluation, then two batches an epoch
+        calls.append(None)
+        return brightness(images, texts) * (len(calls) % 2)
+
+    judge(verdict)
+    monkeypatch.setattr(sd3_rollout, "check_on_policy", lambda step, tolerance: checked.append(step.log_ratio.abs().max().item()))
+    out = train(num_epochs=2)
+    assert runs.values(out, "skipped_updates") == [1, 1] and checked == [0, 0]
+
+
+def test_the_trajectories_of_an_epoch_leave_memory_before_the_next_is_drawn(train, monkeypatch):
+    """All but the last that was drawn and the last that was trained on, which variables still name; of 4 batches 3 lie there in the end."""
+    sample, drawn, alive = sd3_rollout.sample, [], []
+
+    def counting(*args, **named):
+        gc.collect()
+        alive.append(sum(kept() is not None for kept in drawn))
+        return sample(*args, **named)
+
+    to = sd3_rollout.Trajectory.to
+
+    def moving(trajectory, device):
+        moved = to(trajectory, device)
+        drawn.append(weakref.ref(moved.latents))
+        return moved
+
+    monkeypatch.setattr(sd3_rollout, "sample", counting)
+    monkeypatch.setattr(sd3_rollout.Trajectory, "to", moving)
+    train(num_epochs=2, sample_num_batches_per_epoch=4)
+    assert alive[:4] == [0, 1, 2, 3] and alive[4] <= 2 and max(alive) <= 4, alive
+
+
 # --------------------------------------------------------------------------- the same tensors
 
 
@@ -380,7 +421,7 @@ def test_resumed_equals_uninterrupted(train, whole, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "epoch"), [("sample", 0), ("sample", 3), ("update", 2)])
 def test_sigterm_inside_an_epoch_goes_back_to_its_start(train, whole, monkeypatch, capsys, where, epoch):
-    """Stopped after a batch, or after the first of two updates: the checkpoint is that of the epoch's beginning, to the bit."""
+    """Stopped after a batch, or after the first pass of the second update: the checkpoint is that of the epoch's beginning, to the bit."""
     with monkeypatch.context() as patch:
         if where == "sample":
             sample = sd3_rollout.sample
@@ -401,7 +442,15 @@ def test_sigterm_inside_an_epoch_goes_back_to_its_start(train, whole, monkeypatc
                 return update(self)
 
             patch.setattr(ema.Ema, "update", stopping)
+            replay, after = sd3_rollout.replay, []
+
+            def counting(*args, **named):
+                after.extend([None] if len(calls) > 2 * epoch else [])
+                return replay(*args, **named)
+
+            patch.setattr(sd3_rollout, "replay", counting)
         parts = train("parts", **LONG)  # returns: the process would exit with 0
+        assert where == "sample" or len(after) == 2  # of the policy and its reference; an update has two passes
     assert checkpoint.find_latest(parts).name == f"checkpoint-{2 * epoch}" and not (parts / runs.WEIGHTS).exists()
     assert "--resume_from_checkpoint latest" in capsys.readouterr().out
     assert_same(whole, train("parts", **LONG, resume_from_checkpoint="latest"))
@@ -584,6 +633,7 @@ BAD = {
     "progressive only": (dict(window_shift_epochs=5), "--window_shift_epochs", "--window_order progressive"),
     "no such model": (dict(pretrained_model_name_or_path="models/none"), "--pretrained_model_name_or_path", "download.sh"),
     "resolution": (dict(resolution=500), "--resolution", "try 496"),
+    "warm-up beyond the end": (dict(lr_scheduler="linear", lr_warmup_steps=4), "--lr_warmup_steps", "4 optimizer steps of --num_epochs 2"),
     "resume from nowhere": (dict(resume_from_checkpoint="none"), "--resume_from_checkpoint none", "no such folder"),
     "unknown flag": (dict(num_epoch=3), "--num_epoch", "--num_epochs"),
 }
@@ -602,6 +652,30 @@ def test_bad_input_is_one_line_with_the_cure(world, tmp_path, monkeypatch, capsy
     assert err.count("\n") == 1 and err.endswith("\n"), err
     assert names in err and cure in err, err
     assert runs.files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [dict(loss="nft", window_size=None, window_range=None), dict(full_weights=True, rank=None),
+     dict(optimizer="prodigy", learning_rate=None), dict(lr_scheduler="constant_with_warmup")],
+)  # fmt: skip
+def test_arguments_read_back_as_they_were_filled_in(world, tmp_path, flags):
+    """args.json is a --config that repeats the run: nothing that was filled in may be refused as a flag without effect."""
+    args = script.parse_args(world.argv(tmp_path / "out", **(GRPO | dict(num_epochs=10) | flags)))
+    (tmp_path / "args.json").write_text(json.dumps(runtime.plain_args(args)))
+    again = script.parse_args(["--config", str(tmp_path / "args.json")])
+    assert runtime.plain_args(again) == runtime.plain_args(args)
+    assert args.lr_warmup_steps == (5 if "lr_scheduler" in flags else 0)  # a quarter of 10 x 2 steps
+
+
+def test_a_checkpoint_past_the_last_epoch_is_refused_in_epochs(world, tmp_path, capsys):
+    folder = tmp_path / "out/checkpoint-5"
+    folder.mkdir(parents=True)
+    for name in ("state.pt", "args.json"):
+        (folder / name).write_text("{}")
+    with pytest.raises(SystemExit):
+        script.parse_args(world.argv(tmp_path / "out", **GRPO, resume_from_checkpoint="latest"))
+    assert "--num_epochs 2: checkpoint-5 is past it already; give at least 3" in capsys.readouterr().err
 
 
 def test_a_scorer_without_weights_is_refused_with_the_download(world, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import itertools
 import json
 import re
@@ -115,7 +116,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     if kind == "built-in":
         return [Prompt(text) for text in BUILT_IN[source]()]
     if kind == "lines":
-        found = [Prompt(line.strip()) for line in _text(Path(source), where).splitlines() if line.strip()]
+        found = [Prompt(line.strip()) for line in _text(Path(source), where).split("\n") if line.strip()]
     elif kind == "rows":
         file = Path(source).expanduser()
         file = next(file / name for name in _METADATA if (file / name).is_file()) if file.is_dir() else file
@@ -155,6 +156,7 @@ def _kind(source: str, flag: str) -> str:
 
 
 def _text(file: Path, where: str) -> str:
+    """Its lines end in \\n, whatever they end in on the disk; splitlines() would also cut at what may stand within a prompt, as U+2028."""
     try:
         return file.expanduser().read_text(encoding="utf-8-sig")  # -sig: Windows editors put a byte order mark first
     except UnicodeDecodeError as error:
@@ -163,7 +165,7 @@ def _text(file: Path, where: str) -> str:
 
 def _json_rows(file: Path, where: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(_text(file, where).splitlines(), start=1):
+    for number, line in enumerate(_text(file, where).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -192,7 +194,7 @@ def _json_list(file: Path, where: str) -> list[dict[str, Any]]:
 
 
 def _csv_rows(file: Path, where: str) -> list[dict[str, Any]]:
-    return list(csv.DictReader(_text(file, where).splitlines()))
+    return list(csv.DictReader(io.StringIO(_text(file, where))))  # as one text: what is quoted may hold several lines
 
 
 def _column(names: Sequence[str], column: str | None, where: str) -> str:
@@ -327,8 +329,8 @@ def check_group_size(group_size: int, samples_per_epoch: int) -> None:
     """
     if samples_per_epoch % group_size:
         fitting = [size for size in range(2, samples_per_epoch + 1) if samples_per_epoch % size == 0]
-        nearest = min(fitting, key=lambda size: (abs(size - group_size), size))
+        nearest = min(fitting, key=lambda size: (abs(size - group_size), size), default=None)
         raise ValueError(
             f"--group_size {group_size} does not divide the {samples_per_epoch} samples of an epoch (--sample_batch_size x "
-            f"--sample_num_batches_per_epoch x processes); try {nearest}"
+            f"--sample_num_batches_per_epoch x processes); {f'try {nearest}' if nearest else 'draw more of them'}"
         )

@@ -290,7 +290,7 @@ def _stock_pipeline(model: SD15, unet: nn.Module) -> Any:
 @torch.no_grad()
 def render(
     model: SD15, unet: nn.Module, condition: Conditioning, *, negative: Conditioning | None, seeds: Sequence[int],
-    height: int, width: int, num_inference_steps: int, guidance_scale: float, batch_size: int = 4,
+    height: int, width: int, num_inference_steps: int, guidance_scale: float, batch_size: int = 4, decode_batch_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Images (b, 3, H, W) float32 in [0, 1] by the stock pipeline and the model's own sampler, picture i from CPU noise of seeds[i].
 
@@ -299,6 +299,7 @@ def render(
     Args:
         condition: b prompts. negative: b or 1 negative prompts of the same L; needed when guidance_scale > 1, else unused.
         height, width: multiples of 8.
+        batch_size: pictures that are denoised at once. decode_batch_size: that the VAE decodes at once; None: as many.
 
     Raises:
         ValueError: missing negative prompt.
@@ -323,7 +324,7 @@ def render(
                 height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="latent",
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]], **text,
             ).images  # fmt: skip
-            images.append(decode_latents(model, latents, batch_size))
+            images.append(decode_latents(model, latents, decode_batch_size or batch_size))
     return torch.cat(images)
 
 

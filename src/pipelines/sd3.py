@@ -309,6 +309,7 @@ def render(
     model: SD3, transformer: nn.Module, condition: Conditioning, *, negative: Conditioning | None, seeds: Sequence[int],
     height: int, width: int, num_inference_steps: int, guidance_scale: float, skip_layers: Sequence[int] | None = None,
     skip_layer_scale: float = 2.8, skip_layer_start: float = 0.01, skip_layer_stop: float = 0.2, batch_size: int = 4,
+    decode_batch_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Images (b, 3, H, W) float32 in [0, 1] by the stock StableDiffusion3Pipeline, picture i from CPU noise of seeds[i].
 
@@ -319,6 +320,7 @@ def render(
         height, width: multiples of 16.
         skip_layers: skip-layer guidance as in diffusers (`skip_guidance_layers`; Stability recommends 7, 8, 9 for SD3.5-medium): in the
             steps strictly between `start` and `stop` (fractions) one more pass per picture, with the prompt and without these layers.
+        batch_size: pictures that are denoised at once. decode_batch_size: that the VAE decodes at once; None: as many.
 
     Raises:
         ValueError: missing negative prompt, or skip-layer guidance that would have no effect.
@@ -354,7 +356,7 @@ def render(
                 num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="latent",
                 generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]], **options,
             ).images  # fmt: skip
-            images.append(decode_latents(model, latents, batch_size))
+            images.append(decode_latents(model, latents, decode_batch_size or batch_size))
     return torch.cat(images)
 
 
