@@ -53,7 +53,8 @@ class Table:
 
 _STRICT, _CLIP, _JPEG = "eval/shapes_strict", "eval/tiny_clip", "eval/jpeg_compressibility"
 _LOSSES = {"grpo nft": "nft", "grpo nft constant": "nft, constant learning rate", "grpo ppo": "ppo", "grpo guard": "guard"}
-_METHODS = {"refl": "ReFL", "refl pretrain": "ReFL with the pre-training loss", "refl draft": "DRaFT-1", "refl draft_lv": "DRaFT-LV"}
+_METHODS = {"refl all weights": "ReFL, all weights", "refl": "ReFL, LoRA", "refl pretrain": "ReFL, LoRA, pre-training loss",
+            "refl draft": "DRaFT-1, LoRA", "refl draft_lv": "DRaFT-LV, LoRA"}  # fmt: skip
 FIGURES: dict[str, tuple[Panel, ...]] = {
     "grpo.png": (
         Panel("verifier, held-out prompts, unguided: %", _STRICT, _LOSSES, True, 0.82),
@@ -71,9 +72,10 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
 }  # fmt: skip
 TABLES = (
     Table("grpo.md", _STRICT, (0.7, 0.82), {
-        "grpo nft": "`--loss nft`, cosine, seeds 0 and 1", "grpo nft constant": "the same, constant learning rate",
-        "grpo nft kl": "the same, cosine, `--kl_weight 0.1`", "grpo nft guided": "the same, cosine, drawn with guidance 2",
-        "grpo ppo": "`--loss ppo`", "grpo guard": "`--loss guard`",
+        "grpo nft": "the command above (nft), seeds 0 and 1", "grpo nft constant": "the same, constant learning rate",
+        "grpo nft lr 1e-3": "the same, constant 1e-3, `--max_advantage 1`",
+        "grpo nft kl": "the same for 40 epochs, `--kl_weight 0.1`", "grpo nft guided": "the same for 30 epochs, drawn with guidance 2",
+        "grpo ppo": "`--loss ppo --learning_rate 3e-4`", "grpo guard": "`--loss guard --learning_rate 3e-4`",
         "grpo ppo no window": "ppo, every step: `--window_size 0 --window_range 0 9`",
         "grpo ppo guided": "ppo, `--guidance_scale 2`", "grpo paper": "ppo as in `flow_grpo.yaml`",
     }),
@@ -228,6 +230,8 @@ def _draw(axis, results: dict[str, dict[str, Any]], panel: Panel) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.record and args.write:
+        raise ValueError("--record and --write: give one of them; pages are written once all their runs are there")
     results = read()
     for entry in args.record:
         name, equals, folder = entry.partition("=")
@@ -235,7 +239,9 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"--record: {entry!r} is not NAME=FOLDER, as 'grpo nft / seed 0=outputs/tiny_grpo_sd3'")
         results[name.strip()] = record(Path(folder), args.machine)
     if args.record:
-        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps(results, sort_keys=True) + "\n", encoding="utf-8")
+        print(f"{len(results)} runs in {RESULTS.name}: {', '.join(sorted(results))}")
+        return
     for name, panels in FIGURES.items():
         if args.write:
             draw(results, panels, ROOT / "docs" / "images" / name)
