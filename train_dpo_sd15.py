@@ -56,7 +56,7 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what can be known about models, data, adapter, optimizer, upload and checkpoint before anything is loaded."""
     inputs.check_pairs(args, sd15)
     if args.reference_model:
-        sd15.check_folder(args.reference_model, "--reference_model")
+        sd15.check_reference(args.reference_model, args.pretrained_model_name_or_path)
     unet.check(args)
 
 

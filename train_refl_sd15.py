@@ -118,10 +118,7 @@ def straight_through_clamp(images: Tensor) -> Tensor:
 
 def decode(model: sd15.SD15, x0: Tensor, batch_size: int) -> Tensor:
     """Images (b, 3, H, W) in [0, 1] of clean latents, in the VAE's own precision; decoded again in the backward pass, some at a time."""
-    with torch.autocast(x0.device.type, enabled=False):
-        parts = [
-            recomputed(sd15.decode_pixels, model, part, use_reentrant=False, preserve_rng_state=False) for part in x0.split(batch_size)
-        ]
+    parts = [recomputed(sd15.decode_pixels, model, part, use_reentrant=False, preserve_rng_state=False) for part in x0.split(batch_size)]
     return straight_through_clamp(torch.cat(parts) * 0.5 + 0.5)
 
 

@@ -21,6 +21,6 @@ if [ "${TINY:-}" = 1 ]; then
 else
   launch train_refl_sd15.py \
     --pretrained_model_name_or_path models/stable-diffusion-v1-5 --prompts activities --scorer image_reward --gradient_checkpointing \
-    --train_batch_size 4 --gradient_accumulation_steps 16 --max_train_steps 100 --learning_rate 1e-5 --use_ema --checkpointing_steps 25 \
+    --train_batch_size 4 --gradient_accumulation_steps 16 --max_train_steps 100 --use_ema --checkpointing_steps 25 \
     --eval_steps 25 --eval_scorers clip --checkpoints_total_limit 2 --output_dir outputs/refl_sd15 "$@"
 fi

@@ -147,6 +147,15 @@ def test_a_missing_column_is_refused_with_those_that_exist(tmp_path, layout, col
         preferences.check_source(str(folder), columns)
 
 
+@pytest.mark.parametrize("layout", [parquet, metadata])
+def test_pickapics_columns_by_name_do_not_silence_its_labels(tmp_path, layout):
+    """Without labels the first picture always wins: --chosen_column jpg_0 --rejected_column jpg_1 would turn half of pickapic round."""
+    folder = layout(tmp_path / "data", ROWS[:1])
+    with pytest.raises(ValueError, match="--chosen_column jpg_0 .* add --label_column label_0"):
+        preferences.check_source(str(folder), preferences.Columns("jpg_0", "jpg_1", None, "caption"))
+    preferences.check_source(str(folder), PICKAPIC)
+
+
 def test_single_pictures_are_refused(tmp_path):
     picture(1).save(tmp_path / "1.png")
     with pytest.raises(ValueError, match="holds single pictures; pairs come in"):

@@ -4,8 +4,10 @@ import argparse
 import contextlib
 import importlib
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -245,8 +247,6 @@ def test_every_trainer_has_a_wrapper_that_knows_a_tiny_run(path):
 
 @pytest.mark.parametrize("path", SHELL, ids=name_of)
 def test_shell_scripts_parse_and_stop_at_errors(path):
-    import subprocess
-
     subprocess.run(["bash", "-n", path], check=True)
     text = path.read_text()
     # What is run stops at the first error; what is sourced leaves that to its caller.
@@ -267,3 +267,13 @@ def test_defaults_in_wrappers_survive_the_parsers_own_checks(monkeypatch):
             values[word] = values.get(word, []) + shlex.split(held)
         args, rest = parser.parse_known_args([value for word in words if word != "$@" for value in values.get(word, [word])])
         assert isinstance(args, argparse.Namespace) and not rest, f"{where}: {rest}"
+
+
+@pytest.mark.parametrize(("wrapper", "all_weights"), [("train_dpo_sd_v1_5.sh", ["2e-5"]), ("train_refl_v1_5.sh", [])])
+def test_a_wrapper_leaves_a_lora_the_programs_own_learning_rate(wrapper, all_weights):
+    """What all weights bear is a tenth of what a LoRA takes: with the wrapper's rate, --use_lora would hardly train."""
+    for flags, expected in (([], all_weights), (["--use_lora"], []), (["--use_lora", "--learning_rate", "3e-4"], ["3e-4"])):
+        command = ["bash", f"scripts/{wrapper}", *flags]
+        environment = {name: value for name, value in os.environ.items() if name != "TINY"} | {"PRINT_COMMAND": "1"}
+        words = shlex.split(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout)
+        assert [value for flag, value in zip(words, words[1:], strict=False) if flag == "--learning_rate"] == expected

@@ -379,6 +379,17 @@ def test_the_head_of_another_predictor_is_refused_with_both_shapes(copy):
         scorers.build("aesthetic")
 
 
+def test_pickscores_scale_is_not_rounded_with_the_weights(copy):
+    """exp(4.6052) = 100.0; rounded to bf16, 4.6052 is 4.59375, whose exponential is 98.9: a score of 22 would read 21.75."""
+    from safetensors.torch import load_file, save_file
+
+    file = copy("pickscore") / "pickscore/model.safetensors"
+    save_file(load_file(file) | {"logit_scale": torch.tensor(4.6052)}, file, metadata={"format": "pt"})
+    judge = scorers.build("pickscore", dtype=torch.bfloat16).parts[0].judge
+    held = dict(zip(judge.__code__.co_freevars, (cell.cell_contents for cell in judge.__closure__), strict=True))
+    assert held["scale"] == pytest.approx(100.0, rel=1e-3) and held["model"].dtype == torch.bfloat16
+
+
 def test_an_image_reward_that_lacks_a_tensor_is_refused_by_its_name(copy):
     file = copy("image-reward") / "image-reward/ImageReward.pt"
     state = torch.load(file)

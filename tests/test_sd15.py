@@ -147,6 +147,15 @@ def test_decoding_is_that_of_the_stock_pipeline_and_has_a_gradient(models, stock
     assert (latents.grad.abs() > 0).all()
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_autocast_around_decoding_changes_nothing(models, family):
+    """Validation and evaluation draw under autocast; in fp16 XL's decoder, which is fp32 for that reason, would overflow."""
+    latents = random(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        images = sd15.decode_latents(models[family], latents)
+    assert torch.equal(images, sd15.decode_latents(models[family], latents))
+
+
 # --------------------------------------------------------------------------- predictions
 
 

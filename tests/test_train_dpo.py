@@ -334,6 +334,14 @@ def test_a_v_prediction_model_is_refused_by_name(world, tmp_path, capsys):
         assert f"--{flag}" in (said := capsys.readouterr().err) and "v_prediction" in said
 
 
+def test_a_reference_of_another_family_is_refused_before_loading(world, tiny_sdxl_folder, tmp_path, capsys):
+    """Width 8 + 12 of XL's two encoders against 8: without the check, an error deep inside the UNet after both models are loaded."""
+    with pytest.raises(SystemExit):
+        script.parse_args(world.argv(tmp_path / "out", reference_model=tiny_sdxl_folder))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"--reference_model {tiny_sdxl_folder}: its UNet reads text of width 20" in said
+
+
 def test_a_layer_that_does_not_exist_is_refused_before_loading(train):
     with pytest.raises(ValueError, match="--lora_layers: .*attn1.to_q"):
         train(**LORA, lora_layers="attn.to_q")

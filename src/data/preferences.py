@@ -224,6 +224,10 @@ def _check_columns(name: object, there: list[str], columns: Columns) -> None:
     for flag, column in columns.flags().items():
         if column not in there:
             raise ValueError(f"{flag} {column!r} is not in {name}; it has {', '.join(there)}")
+    if columns.chosen == "jpg_0" and columns.label is None and "label_0" in there:  # half of them would be learnt the wrong way round
+        raise ValueError(
+            f"--chosen_column jpg_0 alone leaves the labels of {name} unread; add --label_column label_0, or leave both columns out"
+        )
 
 
 def check_source(dataset_name: str, columns: Columns) -> None:

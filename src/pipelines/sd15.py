@@ -124,6 +124,21 @@ def _check_configs(path: str | Path, flag: str, revision: str | None = None) -> 
         raise ValueError(f"{flag}: its VAE shifts the latents, which Stable Diffusion 1.x, 2.x and XL do not; take one of these")
 
 
+def check_reference(reference: str | Path, path: str | Path) -> None:
+    """Refuse a reference model that cannot be fed with what `path` is fed with: XL beside 1.x, 2.x beside 1.x; a Hub id passes.
+
+    Raises:
+        ValueError: naming --reference_model; also for what `check_folder` refuses.
+    """
+    check_folder(reference, "--reference_model")
+    if is_hub_id(str(reference)) or is_hub_id(str(path)):
+        return
+    theirs, ours = (text_width(read_config(one, "unet/config.json")) for one in (reference, path))
+    if theirs != ours:
+        raise ValueError(f"--reference_model {reference}: its UNet reads text of width {theirs[0]}, that of {path} {ours[0]}; "
+                         "take a model of the same family")  # fmt: skip
+
+
 def check_resolution(path: str | Path, *sides: int) -> None:
     """Refuse pixel sides that leave less than one latent at the UNet's lowest level; a Hub id passes.
 
@@ -229,9 +244,13 @@ def scale_latents(model: SD15, latents: Tensor) -> Tensor:
 
 
 def decode_pixels(model: SD15, latents: Tensor, batch_size: int = 4) -> Tensor:
-    """The UNet's latents (b, 4, h, w) -> pixels (b, 3, H, W) float32 at least, about [-1, 1] and not clamped; gradients may flow."""
+    """The UNet's latents (b, 4, h, w) -> pixels (b, 3, H, W) float32 at least, about [-1, 1] and not clamped; gradients may flow.
+
+    In the VAE's own precision, also inside autocast: XL's is fp32 because it overflows in fp16.
+    """
     latents = latents.to(model.vae.device) / model.vae.config.scaling_factor
-    decoded = [model.vae.decode(part.to(model.vae.dtype), return_dict=False)[0] for part in latents.split(batch_size)]
+    with torch.autocast(latents.device.type, enabled=False):
+        decoded = [model.vae.decode(part.to(model.vae.dtype), return_dict=False)[0] for part in latents.split(batch_size)]
     pixels = torch.cat(decoded)
     return pixels if pixels.dtype == torch.float64 else pixels.float()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from src.scorers import networks
 from src.scorers.base import Loader, Scorer, Weights
@@ -14,8 +17,9 @@ WEIGHTS = Weights("pickscore", ("config.json", "model.safetensors|pytorch_model.
 
 
 def load(loader: Loader) -> Judge:
-    model, tokenizer = networks.pretrained("CLIPModel", WEIGHTS, loader), networks.clip_tokenizer()
-    scale = model.logit_scale.float().exp()
+    model = networks.pretrained("CLIPModel", WEIGHTS, replace(loader, device=torch.device("cpu"), dtype=torch.float32))
+    scale = model.logit_scale.exp().item()  # in fp32: its logarithm, 4.605, rounded to bf16 would make 98.9 of 100
+    model, tokenizer = networks.freeze(model, loader), networks.clip_tokenizer()
 
     def judge(images, prompts, metadata):
         embeddings = networks.embed_images(model, images, "transformers")
