@@ -21,13 +21,20 @@ def sharded(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def gathered(tree: Any) -> Any:
-    """The same nested state with whole tensors, on the CPU where they were sharded; every process has to call it."""
+def gathered(tree: Any, *, keep: bool = True) -> Any:
+    """The same nested state with whole tensors, on the CPU where they were sharded; every process has to call it.
+
+    Args:
+        keep: False where nobody will read it: in place of sharded tensors None, or each process would fill the RAM with a copy.
+    """
     if isinstance(tree, dict):
-        return {key: gathered(value) for key, value in tree.items()}
+        return {key: gathered(value, keep=keep) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(gathered(value) for value in tree)
-    return whole(tree).cpu() if sharded(tree) else tree
+        return type(tree)(gathered(value, keep=keep) for value in tree)
+    if not sharded(tree):
+        return tree
+    together = whole(tree)
+    return together.cpu() if keep else None
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -103,6 +103,22 @@ def test_timing_fields(tmp_path, monkeypatch):
     assert first["memory_gb"] == 3.0
 
 
+def test_what_the_gpu_still_has_to_do_counts_as_training(tmp_path, monkeypatch):
+    """Two steps are queued in no time and take 6 s on the GPU, which the first to look waits for: 12 pictures in 6 s, before a
+    validation of 100 s."""
+    now, run = [0.0], FakeRun(tmp_path)
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run, "mean", lambda tensor: now.__setitem__(0, now[0] + 3 * (tensor.numel() - 1)) or tensor)
+    log = metrics.Log(run, every=3)
+    for step in (1, 2, 3):
+        log.add(loss=torch.tensor(1.0))
+        if step == 3:
+            with log.untimed():
+                now[0] += 100
+        log.write(step)
+    assert metrics.read(log.path)[0]["images_per_second"] == 2.0
+
+
 def test_a_run_resumed_inside_a_window_writes_the_same_file(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
