@@ -208,12 +208,14 @@ def driver_warning(driver: bool, usable: bool, built_for: str | None) -> str | N
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse a precision that this machine cannot train in.
+    """Refuse a precision that this machine cannot train in, and a launcher that spreads the weights of a program that does not.
 
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a GPU; FSDP2 or DeepSpeed.
     """
     _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
+    if not vars(args).keys() & {"weights_dtype", "full_weights"}:  # those programs have a say of their own
+        sharding.check_whole(os.environ)
 
 
 def _check_precision(args: argparse.Namespace, device: torch.device) -> None:

@@ -105,6 +105,17 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> tuple[n
     return accelerator.prepare(model, optimizer)
 
 
+def check_whole(environ: Mapping[str, str]) -> None:
+    """Refuse a launcher that would spread weights in a program that keeps them whole on every process.
+
+    Raises:
+        ValueError: names the cure.
+    """
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP2"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if environ.get(variable) == "true":  # the optimizer would step weights that the saved file and the average do not see
+            raise ValueError(f"{name} spreads weights, which this program keeps whole on every GPU: start it with --multi_gpu instead")
+
+
 def check(environ: Mapping[str, str], *, pieces: bool, train_text_encoder: bool, optimizer: str) -> None:
     """Refuse what cannot be sharded.
 
