@@ -56,7 +56,7 @@ def check(args: argparse.Namespace) -> None:
     optim.check(args.optimizer)
     card.check(args.push_to_hub)
     if not args.dry_run:
-        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir)
+        checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, args.max_train_steps)
 
 
 # --------------------------------------------------------------------------- the algorithm

@@ -13,7 +13,9 @@ launch() {
   local script=$1 gpus processes launcher status; shift
   if [ "${PRINT_COMMAND:-}" = 1 ]; then printf '%q ' python "$script" "$@"; echo; return; fi
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true) # without nvidia-smi: 0, and no stop by pipefail
-  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l); fi
+  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # empty or -1: none of them
+    gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '^ *[^ -]' || true)
+  fi
   processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
   if [[ "${ACCELERATE_ARGS:-}" =~ --num_processes[\ =]+([0-9]+) ]]; then processes=${BASH_REMATCH[1]}; fi
   case " $* " in *" --dry_run "*) exec python "$script" "$@" ;; esac

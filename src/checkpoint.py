@@ -8,6 +8,7 @@ disk and renamed: a run killed at any moment leaves the previous checkpoint whol
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -132,6 +133,7 @@ class Checkpointer:
     """Saves and restores `parts`, each an object with `state_dict` and `load_state_dict` of tensors, numbers and texts.
 
     A part that also has `write_files(folder, state)` and `read_files(folder) -> state` is kept in files of its own, not in state.pt.
+    The time that saving takes does not count for the speed that a part "log" (metrics.Log) writes.
     Put the weights first: they are checked before an optimizer that would accept anything. The GradScaler of fp16 is added by
     itself. In a training step, save last: after the metrics and the validation of that step are on the disk.
 
@@ -174,12 +176,13 @@ class Checkpointer:
             return
         from src import sharding
 
-        # everywhere: a part may need its peers
-        state = {name: sharding.gathered(part.state_dict()) for name, part in self.parts.items()}
-        failure = None
-        if self.run.is_main:
-            failure = self._try_write(step, state)
-        failure = self.run.broadcast(failure)  # also the wait of the others
+        with getattr(self.parts.get("log"), "untimed", contextlib.nullcontext)():
+            # everywhere: a part may need its peers
+            state = {name: sharding.gathered(part.state_dict(), keep=self.run.is_main) for name, part in self.parts.items()}
+            failure = None
+            if self.run.is_main:
+                failure = self._try_write(step, state)
+            failure = self.run.broadcast(failure)  # also the wait of the others
         if failure:
             raise SystemExit(failure)
         self.saved = step

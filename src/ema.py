@@ -64,8 +64,8 @@ class Ema:
         return swapped(self.parameters, self.average)
 
     def state_dict(self) -> dict:
-        """Number of updates and the average, in the order of the parameters."""
-        return {"updates": self.updates, "average": [a.clone() for a in self.average]}
+        """Number of updates and the average, in the order of the parameters; not copied: beside a whole model there may be no room."""
+        return {"updates": self.updates, "average": list(self.average)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continues from `state_dict()`, on this run's device.

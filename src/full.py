@@ -146,7 +146,7 @@ def _read(module: nn.Module, folder: Path) -> dict[str, Tensor]:
 def save(modules: dict[str, nn.Module], folder: Path, *, write: bool = True) -> None:
     """Write modules as they are into `folder`/NAME, in their dtype; every process calls it if they are sharded, one has `write`."""
     part = State(modules)
-    state = sharding.gathered(part.state_dict())
+    state = sharding.gathered(part.state_dict(), keep=write)
     if write:
         part.write_files(folder, state)
 

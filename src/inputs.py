@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src import runtime, seeds
+from src import cli, runtime, seeds
 from src.data import buckets, cache, captions, preferences, samples, sources
 from src.pipelines import sd3
 
@@ -118,9 +118,7 @@ def check_pairs(args: argparse.Namespace, family: ModuleType) -> None:
 def _check_model(args: argparse.Namespace, family: ModuleType) -> None:
     family.check_folder(args.pretrained_model_name_or_path)
     family.check_resolution(args.pretrained_model_name_or_path, args.resolution)
-    file = getattr(args, "validation_prompts_file", None)
-    if file and not validation_prompts(args):
-        raise ValueError(f"--validation_prompts_file {file} holds no prompt; one per line")
+    validation_prompts(args)
 
 
 def _columns(args: argparse.Namespace) -> preferences.Columns:
@@ -191,10 +189,14 @@ def open_pairs(args: argparse.Namespace, *, progress: bool) -> tuple[preferences
 
 
 def validation_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of --validation_prompt and --validation_prompts_file, in order, each once."""
+    """Prompts of --validation_prompt and --validation_prompts_file, in order, each once.
+
+    Raises:
+        ValueError: the file holds none, or is not UTF-8.
+    """
     prompts, file = list(getattr(args, "validation_prompt", None) or []), getattr(args, "validation_prompts_file", None)
     if file:
-        prompts += [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts += cli.read_prompts(Path(file), "--validation_prompts_file")
     return list(dict.fromkeys(prompts))
 
 

@@ -208,12 +208,14 @@ def driver_warning(driver: bool, usable: bool, built_for: str | None) -> str | N
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse a precision that this machine cannot train in.
+    """Refuse a precision that this machine cannot train in, and a launcher that spreads the weights of a program that does not.
 
     Raises:
-        ValueError: fp16 without a GPU.
+        ValueError: fp16 without a GPU; FSDP2 or DeepSpeed.
     """
     _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
+    if not vars(args).keys() & {"weights_dtype", "full_weights"}:  # those programs have a say of their own
+        sharding.check_whole(os.environ)
 
 
 def _check_precision(args: argparse.Namespace, device: torch.device) -> None:
@@ -273,7 +275,7 @@ def _quieten_libraries() -> None:
 def _accelerator(args: argparse.Namespace) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
     # accelerate refuses another precision in a process that had a run before; there is no public way to forget it
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
@@ -288,7 +290,11 @@ def _accelerator(args: argparse.Namespace) -> Any:
         # explicit, because both have environment variables that would change the run: the loop accumulates and compiles by itself
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=_PATIENCE),
+            # buffers never change: SD3's position embeddings, 0.45 GB, would be sent around in every forward pass
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
 
 

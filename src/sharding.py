@@ -21,13 +21,20 @@ def sharded(value: Any) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def gathered(tree: Any) -> Any:
-    """The same nested state with whole tensors, on the CPU where they were sharded; every process has to call it."""
+def gathered(tree: Any, *, keep: bool = True) -> Any:
+    """The same nested state with whole tensors, on the CPU where they were sharded; every process has to call it.
+
+    Args:
+        keep: False where nobody will read it: in place of sharded tensors None, or each process would fill the RAM with a copy.
+    """
     if isinstance(tree, dict):
-        return {key: gathered(value) for key, value in tree.items()}
+        return {key: gathered(value, keep=keep) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(gathered(value) for value in tree)
-    return whole(tree).cpu() if sharded(tree) else tree
+        return type(tree)(gathered(value, keep=keep) for value in tree)
+    if not sharded(tree):
+        return tree
+    together = whole(tree)
+    return together.cpu() if keep else None
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -96,6 +103,17 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> tuple[n
 
         model.forward = under_autocast
     return accelerator.prepare(model, optimizer)
+
+
+def check_whole(environ: Mapping[str, str]) -> None:
+    """Refuse a launcher that would spread weights in a program that keeps them whole on every process.
+
+    Raises:
+        ValueError: names the cure.
+    """
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP2"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if environ.get(variable) == "true":  # the optimizer would step weights that the saved file and the average do not see
+            raise ValueError(f"{name} spreads weights, which this program keeps whole on every GPU: start it with --multi_gpu instead")
 
 
 def check(environ: Mapping[str, str], *, pieces: bool, train_text_encoder: bool, optimizer: str) -> None:

@@ -9,13 +9,12 @@ import argparse
 import functools
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from src import inputs, lora, plan, runtime
+from src import cli, inputs, lora, plan, runtime
 from src.data import cache, captions, dreambooth, samples, sources
 from src.pipelines import sd3
 
@@ -34,10 +33,9 @@ def check(args: argparse.Namespace) -> None:
         inputs.check(args, captioned=args.instance_prompt is None or args.caption_column != CAPTION_COLUMN)
         _check_captions(args)
     if args.with_prior_preservation:
-        if args.class_prompts_file and not class_prompts(args):
-            raise ValueError(f"--class_prompts_file {args.class_prompts_file} holds no prompt; one per line")
+        prompts = class_prompts(args)
         if args.class_data_dir:
-            dreambooth.class_folder(args.class_data_dir, args.num_class_images, class_prompts(args))
+            dreambooth.class_folder(args.class_data_dir, args.num_class_images, prompts)
 
 
 def _flag(args: argparse.Namespace) -> str:
@@ -62,10 +60,14 @@ def _check_captions(args: argparse.Namespace) -> None:
 
 
 def class_prompts(args: argparse.Namespace) -> list[str]:
-    """Prompts of --class_prompt and --class_prompts_file, in order, each once."""
+    """Prompts of --class_prompt and --class_prompts_file, in order, each once.
+
+    Raises:
+        ValueError: the file holds none, or is not UTF-8.
+    """
     prompts = list(args.class_prompt or [])
     if args.class_prompts_file:
-        prompts += Path(args.class_prompts_file).read_text(encoding="utf-8").splitlines()
+        prompts += cli.read_prompts(args.class_prompts_file, "--class_prompts_file")
     return list(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src import checkpoint
+from src import checkpoint, metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +112,24 @@ def test_rotation_removes_only_after_the_new_one_is_complete(tmp_path):
     keep.save(2)
     assert seen == [["checkpoint-1.tmp"], ["checkpoint-1", "checkpoint-2.tmp"]]
     assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_the_time_of_saving_does_not_count_for_the_speed(tmp_path, monkeypatch):
+    """Two steps of 1 s after the first, one picture each, and 50 s of writing: 1 picture a second, not 2 in 52."""
+    now, run = [0.0], FakeRun(tmp_path, max_train_steps=9)
+    run.mean, run.peak_memory, run.accelerator.log = lambda tensor: tensor, lambda: 0, lambda values, step: None
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    log = metrics.Log(run, every=3, images_per_add=1)
+    def write(folder):
+        now[0] += 50
+
+    part = checkpoint.Checkpointer(run, every=2, keep=None, parts={"log": log}, write_weights=write)
+    for step in (1, 2, 3):
+        now[0] += 1
+        log.add(loss=torch.tensor(1.0))
+        line = log.write(step)
+        part.save_if_due(step)
+    assert names(tmp_path) == ["checkpoint-2"] and line["images_per_second"] == 1.0
 
 
 def test_saving_the_same_step_twice_writes_once(tmp_path):

@@ -114,6 +114,12 @@ def test_applied_swaps_in_and_restores_the_exact_bits_also_after_an_error(dtype)
         assert p.requires_grad
 
 
+def test_the_state_is_no_copy():
+    """Of a whole transformer it would be 9 GB on the GPU at every checkpoint."""
+    ema = Ema(parameters(), 0.9)
+    assert [a.data_ptr() for a in ema.state_dict()["average"]] == [a.data_ptr() for a in ema.average]
+
+
 def test_resumed_equals_uninterrupted(tmp_path):
     ps = parameters()
     ema = Ema(ps, 0.95)

@@ -103,6 +103,28 @@ def test_timing_fields(tmp_path, monkeypatch):
     assert first["memory_gb"] == 3.0
 
 
+def test_what_the_gpu_still_has_to_do_counts_as_training(tmp_path, monkeypatch):
+    """Steps 2 and 3 are queued in no time; the GPU is done with them at 6 s: 12 pictures, 2 a second. A validation of 100 s begins
+    before that, and has to wait for the GPU itself if nobody did."""
+    now, run = [0.0], FakeRun(tmp_path)
+
+    def wait(tensor=None):
+        now[0] = max(now[0], 6.0)
+        return tensor
+
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run, "mean", wait)
+    log = metrics.Log(run, every=3)
+    for step in (1, 2, 3):
+        log.add(loss=torch.tensor(1.0))
+        if step == 3:
+            with log.untimed():
+                wait()
+                now[0] += 100
+        log.write(step)
+    assert metrics.read(log.path)[0]["images_per_second"] == 2.0
+
+
 def test_a_run_resumed_inside_a_window_writes_the_same_file(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()

@@ -297,11 +297,14 @@ result["broadcast"] = run.broadcast(f"from rank {run.rank}")
 
 model = torch.nn.Linear(1, 1, bias=False)
 torch.nn.init.ones_(model.weight)
+model.register_buffer("mark", torch.zeros(()))
 policy = run.accelerator.prepare(model)
+model.mark.fill_(run.rank)
 for last, name in ((False, "local"), (True, "shared")):  # gradient of the output is the input: rank + 1
     with run.no_sync(policy, last=last):
         run.accelerator.backward(policy(torch.full((1, 1), run.rank + 1.0)).sum())
     result[name] = model.weight.grad.item()
+result["buffer"] = model.mark.item()
 
 optimizer = optim.build(model.parameters(), name="adamw", learning_rate=1.0, device=run.device)
 schedule = optim.schedule(optimizer, "linear", total_steps=8)
@@ -369,6 +372,12 @@ def test_two_processes_agree(two_processes):
     assert a["mean"] == b["mean"] == [0.5, 4.0]
     assert a["broadcast"] == b["broadcast"] == "from rank 0"
     assert "seed" in output[0] and "repeats this run" not in output[1]
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_send_buffers_around(two_processes):
+    """Each marks its own with its rank. SD3's position embeddings are a buffer of 0.45 GB, which torch would send in every forward pass."""
+    assert [result["buffer"] for result in two_processes[0]] == [0.0, 1.0]
 
 
 @pytest.mark.slow

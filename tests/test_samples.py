@@ -1,7 +1,9 @@
 """What a training step gets: the caption stays with its picture, and chance depends on (seed, step, position) alone."""
 
 import json
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,20 @@ def test_workers_change_nothing(images, sizes):
     samples = Samples(images, sizes, seed=4, caption_dropout=0.3, flip=True, random_crop=True)
     plan = Plan(sizes, 4, seed=4)
     assert same(run(samples, plan, 8, batch_size=4, workers=2), run(samples, plan, 8, batch_size=4))
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_for_the_main_process_to_answer(images, sizes, capfd):
+    """A terminal sends it to the workers as well, which have the main process's handler: each would announce that it stops."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: os.write(2, b"stopping"))
+    try:
+        sampler = StepSampler(Plan(sizes, 2, seed=4), batch_size=2, max_steps=8)
+        batches = iter(loader(Samples(images, sizes, seed=4), sampler, num_workers=1))
+        next(batches)
+        os.kill(batches._workers[0].pid, signal.SIGINT)
+        assert len(list(batches)) == 7 and "stopping" not in capfd.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_goes_to_a_worker_can_be_pickled(images, sizes, tmp_path):

@@ -79,6 +79,15 @@ def test_one_process_loads_what_it_saved(tiny_sd3_folder, whole, tmp_path):
         runs.assert_identical(weights(tmp_path / "again" / part), weights(whole / part))
 
 
+def test_only_who_writes_keeps_whole_tensors(monkeypatch):
+    """Eight processes that each kept the 36 GB of a transformer with its moments and average would fill 290 GB of RAM."""
+    tensor, plain = torch.ones(2), torch.zeros(1)
+    monkeypatch.setattr(sharding, "sharded", lambda value: value is tensor)
+    monkeypatch.setattr(sharding, "whole", lambda value: value * 2)
+    assert sharding.gathered({"a": [tensor], "b": plain})["a"][0].tolist() == [2, 2]
+    assert sharding.gathered({"a": [tensor], "b": plain}, keep=False) == {"a": [None], "b": plain}
+
+
 def test_plain_tensors_pass_through():
     tensor = torch.ones(2)
     tree = {"a": [tensor, 1, "x"], "b": (tensor,), "c": None}

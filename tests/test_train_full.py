@@ -347,6 +347,15 @@ def test_bad_input_is_one_line_with_the_cure(world, tmp_path, monkeypatch, capsy
     assert runs.files(tmp_path) == []
 
 
+def test_a_checkpoint_past_the_end_is_refused(world, tmp_path, capsys):
+    (tmp_path / "out/checkpoint-8").mkdir(parents=True)
+    for name in ("state.pt", "args.json"):
+        (tmp_path / "out/checkpoint-8" / name).write_text("{}")
+    with pytest.raises(SystemExit):
+        script.parse_args(world.argv(tmp_path / "out", max_train_steps=7, resume_from_checkpoint="latest"))
+    assert "--max_train_steps 7: checkpoint-8 is past it already; give at least 8" in capsys.readouterr().err
+
+
 def test_the_base_model_as_output_is_refused(world, capsys):
     with pytest.raises(SystemExit):
         script.parse_args(world.argv(world.model))

@@ -537,6 +537,14 @@ def empty_prompts(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("\n\n")
 
 
+def fsdp(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+
+
+def deepspeed(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+
+
 def read_only(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)  # root may write anywhere
 
@@ -574,6 +582,8 @@ BAD = {  # what is wrong: flags, set-up, what the line must name, the cure in it
     "not a number": (dict(learning_rate="fast"), None, "--learning_rate", "number"),
     "scheduler that does not exist": (dict(lr_scheduler="cosin"), None, "--lr_scheduler", "cosine"),
     "empty prompts file": (dict(validation_prompts_file="prompts.txt"), empty_prompts, "--validation_prompts_file", "one per line"),
+    "sharded by FSDP2": ({}, fsdp, "FSDP2", "--multi_gpu"),
+    "sharded by DeepSpeed": ({}, deepspeed, "DeepSpeed", "--multi_gpu"),
     "LoRA to start from that is not there": (dict(init_lora="nowhere"), None, "--init_lora", "pytorch_lora_weights.safetensors"),
 }
 

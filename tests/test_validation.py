@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import train_text_to_image_lora_sd3 as script
-from src import ema, inputs, lora, metrics, runtime, seeds, validation
+from src import ema, inputs, lora, metrics, runtime, seeds, subject, validation
 from src.data import buckets, samples
 from src.pipelines import sd3
 
@@ -155,6 +155,20 @@ def test_two_processes_share_the_work_and_find_the_same(parts, validator, tmp_pa
 
 
 # ---------------------------------------------------------------------------------------------- the pictures
+
+
+@pytest.mark.parametrize(
+    ("read", "flag"), [(inputs.validation_prompts, "validation_prompts_file"), (subject.class_prompts, "class_prompts_file")]
+)
+def test_a_prompts_file_loses_its_byte_order_mark_and_another_encoding_is_refused(tmp_path, read, flag):
+    """Windows editors put U+FEFF first, which no tokenizer takes for a space."""
+    file = tmp_path / "prompts.txt"
+    args = argparse.Namespace(validation_prompt=["a fox"], class_prompt=["a fox"], **{flag: file})
+    file.write_bytes("\ufeffa caf\u00e9\n\na fox\n".encode())
+    assert read(args) == ["a fox", "a caf\u00e9"]
+    file.write_bytes("a caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"--{flag} .*prompts.txt is not UTF-8 text"):
+        read(args)
 
 
 def test_pictures_are_those_of_their_prompt_and_seed(parts, validator, tmp_path):

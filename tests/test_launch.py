@@ -1,0 +1,39 @@
+"""scripts/launch.sh with stubs of nvidia-smi, python and accelerate: how many processes it starts, and on what."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+STUBS = {
+    "nvidia-smi": "printf 'GPU 0: H100 (UUID: GPU-a)\\nGPU 1: H100 (UUID: GPU-b)\\n'",
+    "python": "exit 0",  # the arguments are fine
+    "accelerate": 'echo "$* | cpu ${ACCELERATE_USE_CPU:-no}"',
+}
+
+
+@pytest.mark.parametrize(
+    ("visible", "asked", "expected"),
+    [
+        (None, None, "launch --multi_gpu --num_processes 2 | cpu no"),
+        ("0,1", None, "launch --multi_gpu --num_processes 2 | cpu no"),
+        ("1", None, "launch --num_processes 1 | cpu no"),
+        ("GPU-b", None, "launch --num_processes 1 | cpu no"),
+        ("", None, "launch --num_processes 1 | cpu no"),  # hidden, all of them: a run on the CPU
+        ("-1", None, "launch --num_processes 1 | cpu no"),
+        ("", "2", "launch --multi_gpu --num_processes 2 | cpu true"),
+    ],
+)
+def test_one_process_for_each_gpu_that_may_be_seen(tmp_path, visible, asked, expected):
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    ours = ("CUDA_VISIBLE_DEVICES", "NUM_PROCESSES", "ACCELERATE_ARGS", "ACCELERATE_USE_CPU")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "VENV": str(tmp_path / "none")}
+    env |= {name: value for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("NUM_PROCESSES", asked)) if value is not None}
+    command = ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/launch.sh; launch train.py --seed 1"]
+    started = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
+    assert started == expected.replace(" |", " --num_machines 1 --mixed_precision no --dynamo_backend no train.py --seed 1 |")
