@@ -74,10 +74,10 @@ TABLES = (
     Table("grpo.md", _STRICT, (0.7, 0.82), {
         "grpo nft": "the command above (nft), seeds 0 and 1", "grpo nft constant": "the same, constant learning rate",
         "grpo nft lr 1e-3": "the same, constant 1e-3, `--max_advantage 1`",
-        "grpo nft kl": "the same for 40 epochs, `--kl_weight 0.1`", "grpo nft guided": "the same for 30 epochs, drawn with guidance 2",
+        "grpo nft kl": "the same for 40 epochs, `--kl_weight 0.1`",
         "grpo ppo": "`--loss ppo --learning_rate 3e-4`", "grpo guard": "`--loss guard --learning_rate 3e-4`",
         "grpo ppo no window": "ppo, every step: `--window_size 0 --window_range 0 9`",
-        "grpo ppo guided": "ppo, `--guidance_scale 2`", "grpo paper": "ppo as in `flow_grpo.yaml`",
+        "grpo ppo guided": "ppo, `--guidance_scale 2`", "grpo paper": "`--config scripts/presets/flow_grpo.yaml --guidance_scale 2`",
     }),
 )  # fmt: skip
 
