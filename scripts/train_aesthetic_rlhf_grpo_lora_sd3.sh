@@ -5,7 +5,7 @@
 #   override  any argument:  bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh --scorer pickscore=1 --prompts datas/my-prompts.txt
 #   as paper  --config scripts/presets/flow_grpo.yaml
 #   try it    TINY=1 bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh     the tiny model against its own verifier, on a CPU, in three minutes;
-#             --num_epochs 80 --lr_scheduler cosine goes on for twenty, --loss ppo --learning_rate 3e-4 takes the clipped surrogate, as the real run does
+#             docs/grpo.md has the flags of twenty minutes; --loss ppo --learning_rate 3e-4 takes the clipped surrogate, as the real run does
 #   plan it   bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
@@ -13,8 +13,7 @@ source "$(dirname "$0")/launch.sh"
 if [ "${TINY:-}" = 1 ]; then
   launch train_grpo_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --resolution 64 --mixed_precision no --prompts shapes --scorer shapes \
-    --loss nft --group_size 8 --sample_batch_size 16 --sample_num_batches_per_epoch 8 --learning_rate 2e-3 --max_advantage 2 \
-    --use_ema --ema_decay 0.95 --num_epochs 14 --checkpointing_epochs 7 \
+    --loss nft --group_size 8 --sample_batch_size 16 --sample_num_batches_per_epoch 8 --learning_rate 1e-3 --num_epochs 14 --checkpointing_epochs 7 \
     --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 14 \
     --eval_scorers shapes_strict,tiny_clip --output_dir outputs/tiny_grpo_sd3 "$@"
 else
