@@ -32,8 +32,9 @@ launch() {
     fi
   fi
 
+  # --quiet: the last line of a failed run is its own error, not the launcher's.
   # shellcheck disable=SC2086  # ACCELERATE_ARGS is a list of words
-  accelerate launch $ACCELERATE_ARGS "$script" "$@" &
+  accelerate launch --quiet $ACCELERATE_ARGS "$script" "$@" &
   launcher=$!
   # The launcher does not pass SIGTERM on; its children are the trainers, which save and exit with 0. It may have none yet.
   trap 'pkill -TERM -P "$launcher" || kill -TERM "$launcher" || true' TERM

@@ -17,13 +17,13 @@ STUBS = {
 @pytest.mark.parametrize(
     ("visible", "asked", "expected"),
     [
-        (None, None, "launch --multi_gpu --num_processes 2 | cpu no"),
-        ("0,1", None, "launch --multi_gpu --num_processes 2 | cpu no"),
-        ("1", None, "launch --num_processes 1 | cpu no"),
-        ("GPU-b", None, "launch --num_processes 1 | cpu no"),
-        ("", None, "launch --num_processes 1 | cpu no"),  # hidden, all of them: a run on the CPU
-        ("-1", None, "launch --num_processes 1 | cpu no"),
-        ("", "2", "launch --multi_gpu --num_processes 2 | cpu true"),
+        (None, None, "launch --quiet --multi_gpu --num_processes 2 | cpu no"),
+        ("0,1", None, "launch --quiet --multi_gpu --num_processes 2 | cpu no"),
+        ("1", None, "launch --quiet --num_processes 1 | cpu no"),
+        ("GPU-b", None, "launch --quiet --num_processes 1 | cpu no"),
+        ("", None, "launch --quiet --num_processes 1 | cpu no"),  # hidden, all of them: a run on the CPU
+        ("-1", None, "launch --quiet --num_processes 1 | cpu no"),
+        ("", "2", "launch --quiet --multi_gpu --num_processes 2 | cpu true"),
     ],
 )
 def test_one_process_for_each_gpu_that_may_be_seen(tmp_path, visible, asked, expected):
@@ -37,3 +37,14 @@ def test_one_process_for_each_gpu_that_may_be_seen(tmp_path, visible, asked, exp
     command = ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/launch.sh; launch train.py --seed 1"]
     started = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
     assert started == expected.replace(" |", " --num_machines 1 --mixed_precision no --dynamo_backend no train.py --seed 1 |")
+
+
+@pytest.mark.slow
+def test_the_last_line_of_a_failed_run_is_its_own(tmp_path):
+    """Not the launcher's: a user looks at the end of a long log."""
+    (tmp_path / "train.py").write_text('def parse_args():\n    pass\n\nif __name__ == "__main__":\n    raise ValueError("what to do")\n')
+    command = ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/launch.sh; cd {tmp_path}; launch train.py"]
+    env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_ARGS"} | {"NUM_PROCESSES": "1"}
+    failed = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.strip().splitlines()[-1] == "ValueError: what to do"
