@@ -255,10 +255,14 @@ class Checkpointer:
     def resume(self, spec: str | Path | None) -> int:
         """Loads every part from `latest` or a folder; returns the step to continue after, 0 for a fresh start.
 
+        From here on SIGTERM and Ctrl-C wait for the loop, which saves: call it right before.
+
         Raises:
             ValueError: the checkpoint does not fit the flags of this run; says which part and which flags differ.
         """
         import torch
+
+        self.run.signals.install()
 
         folder = locate(spec, self.run.output_dir)
         if folder is None:

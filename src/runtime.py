@@ -33,7 +33,10 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 class StopSignal:
-    """The first SIGTERM or Ctrl-C raises a flag that the loop reads; the second Ctrl-C interrupts at once."""
+    """From `install` on, the first SIGTERM or Ctrl-C raises a flag that the loop reads; the second Ctrl-C interrupts at once.
+
+    Before, while models are loaded and caches filled, which may take hours, both end the process at once: there is nothing to save.
+    """
 
     def __init__(self) -> None:
         self.received = False
@@ -350,5 +353,4 @@ def start(args: argparse.Namespace) -> Run:
         _write_args(args)
     _start_trackers(run)
     run.barrier()
-    run.signals.install()
     return run

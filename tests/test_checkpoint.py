@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 class FakeRun:
     is_main = True
+    signals = SimpleNamespace(install=lambda: None)
 
     def __init__(self, folder: Path, **flags):
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src import cli, runtime
+from src import checkpoint, cli, runtime
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,9 +55,10 @@ def test_runs_of_different_precision_follow_each_other_in_one_process(tmp_path):
 
 
 def test_a_run_that_failed_does_not_spoil_the_next(tmp_path):
-    runtime.start(arguments(tmp_path / "a", mixed_precision="bf16"))  # never finished
+    runtime.start(arguments(tmp_path / "a", mixed_precision="bf16")).signals.install()  # never finished
     before = signal.getsignal(signal.SIGTERM)
     run = runtime.start(arguments(tmp_path / "b"))
+    run.signals.install()
     run.finish()
     assert signal.getsignal(signal.SIGTERM) not in (before, run.signals._handle)
 
@@ -171,9 +172,21 @@ def ctrl_c():
     signal.signal(signal.SIGINT, found)
 
 
+def test_until_the_loop_begins_a_signal_ends_the_process_at_once(tmp_path, ctrl_c):
+    """A cache of thousands of pictures takes hours to fill, and there is nothing to save yet: no handler of ours stands in the way."""
+    before = signal.getsignal(signal.SIGTERM)
+    run = runtime.start(arguments(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) == before and signal.getsignal(signal.SIGINT) == ctrl_c
+    checkpoint.Checkpointer(run, every=1, keep=None, parts={}).resume(None)
+    assert signal.getsignal(signal.SIGTERM) == signal.getsignal(signal.SIGINT) == run.signals._handle
+    run.finish()
+    assert signal.getsignal(signal.SIGTERM) == before and signal.getsignal(signal.SIGINT) == ctrl_c
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(tmp_path, number, capfd, ctrl_c):
     run = runtime.start(arguments(tmp_path))
+    checkpoint.Checkpointer(run, every=1, keep=None, parts={}).resume(None)
     assert not run.stop_requested()
     os.kill(os.getpid(), number)
     assert run.stop_requested()
@@ -311,6 +324,7 @@ schedule = optim.schedule(optimizer, "linear", total_steps=8)
 log = metrics.Log(run, every=args.logging_steps)
 part = {"log": log}
 saver = checkpoint.Checkpointer(run, every=3, keep=None, parts=part)
+saver.resume(None)
 result["stops"] = []
 for step in range(1, 7):
     if step == 3 and run.rank == 1:
