@@ -871,7 +871,7 @@ def read_prompts(path: Path, flag: str) -> list[str]:
         ValueError: it holds none, or is not UTF-8.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at U+2028 and the like
     except UnicodeDecodeError:
         raise ValueError(f"{flag} {path} is not UTF-8 text") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -296,7 +296,8 @@ def _accelerator(args: argparse.Namespace) -> Any:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=_PATIENCE),
             # buffers never change: SD3's position embeddings, 0.45 GB, would be sent around in every forward pass
-            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # and gradients live in the buckets that are sent: a copy of them less, 9 GB of a full fine-tuning of SD3.5-medium
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
 

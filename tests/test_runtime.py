@@ -308,7 +308,7 @@ result["gathered"] = run.gather(torch.tensor([[run.rank * 10.0, run.rank * 10.0 
 result["mean"] = run.mean(torch.tensor([float(run.rank), 4.0])).tolist()
 result["broadcast"] = run.broadcast(f"from rank {run.rank}")
 
-model = torch.nn.Linear(1, 1, bias=False)
+model = torch.nn.Linear(1, 1)
 torch.nn.init.ones_(model.weight)
 model.register_buffer("mark", torch.zeros(()))
 policy = run.accelerator.prepare(model)
@@ -318,6 +318,7 @@ for last, name in ((False, "local"), (True, "shared")):  # gradient of the outpu
         run.accelerator.backward(policy(torch.full((1, 1), run.rank + 1.0)).sum())
     result[name] = model.weight.grad.item()
 result["buffer"] = model.mark.item()
+result["storages"] = len({p.grad.untyped_storage().data_ptr() for p in model.parameters()})
 
 optimizer = optim.build(model.parameters(), name="adamw", learning_rate=1.0, device=run.device)
 schedule = optim.schedule(optimizer, "linear", total_steps=8)
@@ -392,6 +393,12 @@ def test_two_processes_agree(two_processes):
 def test_two_processes_do_not_send_buffers_around(two_processes):
     """Each marks its own with its rank. SD3's position embeddings are a buffer of 0.45 GB, which torch would send in every forward pass."""
     assert [result["buffer"] for result in two_processes[0]] == [0.0, 1.0]
+
+
+@pytest.mark.slow
+def test_gradients_of_two_processes_are_kept_once(two_processes):
+    """Those of weight and bias are parts of one bucket, that which is sent."""
+    assert [result["storages"] for result in two_processes[0]] == [1, 1]
 
 
 @pytest.mark.slow

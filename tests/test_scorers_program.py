@@ -112,6 +112,13 @@ def test_the_mean_is_that_of_the_pictures_that_could_be_judged(capsys):
     assert rows[4].split()[0] == "0.7500"
 
 
+def test_a_line_of_metadata_ends_at_a_line_feed_alone(tmp_path, drawings):
+    """JSON may hold U+2028 as it is, at which `splitlines` would cut."""
+    (tmp_path / "one.jsonl").write_text('{"caption": "a red\u2028circle"}\n', encoding="utf-8")
+    args = program.build_parser().parse_args(["shapes", str(drawings[0]), "--metadata", str(tmp_path / "one.jsonl")])
+    assert program.metadata_of(args) == [{"caption": "a red\u2028circle"}]
+
+
 def test_what_cannot_be_scored_is_refused_in_one_line(capsys, drawings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no picture")

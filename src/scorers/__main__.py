@@ -79,7 +79,7 @@ def metadata_of(args: argparse.Namespace) -> list[dict] | None:
     if not args.metadata:
         return None
     try:
-        lines = [json.loads(line) for line in args.metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [json.loads(line) for line in args.metadata.read_text(encoding="utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise ValueError(f"--metadata {args.metadata}: not JSON lines: {error}") from None
     if len(lines) != len(args.images) or not all(isinstance(line, dict) for line in lines):
