@@ -54,7 +54,7 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what can be known about the adapter, the optimizer, the upload and the checkpoint before anything is loaded."""
     lora.check_export(args.export_format, args.use_dora)
     if args.init_lora:
-        lora.check_init(args.init_lora)
+        lora.check_init(args.init_lora, rank=args.rank, alpha=args.lora_alpha, use_dora=args.use_dora)
     optim.check(args.optimizer)
     quantize.check(args.quantize_base)
     card.check(args.push_to_hub)

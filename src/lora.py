@@ -9,6 +9,7 @@ diffusers and peft are imported inside the functions.
 Source: Hu et al., arXiv 2106.09685; Liu et al., arXiv 2402.09353.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 ADAPTER = "default"  # peft's name of the one adapter that we train
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
+METADATA_NAME = "lora_adapter_metadata"  # under which diffusers keeps rank and alpha in the file's header
 EXPORT_FORMATS = ("diffusers", "kohya")
 
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -296,8 +298,8 @@ def save(
         export_kohya(transformer, Path(folder) / KOHYA_NAME, encoders=encoders)
 
 
-def check_init(path: str | Path) -> Path:
-    """The file that --init_lora means, before anything is loaded: a folder's `pytorch_lora_weights.safetensors` or the file itself.
+def init_file(path: str | Path) -> Path:
+    """The file that --init_lora means: a folder's `pytorch_lora_weights.safetensors` or the file itself.
 
     Raises:
         ValueError: naming --init_lora, if there is none.
@@ -309,12 +311,51 @@ def check_init(path: str | Path) -> Path:
     return file
 
 
+def check_init(path: str | Path, *, rank: int, alpha: float, use_dora: bool) -> None:
+    """Refuse a LoRA to start from whose scaling is not that of this run, by the file's header: nothing is loaded.
+
+    Raises:
+        ValueError: naming --init_lora and the flag to change.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name = init_file(path)
+    try:
+        with safe_open(name, framework="numpy") as file:
+            keys = file.keys()
+            ranks = {key: file.get_slice(key).get_shape()[0] for key in keys if ".lora_A." in key}
+            dora = any("lora_magnitude_vector" in key for key in keys)
+            metadata = json.loads((file.metadata() or {}).get(METADATA_NAME, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"--init_lora {path}: cannot be read as safetensors ({error}); is the file complete?") from error
+    ours = {"r": rank, "lora_alpha": alpha, "use_dora": use_dora}
+    for part in ("transformer", "unet"):  # text encoders have flags of their own, in one program alone
+        if found := set(_part(ranks, part).values()):
+            _check_scaling(f"--init_lora {path}", part, found, dora, _part(metadata, part), ours)
+
+
+def _check_scaling(flag: str, part: str, ranks: set[int], dora: bool, metadata: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raises ValueError where rank, alpha or kind of a saved adapter are not `ours`, which holds what `_metadata` says."""
+    named = "--text_encoder_rank" if part in TEXT_PARTS else "--rank"
+    if ranks != {ours["r"]}:
+        raise ValueError(f"{flag}: has rank {', '.join(map(str, sorted(ranks)))}, this run {named} {ours['r']}; pass {named} {max(ranks)}")
+    alpha = metadata.get("lora_alpha", ours["r"])  # diffusers' rule for files without metadata: alpha = rank
+    if alpha != ours["lora_alpha"]:
+        if part in TEXT_PARTS:
+            raise ValueError(f"{flag}: has alpha {alpha:g} in {part}, this run {ours['lora_alpha']:g}; it scales all parts by alpha / rank")
+        raise ValueError(f"{flag}: has alpha {alpha:g}, this run --lora_alpha {ours['lora_alpha']:g}; pass --lora_alpha {alpha:g}")
+    if metadata.get("use_rslora") or metadata.get("alpha_pattern"):
+        raise ValueError(f"{flag}: scales its layers by another rule (rsLoRA or an alpha per layer), which this run could not keep")
+    if dora != ours["use_dora"]:
+        raise ValueError(f"{flag}: is plain LoRA; leave out --use_dora" if ours["use_dora"] else f"{flag}: is DoRA; pass --use_dora")
+
+
 def _read(path: str | Path, denoiser: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a saved LoRA that has one of this denoiser; raises ValueError naming --init_lora."""
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
     from safetensors import SafetensorError
 
-    flag, file = f"--init_lora {path}", check_init(path)
+    flag, file = f"--init_lora {path}", init_file(path)
     try:
         reader = StableDiffusion3Pipeline if denoiser == "transformer" else StableDiffusionPipeline
         options = dict(weight_name=file.name, use_safetensors=True, return_lora_metadata=True)
@@ -364,21 +405,10 @@ def load(transformer: nn.Module, path: str | Path, *, encoders: Mapping[str, nn.
 
 def _load_part(module: nn.Module, tensors: dict[str, Tensor], metadata: dict[str, Any], path: str | Path, part: str) -> list[str]:
     flag = f"--init_lora {path}"
-    named = "--text_encoder_rank" if part in TEXT_PARTS else "--rank"
-    own, ours = _named(module), _metadata(module)
+    own = _named(module)
     tensors = {key: tensor for key, tensor in tensors.items() if key.split(".lora_")[0] not in _dead(unwrap(module))}
-    rank = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
-    if rank != {ours["r"]}:
-        raise ValueError(f"{flag}: has rank {', '.join(map(str, sorted(rank)))}, this run {named} {ours['r']}; pass {named} {max(rank)}")
-    alpha = metadata.get("lora_alpha", ours["r"])  # diffusers' rule for files without metadata: alpha = rank
-    if alpha != ours["lora_alpha"]:
-        if part in TEXT_PARTS:
-            raise ValueError(f"{flag}: has alpha {alpha:g} in {part}, this run {ours['lora_alpha']:g}; it scales all parts by alpha / rank")
-        raise ValueError(f"{flag}: has alpha {alpha:g}, this run --lora_alpha {ours['lora_alpha']:g}; pass --lora_alpha {alpha:g}")
-    if metadata.get("use_rslora") or metadata.get("alpha_pattern"):
-        raise ValueError(f"{flag}: scales its layers by another rule (rsLoRA or an alpha per layer), which this run could not keep")
-    if any("lora_magnitude_vector" in key for key in tensors) != ours["use_dora"]:
-        raise ValueError(f"{flag}: is plain LoRA; leave out --use_dora" if ours["use_dora"] else f"{flag}: is DoRA; pass --use_dora")
+    ranks = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("lora_A.weight")}
+    _check_scaling(flag, part, ranks, any("lora_magnitude_vector" in key for key in tensors), metadata, _metadata(module))
     extra = sorted({key.split(".lora_")[0] for key in tensors.keys() - own.keys()})
     if extra:
         raise ValueError(f"{flag}: adapts {len(extra)} layers that this run leaves out, such as {extra[0]}; widen --lora_layers")

@@ -30,7 +30,7 @@ def check(args: argparse.Namespace) -> None:
     card.check(args.push_to_hub)
     lora.check_export(args.export_format, args.use_dora)
     if args.init_lora:
-        lora.check_init(args.init_lora)
+        lora.check_init(args.init_lora, rank=args.rank, alpha=args.lora_alpha, use_dora=args.use_dora)
     if args.full_weights:
         full.check_output(args.output_dir, args.pretrained_model_name_or_path)
         sharding.check(os.environ, pieces=False, train_text_encoder=False, optimizer=args.optimizer)

@@ -33,7 +33,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: naming the flag and the cure.
     """
     if args.init_lora:
-        lora.check_init(args.init_lora)
+        lora.check_init(args.init_lora, rank=args.rank, alpha=args.lora_alpha, use_dora=args.use_dora)
     if not args.use_lora:
         full.check_output(args.output_dir, args.pretrained_model_name_or_path)
     optim.check(args.optimizer)

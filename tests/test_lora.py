@@ -1,10 +1,12 @@
 """LoRA: which layers, what trains, what the files hold, against peft's own functions, stock pipelines and diffusers' SD3 converter."""
 
+import contextlib
 import copy
 import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from src import flow, lora, speed
@@ -355,6 +357,37 @@ def test_a_start_that_does_not_fit_is_refused_with_the_cure(fresh, transformer, 
     lora.add(other, **options)
     with pytest.raises(ValueError, match=f"--init_lora .*{message}"):
         lora.load(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rank, alpha, use_dora, message",
+    [
+        (8, 10, False, "has rank 4, this run --rank 8; pass --rank 4"),
+        (4, 8, False, "has alpha 10, this run --lora_alpha 8; pass --lora_alpha 10"),
+        (4, 10, True, "leave out --use_dora"),
+        (4, 10, False, None),
+    ],
+)
+def test_another_scaling_is_known_before_anything_is_loaded(transformer, tmp_path, rank, alpha, use_dora, message):
+    lora.save(trained(transformer, alpha=10), tmp_path)
+    with pytest.raises(ValueError, match=f"--init_lora .*{message}") if message else contextlib.nullcontext():
+        lora.check_init(tmp_path, rank=rank, alpha=alpha, use_dora=use_dora)
+
+
+def test_without_metadata_alpha_is_the_rank(transformer, tmp_path):
+    """diffusers' rule, and files of its scripts have none."""
+    lora.save(trained(transformer, alpha=10), tmp_path)
+    file = tmp_path / lora.WEIGHTS_NAME
+    save_file(load_file(file), file)
+    lora.check_init(tmp_path, rank=4, alpha=4, use_dora=False)
+    with pytest.raises(ValueError, match="has alpha 4, this run --lora_alpha 10"):
+        lora.check_init(file, rank=4, alpha=10, use_dora=False)
+
+
+def test_a_cut_file_is_known_before_anything_is_loaded(tmp_path):
+    (tmp_path / lora.WEIGHTS_NAME).write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match="--init_lora .*is the file complete"):
+        lora.check_init(tmp_path, rank=4, alpha=4, use_dora=False)
 
 
 @pytest.mark.parametrize("content", [None, b"no safetensors"])
