@@ -1,6 +1,7 @@
 """Learning curves of runs on the tiny world: kept in results/learning_curves.json, drawn for the pages, and what half of the way cost.
 
   python benchmarks/learning_curves.py --record "grpo nft / seed 0=outputs/tiny_grpo_sd3"     # keep what a run measured, under a name
+  python benchmarks/learning_curves.py --processes 2 --record ...                            # of a run with NUM_PROCESSES=2
   python benchmarks/learning_curves.py --write                                               # pictures and tables of the pages, once more
 
 A name is SETTING / SEED: runs of one setting have one colour and one row. Seconds are those of the whole run up to an evaluation, with
@@ -71,7 +72,7 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
     ),
 }  # fmt: skip
 TABLES = (
-    Table("grpo.md", _STRICT, (0.7, 0.82), {
+    Table("grpo.md", _STRICT, (0.7, 0.82, 0.9), {
         "grpo nft": "the command above (nft), seeds 0 and 1", "grpo nft constant": "the same, constant learning rate",
         "grpo nft lr 1e-3": "the same, constant 1e-3, `--max_advantage 1`",
         "grpo nft kl": "the same for 40 epochs, `--kl_weight 0.1`",
@@ -85,7 +86,8 @@ TABLES = (
 def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--record", nargs="+", default=[], metavar="NAME=FOLDER", help="keep runs by their output folders")
-    parser.add_argument("--machine", default="one thread of a CPU", help="kept with them: what they ran on")
+    parser.add_argument("--processes", type=cli.positive_int, default=1, help="of those runs, each of which draws its own pictures")
+    parser.add_argument("--machine", default="one thread of a CPU for each process", help="kept with them: what they ran on")
     parser.add_argument("--write", action="store_true", help="draw the pictures in docs/images/ and put the tables into the pages")
     return parser
 
@@ -108,7 +110,7 @@ def passes_per_picture(args: argparse.Namespace) -> float:
     return guided * args.num_inference_steps + (1 if nft else guided) * trained * (rl_epoch.step_cost(args) + beside)
 
 
-def record(folder: Path, machine: str) -> dict[str, Any]:
+def record(folder: Path, machine: str, processes: int = 1) -> dict[str, Any]:
     """What a run measured: its evaluations, each with the seconds that training had taken by then, its rewards, and its flags.
 
     Raises:
@@ -130,9 +132,10 @@ def record(folder: Path, machine: str) -> dict[str, Any]:
         raise ValueError(f"--record: the run in {folder} was never evaluated; train it with --eval_prompts")
     default = trainer_of(args).build_parser().get_default
     flags = {name: value for name, value in vars(args).items() if name not in ASIDE and value != _plain(default(name))}
-    found = {"evaluations": evaluations, "training": training, "flags": flags, "machine": machine, "date": date.today().isoformat()}
+    found = {"evaluations": evaluations, "training": training, "flags": flags, "date": date.today().isoformat()}
+    found |= {"machine": machine, "processes": processes}
     if hasattr(args, "window_range"):  # reinforcement learning: every line of training is an epoch of equally many updates
-        each, pictures = passes_per_picture(args), args.sample_batch_size * args.sample_num_batches_per_epoch
+        each, pictures = passes_per_picture(args), args.sample_batch_size * args.sample_num_batches_per_epoch * processes
         found |= {"passes_per_picture": round(each, 2), "pictures_per_step": pictures / training["step"][0]}
     return found
 
@@ -177,15 +180,16 @@ def row(label: str, runs: Sequence[dict[str, Any]], metric: str, goals: Sequence
     cells = [f"{passes:.1f}", ", ".join(f"{100 * end[metric]:.1f}" for end in last)]
     cells.append(", ".join(f"{end['seconds'] / 60:.0f}" for end in last))
     for goal in goals:
-        found = [reached(run, metric, goal) for run in runs]
-        cells.append(", ".join("-" if cost is None else f"{cost[0] / 60:.1f}" for cost in found))
-        cells.append(", ".join("-" if cost is None else f"{cost[1] * run['pictures_per_step'] * passes / 1000:.0f} k"
-                               for cost, run in zip(found, runs, strict=True)))  # fmt: skip
+        costs = []
+        for run in runs:
+            cost = reached(run, metric, goal)
+            costs.append("-" if cost is None else f"{cost[0] / 60:.1f} / {cost[1] * run['pictures_per_step'] * passes / 1000:.0f}")
+        cells.append(", ".join(costs))
     return f"| {label} | {' | '.join(cells)} |"
 
 
 def table(results: dict[str, dict[str, Any]], wanted: Table) -> str:
-    goals = [f"{what} to {100 * goal:.0f} %" for goal in wanted.goals for what in ("min", "passes")]
+    goals = [f"min / k passes to {100 * goal:.0f} %" for goal in wanted.goals]
     head = ["run", "passes a picture", "at the end, %", "after min", *goals]
     rows = [row(label, runs_of(results, setting), wanted.metric, wanted.goals) for setting, label in wanted.settings.items()]
     return "\n".join([f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|", *rows]) + "\n"
@@ -237,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
         name, equals, folder = entry.partition("=")
         if not equals or not name:
             raise ValueError(f"--record: {entry!r} is not NAME=FOLDER, as 'grpo nft / seed 0=outputs/tiny_grpo_sd3'")
-        results[name.strip()] = record(Path(folder), args.machine)
+        results[name.strip()] = record(Path(folder), args.machine, args.processes)
     if args.record:
         RESULTS.write_text(json.dumps(results, sort_keys=True) + "\n", encoding="utf-8")
         print(f"{len(results)} runs in {RESULTS.name}: {', '.join(sorted(results))}")

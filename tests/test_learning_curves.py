@@ -27,7 +27,7 @@ def test_a_goal_is_reached_between_two_evaluations():
 def test_a_row_by_hand():
     """Two seeds. 0.6 is reached in half of 120 s and 20 steps: 1 minute, 10 steps of 64 pictures of 10 passes, 6.4 thousand."""
     runs = [run((0, 0, 0.5), (20, 120, 0.7)), run((0, 0, 0.5), (20, 180, 0.55))]
-    assert learning_curves.row("nft", runs, SCORE, [0.6]) == "| nft | 10.0 | 70.0, 55.0 | 2, 3 | 1.0, - | 6 k, - |"
+    assert learning_curves.row("nft", runs, SCORE, [0.6]) == "| nft | 10.0 | 70.0, 55.0 | 2, 3 | 1.0 / 6, - |"
 
 
 def test_seeds_of_a_setting_belong_together(monkeypatch):
@@ -72,6 +72,8 @@ def test_what_is_kept_of_a_run(folder, monkeypatch):
     assert kept["training"] == {"step": [2, 4], "seconds": [7.0, 9.0], "reward": [0.3, 0.4]}
     assert kept["flags"] == {"sample_batch_size": 4, "sample_num_batches_per_epoch": 8, "learning_rate": 0.5}
     assert (kept["passes_per_picture"], kept["pictures_per_step"], kept["machine"]) == (16.0, 16.0, "a machine")
+    two = learning_curves.record(folder, "a machine", processes=2)  # each process draws so many
+    assert two["pictures_per_step"] == 32.0 and two["processes"] == 2
 
 
 def test_what_cannot_be_kept(folder, monkeypatch, tmp_path_factory):
