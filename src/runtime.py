@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -268,7 +269,11 @@ def _settle_numerics(args: argparse.Namespace) -> None:
 
 
 def _quieten_libraries() -> None:
-    """No progress bar for every folder that diffusers opens, no notice of CPU kernels that nobody asked bitsandbytes for."""
+    """No progress bar for every folder that diffusers opens, no notice of CPU kernels that nobody asked bitsandbytes for.
+
+    And none of a flag of DistributedDataParallel whose successor accelerate cannot hand over, and older versions of torch do not know.
+    """
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
 

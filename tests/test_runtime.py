@@ -387,6 +387,7 @@ def test_two_processes_agree(two_processes):
     assert a["mean"] == b["mean"] == [0.5, 4.0]
     assert a["broadcast"] == b["broadcast"] == "from rank 0"
     assert "seed" in output[0] and "repeats this run" not in output[1]
+    assert "Warning" not in output[0] + output[1]
 
 
 @pytest.mark.slow
