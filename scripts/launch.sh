@@ -1,6 +1,6 @@
 # Sourced by the wrappers: `launch SCRIPT.py ARGUMENT...` runs one trainer through accelerate.
 #
-#   NUM_PROCESSES=2            processes on this machine (default: one per GPU, one without a GPU)
+#   NUM_PROCESSES=2            processes on this machine (default: one per GPU; without a GPU one, and two for TINY=1)
 #   ACCELERATE_ARGS="..."      handed to `accelerate launch` instead of the defaults, e.g. --config_file scripts/accelerate/...
 #   PRINT_COMMAND=1            print the program and its arguments instead of running it
 #   VENV=PATH                  environment to use (default: .venv if it is there, else the active one)
@@ -9,13 +9,27 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}
 if [ -x "$VENV/bin/python" ]; then export PATH="$(cd "$VENV" && pwd)/bin:$PATH"; fi
 
-launch() {
-  local script=$1 gpus processes launcher status; shift
-  if [ "${PRINT_COMMAND:-}" = 1 ]; then printf '%q ' python "$script" "$@"; echo; return; fi
+count_gpus() {
+  local gpus
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true) # without nvidia-smi: 0, and no stop by pipefail
   if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # empty or -1: none of them
     gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '^ *[^ -]' || true)
   fi
+  echo "$gpus"
+}
+
+# Processes of a tiny recipe: on a CPU two of one thread, since the layers are too small to be divided among threads. Wrappers give each
+# of them half of the batch, so the result is the same.
+tiny_processes() {
+  if [ -n "${NUM_PROCESSES:-}" ]; then echo "$NUM_PROCESSES"
+  elif [ -z "${ACCELERATE_ARGS:-}" ] && [ "$(count_gpus)" -eq 0 ] && [ "$(nproc 2>/dev/null || echo 1)" -ge 2 ]; then echo 2
+  else echo 1; fi
+}
+
+launch() {
+  local script=$1 gpus processes launcher status; shift
+  if [ "${PRINT_COMMAND:-}" = 1 ]; then printf '%q ' python "$script" "$@"; echo; return; fi
+  gpus=$(count_gpus)
   processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
   if [[ "${ACCELERATE_ARGS:-}" =~ --num_processes[\ =]+([0-9]+) ]]; then processes=${BASH_REMATCH[1]}; fi
   case " $* " in *" --dry_run "*) exec python "$script" "$@" ;; esac

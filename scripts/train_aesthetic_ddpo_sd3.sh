@@ -10,10 +10,11 @@ set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
 if [ "${TINY:-}" = 1 ]; then
-  launch train_ddpo_sd3.py \
+  processes=$(tiny_processes)
+  NUM_PROCESSES=$processes launch train_ddpo_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --resolution 64 --mixed_precision no --prompts shapes --scorer jpeg_compressibility \
-    --sample_batch_size 16 --sample_num_batches_per_epoch 8 --learning_rate 3e-4 --num_epochs 12 --checkpointing_epochs 6 \
-    --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 6 \
+    --sample_batch_size 16 --sample_num_batches_per_epoch $((8 / processes)) --learning_rate 3e-4 --num_epochs 18 --checkpointing_epochs 9 \
+    --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 9 \
     --eval_scorers shapes --output_dir outputs/tiny_ddpo_sd3 "$@"
 else
   launch train_ddpo_sd3.py \

@@ -11,10 +11,12 @@ set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
 if [ "${TINY:-}" = 1 ]; then
-  launch train_grpo_sd3.py \
+  processes=$(tiny_processes)
+  NUM_PROCESSES=$processes launch train_grpo_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --resolution 64 --mixed_precision no --prompts shapes --scorer shapes \
-    --loss nft --group_size 8 --sample_batch_size 16 --sample_num_batches_per_epoch 8 --learning_rate 1e-3 --num_epochs 14 --checkpointing_epochs 7 \
-    --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 14 \
+    --loss nft --group_size 8 --sample_batch_size 16 --sample_num_batches_per_epoch $((16 / processes)) --max_advantage 2 \
+    --learning_rate 2e-3 --lr_scheduler cosine --num_epochs 12 --checkpointing_epochs 6 \
+    --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 12 \
     --eval_scorers shapes_strict,tiny_clip --output_dir outputs/tiny_grpo_sd3 "$@"
 else
   launch train_grpo_sd3.py \

@@ -20,10 +20,11 @@ pairs=yuvalkirstain/pickapic_v2
 if [ -d datas/pickapic ]; then pairs=datas/pickapic; fi
 
 if [ "${TINY:-}" = 1 ]; then
-  launch train_dpo_sd15.py \
+  processes=$(tiny_processes)
+  NUM_PROCESSES=$processes launch train_dpo_sd15.py \
     --pretrained_model_name_or_path models/tiny-sd15 --dataset_name datas/pairs --resolution 64 --no_hflip --mixed_precision no \
     "${beta[@]}" --use_lora --rank 16 --learning_rate 3e-4 --lr_scheduler constant_with_warmup --caption_dropout 0 \
-    --train_batch_size 32 --dataloader_num_workers 0 --max_train_steps 250 --checkpointing_steps 125 --validation_steps 125 \
+    --train_batch_size $((32 / processes)) --dataloader_num_workers 0 --max_train_steps 250 --checkpointing_steps 125 --validation_steps 125 \
     --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
     --validation_prompt "a red star on a blue background" --validation_prompt "a green circle on a white background" \
     --output_dir outputs/tiny_dpo_sd15 "$@"

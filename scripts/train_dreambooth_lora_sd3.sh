@@ -24,11 +24,12 @@ case " $* " in *" --no-with_prior_preservation "*) prior=() ;; esac # these have
 
 if [ "${TINY:-}" = 1 ]; then
   # The class of a drawn shape is all others: 96 prompts take turns. What carries the text is adapted, and the pictures' feed-forward layers.
-  launch train_dreambooth_lora_sd3.py \
+  processes=$(tiny_processes)
+  NUM_PROCESSES=$processes launch train_dreambooth_lora_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --instance_data_dir datas/subject --resolution 64 --no_hflip --mixed_precision no \
     "${prior[@]}" --rank 32 \
     --lora_layers context_embedder,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out,ff_context.net.0.proj,ff_context.net.2,ff.net.0.proj,ff.net.2 \
-    --learning_rate 3e-3 --lr_scheduler cosine --train_batch_size 8 --dataloader_num_workers 0 --max_train_steps 700 \
+    --learning_rate 3e-3 --lr_scheduler cosine --train_batch_size $((8 / processes)) --dataloader_num_workers 0 --max_train_steps 700 \
     --checkpointing_steps 350 --validation_steps 350 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
     --validation_prompt "a sks on a green background" --validation_prompt "a green circle on a white background" \
     --output_dir outputs/tiny_dreambooth_sd3 "$@"

@@ -12,9 +12,10 @@ set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
 if [ "${TINY:-}" = 1 ]; then
-  launch train_refl_sd15.py \
+  processes=$(tiny_processes)
+  NUM_PROCESSES=$processes launch train_refl_sd15.py \
     --pretrained_model_name_or_path models/tiny-sd15 --resolution 64 --mixed_precision no --prompts shapes --scorer tiny_clip \
-    --num_inference_steps 20 --guidance_scale 1 --train_batch_size 16 --decode_batch_size 16 --grad_scale 1 --use_lora --rank 16 \
+    --num_inference_steps 20 --guidance_scale 1 --train_batch_size $((16 / processes)) --decode_batch_size 16 --grad_scale 1 --use_lora --rank 16 \
     --learning_rate 5e-4 --max_train_steps 100 --checkpointing_steps 50 --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 64 \
     --eval_num_inference_steps 20 --eval_guidance_scale 1 --eval_steps 50 --eval_scorers shapes_strict \
     --output_dir outputs/tiny_refl_sd15 "$@"

@@ -10,10 +10,11 @@ source "$(dirname "$0")/launch.sh"
 
 if [ "${TINY:-}" = 1 ]; then
   # Adapts what carries the text, and the pictures' feed-forward layers: with all of the attention, more of the known shapes would be forgotten.
-  launch train_text_to_image_lora_sd3.py \
+  processes=$(tiny_processes)
+  NUM_PROCESSES=$processes launch train_text_to_image_lora_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --dataset_name datas/shapes-new --resolution 64 --no_hflip --mixed_precision no \
     --lora_layers context_embedder,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out,ff_context.net.0.proj,ff_context.net.2,ff.net.0.proj,ff.net.2 \
-    --rank 32 --learning_rate 4e-3 --lr_scheduler cosine --train_batch_size 32 --dataloader_num_workers 0 --max_train_steps 450 \
+    --rank 32 --learning_rate 4e-3 --lr_scheduler cosine --train_batch_size $((32 / processes)) --dataloader_num_workers 0 --max_train_steps 450 \
     --checkpointing_steps 225 --validation_steps 225 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
     --validation_prompt "a red heart on a blue background" --validation_prompt "a green circle on a white background" \
     --output_dir outputs/tiny_lora_sd3 "$@"

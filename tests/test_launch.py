@@ -39,6 +39,28 @@ def test_one_process_for_each_gpu_that_may_be_seen(tmp_path, visible, asked, exp
     assert started == expected.replace(" |", " --num_machines 1 --mixed_precision no --dynamo_backend no train.py --seed 1 |")
 
 
+@pytest.mark.parametrize(
+    ("cores", "gpus", "given", "expected"),
+    [
+        (1, 0, {}, "1"),
+        (8, 0, {}, "2"),  # the batch is divided by it: not as many as there happen to be
+        (8, 1, {}, "1"),
+        (8, 0, {"NUM_PROCESSES": "1"}, "1"),
+        (8, 1, {"NUM_PROCESSES": "3"}, "3"),
+        (8, 0, {"ACCELERATE_ARGS": "--num_processes 4"}, "1"),  # whoever writes that divides the batch as well
+    ],
+)
+def test_processes_of_a_tiny_recipe(tmp_path, cores, gpus, given, expected):
+    stubs = {"nproc": f"echo {cores}", "nvidia-smi": STUBS["nvidia-smi"] if gpus else "exit 9"}
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "NUM_PROCESSES", "ACCELERATE_ARGS")}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "VENV": str(tmp_path / "none"), **given}
+    command = ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/launch.sh; tiny_processes"]
+    assert subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip() == expected
+
+
 @pytest.mark.slow
 def test_the_last_line_of_a_failed_run_is_its_own(tmp_path):
     """Not the launcher's: a user looks at the end of a long log."""

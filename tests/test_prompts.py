@@ -192,6 +192,21 @@ def test_updates_share_out_all_batches_in_an_order_of_their_own():
     assert one.updates(1, 3) != parts and sampler(rank=1, world=2).updates(0, 3) == parts
 
 
+def test_an_update_trains_on_the_same_pictures_whoever_draws_them():
+    """24 positions as 6 batches of 4 of one process, 3 of two, 6 of 2 of two, or 2 of three: the same in each of two updates, or of one."""
+
+    def positions(world, batch_size, batches, count):
+        parts = [
+            GroupSampler(ANIMALS, group_size=4, batch_size=batch_size, batches_per_epoch=batches, seed=0, rank=rank, world=world)
+            for rank in range(world)
+        ]
+        drawn = [part.batches(1) for part in parts]
+        return [sorted(p for own in drawn for number in update for p in own[number].positions) for update in parts[0].updates(1, count)]
+
+    assert positions(1, 4, 6, 2) == positions(2, 2, 6, 2) == positions(3, 4, 2, 2) == positions(1, 12, 2, 2)
+    assert positions(1, 4, 6, 3) == positions(2, 4, 3, 3) and positions(1, 4, 6, 1) == [list(range(24))]
+
+
 def test_groups_that_an_epoch_would_cut_are_refused_with_a_number_that_works():
     """2 x 3 batches of 4 are 24 samples; 5 does not divide them, 4 does."""
     with pytest.raises(ValueError, match="--group_size 5 does not divide the 24 samples.*try 4"):

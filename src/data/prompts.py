@@ -304,10 +304,14 @@ class GroupSampler:
         return [self.prompts[index].text for index in self._chosen(epoch) for _ in range(self.group_size)]
 
     def updates(self, epoch: int, count: int) -> list[list[int]]:
-        """Which batches, by number, each of `count` optimizer steps trains on: each batch once, the same numbers on every process."""
-        order = torch.randperm(self.batches_per_epoch, generator=seeds.generator(self.seed, "updates", epoch)).tolist()
+        """Which batches, by number, each of `count` optimizer steps trains on: each batch once, the same numbers on every process.
+
+        Neighbours stay together, and the steps come in a new order each time: so a step's pictures are the same whether one process
+        draws all batches or several draw fewer.
+        """
+        order = torch.randperm(count, generator=seeds.generator(self.seed, "updates", epoch)).tolist()
         size = self.batches_per_epoch // count
-        return [order[start : start + size] for start in range(0, count * size, size)]
+        return [list(range(part * size, (part + 1) * size)) for part in order]
 
     def _chosen(self, epoch: int) -> list[int]:
         """Index of the prompt of each group: a window of the endless series of shuffled passes."""
