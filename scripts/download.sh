@@ -23,7 +23,8 @@ image-reward                                  1.8 GB   Apache-2.0               
 mask2former-swin-small-coco-instance          0.3 GB   see its model card               geneval: the detector
 dogs                                          6 MB     none stated                      datas/dogs: DreamBooth, five photographs of one dog
 pokemon                                       0.1 GB   CC-BY-NC-SA-4.0                  datas/pokemon: 833 captioned pictures
-pickapic                                      322 GB   none stated                      datas/pickapic: Diffusion-DPO, pickapic_v2
+open-image-preferences                        0.9 GB   Apache-2.0                       datas/open-image-preferences: Diffusion-DPO
+pickapic                                      322 GB   none stated                      datas/pickapic: Diffusion-DPO, a copy of pickapic_v2
 END
 }
 
@@ -98,7 +99,8 @@ fetch() {
     mask2former-swin-small-coco-instance) model "$name" "facebook/$name" ;;
     dogs) hub dataset datas/dogs diffusers/dog-example --include "*.jpeg" ;;
     pokemon) hub dataset datas/pokemon reach-vb/pokemon-blip-captions --include "data/train-*" ;;
-    pickapic) hub dataset datas/pickapic yuvalkirstain/pickapic_v2 --include "data/train-*" ;;
+    open-image-preferences) hub dataset "datas/$name" data-is-better-together/open-image-preferences-v1-binarized --include "data/train-*" ;;
+    pickapic) hub dataset datas/pickapic liuhuohuo2/pick-a-pic-v2 --include "data/train-*" ;; # yuvalkirstain/pickapic_v2 was withdrawn in 2025
   esac
 }
 

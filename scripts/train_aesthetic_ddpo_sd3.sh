@@ -9,6 +9,9 @@
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
+unseen=image_reward # what training does not see, and shares no network with the aesthetic scorer
+case " $* " in *image_reward*) unseen=clip ;; esac
+
 if [ "${TINY:-}" = 1 ]; then
   processes=$(tiny_processes)
   NUM_PROCESSES=$processes launch train_ddpo_sd3.py \
@@ -19,6 +22,6 @@ if [ "${TINY:-}" = 1 ]; then
 else
   launch train_ddpo_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --resolution 512 --mixed_precision bf16 --gradient_checkpointing \
-    --prompts simple_animals --scorer aesthetic --eval_prompts activities --num_epochs 200 --checkpointing_epochs 10 \
+    --prompts simple_animals --scorer aesthetic --eval_prompts activities --eval_scorers $unseen --num_epochs 200 --checkpointing_epochs 10 \
     --checkpoints_total_limit 3 --output_dir outputs/ddpo_sd3 "$@"
 fi

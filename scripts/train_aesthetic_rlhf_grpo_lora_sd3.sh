@@ -10,17 +10,20 @@
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
+unseen=image_reward # what training does not see, and shares no network with the aesthetic scorer
+case " $* " in *image_reward*) unseen=clip ;; esac
+
 if [ "${TINY:-}" = 1 ]; then
   processes=$(tiny_processes)
   NUM_PROCESSES=$processes launch train_grpo_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --resolution 64 --mixed_precision no --prompts shapes --scorer shapes \
-    --loss nft --group_size 8 --sample_batch_size 16 --sample_num_batches_per_epoch $((16 / processes)) --max_advantage 2 \
-    --learning_rate 2e-3 --lr_scheduler cosine --num_epochs 12 --checkpointing_epochs 6 \
-    --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 12 \
+    --loss nft --group_size 8 --sample_batch_size 16 --sample_num_batches_per_epoch $((16 / processes)) --updates_per_epoch 4 \
+    --learning_rate 1e-3 --num_epochs 10 --checkpointing_epochs 5 \
+    --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 10 \
     --eval_scorers shapes_strict,tiny_clip --output_dir outputs/tiny_grpo_sd3 "$@"
 else
   launch train_grpo_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --config scripts/presets/one_gpu.yaml --gradient_checkpointing \
-    --prompts simple_animals --scorer aesthetic --eval_prompts activities --num_epochs 200 --checkpointing_epochs 10 \
+    --prompts simple_animals --scorer aesthetic --eval_prompts activities --eval_scorers $unseen --num_epochs 200 --checkpointing_epochs 10 \
     --checkpoints_total_limit 3 --output_dir outputs/grpo_sd3 "$@"
 fi

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Diffusion-DPO: align SD1.5 with human preferences. SDXL is told from its folder.
 #
-#   needs     one GPU, models/stable-diffusion-v1-5 (bash scripts/download.sh stable-diffusion-v1-5) and pairs: datas/pickapic (322 GB,
-#             bash scripts/download.sh pickapic), without it the same from the Hub, unless --dataset_name names others
+#   needs     one GPU, models/stable-diffusion-v1-5 (bash scripts/download.sh stable-diffusion-v1-5); pairs come from the Hub, 7,000 in 0.9 GB,
+#             or from datas/open-image-preferences (bash scripts/download.sh open-image-preferences), unless --dataset_name names others
 #   24 GB     add --optimizer adamw8bit --gradient_checkpointing, or --use_lora
 #   override  any argument:  bash scripts/train_dpo_sd_v1_5.sh --dataset_name datas/mine --chosen_column good --rejected_column bad
-#   paper     2048 pairs a step: batch 4 x accumulation 512 on one GPU; the same learning rate as --learning_rate 1e-8 --scale_lr, 2.05e-5
+#   paper     Pick-a-Pic, 322 GB (bash scripts/download.sh pickapic; the original is gone from the Hub, this is a copy), 2048 pairs a step:
+#             --dataset_name datas/pickapic --gradient_accumulation_steps 512 --max_train_steps 2000 --learning_rate 2e-5
 #   try it    TINY=1 bash scripts/train_dpo_sd_v1_5.sh      the same thing on the shipped tiny model, on a CPU, in three minutes, once its pairs
 #             are made: python -m src.tiny.pairs --output datas/pairs --num_prompts 1280 --num_images 4 --guidance_scale 1 3
 #   plan it   bash scripts/train_dpo_sd_v1_5.sh --dry_run      it counts the pairs, so a data set of the Hub is downloaded for it
@@ -14,10 +15,12 @@ source "$(dirname "$0")/launch.sh"
 
 beta=(--beta_dpo 2000)
 case " $* " in *" --sft "*) beta=() ;; esac # without a preference it has no effect, and would be refused
-rate=(--learning_rate 2e-5)
+rate=(--learning_rate 5e-6)
 case " $* " in *" --use_lora "*) rate=() ;; esac # a LoRA takes more: the program's own default
-pairs=yuvalkirstain/pickapic_v2
-if [ -d datas/pickapic ]; then pairs=datas/pickapic; fi
+pairs=data-is-better-together/open-image-preferences-v1-binarized
+if [ -d datas/open-image-preferences ]; then pairs=datas/open-image-preferences; fi
+data=(--dataset_name "$pairs" --chosen_column chosen --rejected_column rejected --caption_column prompt)
+case " $* " in *" --dataset_name "*) data=() ;; esac # others have columns of their own
 
 if [ "${TINY:-}" = 1 ]; then
   processes=$(tiny_processes)
@@ -30,8 +33,8 @@ if [ "${TINY:-}" = 1 ]; then
     --output_dir outputs/tiny_dpo_sd15 "$@"
 else
   launch train_dpo_sd15.py \
-    --pretrained_model_name_or_path models/stable-diffusion-v1-5 --dataset_name "$pairs" --resolution 512 \
+    --pretrained_model_name_or_path models/stable-diffusion-v1-5 "${data[@]}" --resolution 512 \
     --mixed_precision bf16 "${rate[@]}" --lr_scheduler constant_with_warmup \
-    --train_batch_size 4 --gradient_accumulation_steps 512 --max_train_steps 2000 --checkpointing_steps 250 --checkpoints_total_limit 2 \
-    --validation_steps 250 --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/dpo_sd15 "$@"
+    --train_batch_size 4 --gradient_accumulation_steps 32 --max_train_steps 500 --checkpointing_steps 100 --checkpoints_total_limit 2 \
+    --validation_steps 100 --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/dpo_sd15 "$@"
 fi

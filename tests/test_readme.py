@@ -269,7 +269,7 @@ def test_defaults_in_wrappers_survive_the_parsers_own_checks(monkeypatch):
         assert isinstance(args, argparse.Namespace) and not rest, f"{where}: {rest}"
 
 
-@pytest.mark.parametrize(("wrapper", "all_weights"), [("train_dpo_sd_v1_5.sh", ["2e-5"]), ("train_refl_v1_5.sh", [])])
+@pytest.mark.parametrize(("wrapper", "all_weights"), [("train_dpo_sd_v1_5.sh", ["5e-6"]), ("train_refl_v1_5.sh", [])])
 def test_a_wrapper_leaves_a_lora_the_programs_own_learning_rate(wrapper, all_weights):
     """What all weights bear is a tenth of what a LoRA takes: with the wrapper's rate, --use_lora would hardly train."""
     for flags, expected in (([], all_weights), (["--use_lora"], []), (["--use_lora", "--learning_rate", "3e-4"], ["3e-4"])):

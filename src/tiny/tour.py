@@ -65,7 +65,8 @@ TRAINERS = {
         "DDPO", "scripts/train_aesthetic_ddpo_sd3.sh", f"{QUICK_EVALUATION} --num_epochs 1 --sample_num_batches_per_epoch 2"
     ),
     "grpo": Trainer(
-        "GRPO", "scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh", f"{QUICK_EVALUATION} --num_epochs 1 --sample_num_batches_per_epoch 2"
+        "GRPO, nft loss", "scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh",
+        f"{QUICK_EVALUATION} --num_epochs 1 --sample_num_batches_per_epoch 2 --updates_per_epoch 1",
     ),
     "dpo": Trainer("Diffusion-DPO", "scripts/train_dpo_sd_v1_5.sh", f"{QUICK} --train_batch_size 2 --num_validation_pairs 1"),
     "refl": Trainer("ReFL", "scripts/train_refl_v1_5.sh", f"{QUICK_EVALUATION} --max_train_steps 1"),
