@@ -78,6 +78,15 @@ def shard(model: nn.Module, blocks: list[nn.Module], *, compute_dtype: torch.dty
         options["mp_policy"] = policy(compute_dtype)
     for module in (*blocks, model):
         fully_shard(module, **options)
+    return released(model)
+
+
+def released(model: nn.Module) -> nn.Module:
+    """Lets go of what was gathered after every forward pass, in the model's own part as well, where FSDP2 keeps it for the backward pass.
+
+    A pass without gradient would leave it behind, and the next one use it, whatever the weights hold by then: an average, the old policy.
+    """
+    model.set_reshard_after_forward(True)
     return model
 
 
@@ -102,7 +111,8 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> tuple[n
                 return forward(*args, **kwargs)
 
         model.forward = under_autocast
-    return accelerator.prepare(model, optimizer)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return released(model), optimizer
 
 
 def check_whole(environ: Mapping[str, str]) -> None:

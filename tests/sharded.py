@@ -64,7 +64,8 @@ def train(model: str, output: str, first: int, last: int, dtype: str) -> None:
             torch.distributed.broadcast_object_list(box)
         return box[0]
 
-    run = SimpleNamespace(accelerator=None, is_main=rank == 0, output_dir=Path(output), print=print, broadcast=broadcast)
+    signals = SimpleNamespace(install=lambda: None)
+    run = SimpleNamespace(accelerator=None, is_main=rank == 0, output_dir=Path(output), print=print, broadcast=broadcast, signals=signals)
     parts = {"weights": full.State({"transformer": transformer}), "optimizer": optimizer, "ema": average}
     saver = checkpoint.Checkpointer(run, every=2, keep=None, parts=parts)
     resumed = saver.resume(run.output_dir / f"checkpoint-{first}" if first else None)
@@ -74,6 +75,8 @@ def train(model: str, output: str, first: int, last: int, dtype: str) -> None:
     share = 4 // world
     for step in range(first, last):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            with torch.no_grad(), average.applied():  # evaluating the average leaves nothing behind: what was gathered is gathered anew
+                loss_of(transformer, step, range(rank * share, (rank + 1) * share))
             loss_of(transformer, step, range(rank * share, (rank + 1) * share)).mean().backward()
         norm = sharding.whole(torch.nn.utils.clip_grad_norm_(weights, 1.0))
         optimizer.step()

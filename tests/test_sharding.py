@@ -112,8 +112,10 @@ def test_fsdp2_computes_under_autocast_with_inputs_left_as_they_are():
         is_fsdp2=True, mixed_precision="bf16", state=SimpleNamespace(fsdp_plugin=plugin), prepare=lambda *objects: objects,
         autocast=lambda: torch.autocast("cpu", torch.bfloat16),
     )  # fmt: skip
-    model, _ = sharding.prepare(accelerator, torch.nn.Linear(2, 2), None)
-    assert model(torch.ones(1, 2)).dtype == torch.bfloat16
+    linear, released = torch.nn.Linear(2, 2), []
+    linear.set_reshard_after_forward = released.append  # a method of what accelerate has sharded
+    model, _ = sharding.prepare(accelerator, linear, None)
+    assert released == [True] and model(torch.ones(1, 2)).dtype == torch.bfloat16
     policy = plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.cast_forward_inputs) == (torch.bfloat16, torch.float32, False)
 
