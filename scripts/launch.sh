@@ -46,6 +46,8 @@ launch() {
     fi
   fi
 
+  # Ctrl-C reaches several processes through torchrun, which kills after 30 s what still writes its checkpoint.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
   # --quiet: the last line of a failed run is its own error, not the launcher's.
   # shellcheck disable=SC2086  # ACCELERATE_ARGS is a list of words
   accelerate launch --quiet $ACCELERATE_ARGS "$script" "$@" &

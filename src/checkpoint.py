@@ -194,6 +194,7 @@ class Checkpointer:
         """
         from src import sharding
 
+        self._held = None  # first, or the last copy would be in memory beside the next
         self._held = (step, _copied(sharding.gathered({name: part.state_dict() for name, part in self.parts.items()})))
 
     def save_held(self) -> int:
@@ -269,7 +270,7 @@ class Checkpointer:
             if spec is not None:
                 self.run.print(f"no checkpoint in {self.run.output_dir}: starting at step 0")
             return 0
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)  # processes of a machine share the pages
         step, kinds = state.pop("step"), state.pop("kinds")
         state |= {name: part.read_files(folder) for name, part in self._with_files().items()}
         missing, extra = sorted(self.parts.keys() - state.keys()), sorted(state.keys() - self.parts.keys())

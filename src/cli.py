@@ -288,7 +288,8 @@ def add_data_args(
     g.add_argument("--strict_data", action="store_true", help="stop at the first broken picture (unset: skip it and print the count)")
     unset = "" if resolution else " (unset: 512, for SDXL 1024)"
     g.add_argument("--resolution", type=multiple_of_16, default=resolution, help=f"side in pixels; in buckets the root of the area{unset}")
-    g.add_argument("--aspect_buckets", action="store_true", help="keep aspect ratios up to 2:1, one per global batch (unset: squares)")
+    g.add_argument("--aspect_buckets", action=argparse.BooleanOptionalAction, default=False,
+                   help="keep aspect ratios up to 2:1, one per global batch; off: squares")  # fmt: skip
     g.add_argument("--random_crop", action="store_true", help="random instead of centre crop (not with --cache_latents)")
     g.add_argument("--no_hflip", action="store_true", help="never mirror a picture (unset: half of the time)")
     g.add_argument("--caption_dropout", type=fraction, default=caption_dropout, help="share of captions left empty (teaches guidance)")
@@ -358,7 +359,8 @@ def add_optimization_args(
     g.add_argument("--adam_weight_decay", type=non_negative_float, default=weight_decay, help="decoupled weight decay (every optimizer)")
     g.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="floor of the denominator")
     g.add_argument("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the global gradient norm to this; 0: no clipping")
-    g.add_argument("--use_ema", action="store_true", help="keep a moving average of the trained weights; it is validated and saved")
+    g.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=False,
+                   help="keep a moving average of the trained weights; it is validated, and saved under ema/")  # fmt: skip
     g.add_argument("--ema_decay", type=decay, default=ema_decay, help="decay of that average per optimizer step")
 
     def usual(args: argparse.Namespace) -> float:
@@ -1066,6 +1068,9 @@ def _refusals(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iter
     if has.get("compile_mode") == "reduce-overhead":
         if has["gradient_checkpointing"]:
             yield "--compile_mode reduce-overhead cannot record what --gradient_checkpointing computes twice; use default"
+        if has.get("gradient_accumulation_steps", 1) > 1 or has.get("with_prior_preservation"):  # the second replay writes over the first's
+            why = "--with_prior_preservation" if has.get("with_prior_preservation") else "--gradient_accumulation_steps"
+            yield f"--compile_mode reduce-overhead keeps the gradients of one backward pass an update, {why} has several; use default"
         if has.get("aspect_buckets"):
             yield "--compile_mode reduce-overhead records one size of picture, --aspect_buckets has many; use default"
     if has.get("quantize_base"):

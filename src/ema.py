@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch.nn import Parameter
 
-from src.sharding import placed
+from src.sharding import placed, sharded
 
 
 @contextmanager
@@ -28,7 +28,10 @@ def swapped(parameters: list[Parameter], values: list[torch.Tensor]) -> Iterator
 
 
 def _fill(parameters: list[Parameter], values: list[torch.Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):  # torch's foreach copy knows no sharded tensors
+    if not any(map(sharded, parameters)):
+        torch._foreach_copy_(parameters, values)  # one kernel for hundreds of adapters
+        return
+    for parameter, value in zip(parameters, values, strict=True):  # foreach knows no sharded tensors
         parameter.copy_(value)
 
 

@@ -267,6 +267,7 @@ def assemble(
     run.print(
         f"{len(parts[0])} {name} to train on in {len(plan.members)} bucket(s), {len(parts[1])} held out; "
         f"an epoch is {plan.steps_per_epoch} step(s) of {plan.global_batch}"
+        + (f", which shows {plan.repeated} of them again to fill its buckets' last batches" if plan.repeated else "")
     )
     picture_sizes = [[size for size in part for _ in range(each)] for part in sizes]
     latents = _latent_cache(run, args, family, pictures, picture_sizes, model) if args.cache_latents else None

@@ -36,6 +36,8 @@ def check(args: argparse.Namespace) -> None:
         sharding.check(os.environ, pieces=False, train_text_encoder=False, optimizer=args.optimizer)
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError("FSDP2 spreads weights that are trained as a whole: add --full_weights, or train the LoRA with --multi_gpu")
+    else:
+        sharding.check_whole(os.environ)
 
 
 def check_steps(args: argparse.Namespace) -> None:

@@ -48,6 +48,8 @@ def check(args: argparse.Namespace, *, differentiable: bool = False) -> None:
     for flag, spec in (("--scorer", args.scorer), ("--eval_scorers", args.eval_scorers)):
         if spec is not None:
             scorers.check(spec, differentiable and flag == "--scorer", flag=flag, **options)
+    if differentiable and args.deterministic and "hps" in scorers.parse(args.scorer) and torch.cuda.is_available():
+        raise ValueError("--deterministic: the gradient of hps's resizing is not, on a GPU; leave it out, or train on another scorer")
     both = scorers.parse(args.scorer).keys() & scorers.parse(args.eval_scorers).keys() if args.eval_scorers else ()
     if both:
         raise ValueError(f"--eval_scorers {args.eval_scorers}: {', '.join(sorted(both))} is trained on, and evaluated anyway; leave it out")
@@ -113,7 +115,10 @@ class Rewards:
 
     def __init__(self, run: runtime.Run, mixture: Mixture, *, background: bool):
         self.run, self.mixture = run, mixture
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rewards") if background else None
+        device = run.device if run.device.type == "cuda" else None  # a new thread would take GPU 0, whichever is this process's
+        self._thread = ThreadPoolExecutor(
+            1, "rewards", initializer=torch.cuda.set_device if device else None, initargs=(device,) if device else ()
+        ) if background else None
         self._stream = torch.cuda.Stream(run.device) if background and run.device.type == "cuda" else None
         self._scored: list[Future | tuple[Tensor, dict[str, Tensor]]] = []
         self._positions: list[int] = []

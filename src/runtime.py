@@ -335,6 +335,8 @@ def start(args: argparse.Namespace) -> Run:
     Raises:
         ValueError: fp16 on a CPU; a launcher that started fewer processes than it was asked for.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the wrapper's shell starts its background job deaf to Ctrl-C
     _settle_numerics(args)
     _quieten_libraries()
     accelerator = _accelerator(args)

@@ -134,6 +134,7 @@ def compile_blocks(model: nn.Module, *, mode: str = "default", **options: Any) -
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block at its buckets; blocks are small enough to overlap as they are
     model = unwrap(model)
     parts = model.transformer_blocks if hasattr(model, "transformer_blocks") else [*model.down_blocks, model.mid_block, *model.up_blocks]
     for part in parts:

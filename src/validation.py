@@ -100,7 +100,8 @@ class Validator:
         jobs = [(prompt, args.validation_seed + n) for prompt in self.prompts for n in range(args.num_validation_images)]
         share = -(-len(jobs) // run.world)  # every process renders equally many, the last ones again if need be
         mine = [jobs[min(i, len(jobs) - 1)] for i in range(run.rank * share, (run.rank + 1) * share)]
-        negative = self.data.condition([""]) if args.validation_guidance_scale > 1 else None
+        with run.accelerator.autocast():  # as the prompts below: text encoders that are trained compute in it
+            negative = self.data.condition([""]) if args.validation_guidance_scale > 1 else None
         rendered = []
         for start in range(0, share, args.train_batch_size):  # no more at once than training holds
             part = mine[start : start + args.train_batch_size]

@@ -266,6 +266,7 @@ def test_warm_up_is_500_steps_or_a_quarter_of_a_shorter_run(parse, steps, warmup
         (["--compile_mode", "reduce-overhead"], "--compile_mode reduce-overhead has no effect without --compile"),
         (["--compile", "--compile_mode", "reduce-overhead", "--gradient_checkpointing"], "cannot record what --gradient_checkpointing"),
         (["--compile", "--compile_mode", "reduce-overhead", "--aspect_buckets"], "--aspect_buckets has many; use default"),
+        (["--compile", "--compile_mode", "reduce-overhead", "--gradient_accumulation_steps", "2"], "_steps has several"),
     ],
 )
 def test_an_option_without_effect_is_an_error(refusal, argv, words):

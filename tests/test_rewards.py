@@ -35,6 +35,25 @@ def pictures(*values):
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
 
 
+def test_the_background_thread_takes_this_processs_gpu(run, monkeypatch):
+    """A new thread's current GPU is the first one, on which every process of a machine would leave half a gigabyte."""
+    devices = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    run.device = torch.device("cuda", 3)
+    rewards.Rewards(run, mean_colour, background=True)._thread.submit(int).result()
+    assert devices == [torch.device("cuda", 3)]
+
+
+def test_the_gradient_of_hps_is_not_deterministic_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rewards.scorers, "check", lambda *args, **options: None)
+    args = argparse.Namespace(scorer="hps=1,clip=1", eval_scorers=None, deterministic=True)
+    monkeypatch.setattr(rewards.cli, "scorer_options", lambda args: {})
+    with pytest.raises(ValueError, match="--deterministic: the gradient of hps"):
+        rewards.check(args, differentiable=True)
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_scores_come_back_in_the_order_of_positions(run, background):
     scoring = rewards.Rewards(run, mean_colour, background=background)

@@ -183,6 +183,14 @@ def test_until_the_loop_begins_a_signal_ends_the_process_at_once(tmp_path, ctrl_
     assert signal.getsignal(signal.SIGTERM) == before and signal.getsignal(signal.SIGINT) == ctrl_c
 
 
+def test_ctrl_c_is_heard_though_the_wrappers_shell_ignores_it(tmp_path, ctrl_c):
+    """A shell script starts its background jobs with SIGINT ignored, and Python leaves that as it is."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = runtime.start(arguments(tmp_path))
+    assert signal.getsignal(signal.SIGINT) == ctrl_c
+    run.finish()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_asks_to_stop_and_the_second_ctrl_c_interrupts(tmp_path, number, capfd, ctrl_c):
     run = runtime.start(arguments(tmp_path))

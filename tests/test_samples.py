@@ -214,6 +214,7 @@ def test_ctrl_c_is_for_the_main_process_to_answer(images, sizes, capfd):
         batches = iter(loader(Samples(images, sizes, seed=4), sampler, num_workers=1))
         next(batches)
         os.kill(batches._workers[0].pid, signal.SIGINT)
+        assert os.getpgid(batches._workers[0].pid) != os.getpgrp()  # nor does SIGTERM to the main process's group reach them
         assert len(list(batches)) == 7 and "stopping" not in capfd.readouterr().err
     finally:
         signal.signal(signal.SIGINT, before)

@@ -639,6 +639,14 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(("variable", "cure"), [("ACCELERATE_USE_FSDP", "add --full_weights"), ("ACCELERATE_USE_DEEPSPEED", "--multi_gpu")])
+def test_a_lora_is_not_spread(world, tmp_path, monkeypatch, capsys, variable, cure):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(SystemExit):
+        script.parse_args(world.argv(tmp_path / "out", **GRPO))
+    assert cure in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_line_with_the_cure(world, tmp_path, monkeypatch, capsys, what):
     flags, names, cure = BAD[what]

@@ -6,6 +6,7 @@ without caches. Latents are found by the picture's content and embeddings by the
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +161,7 @@ def loader(samples: Samples, sampler: StepSampler, *, num_workers: int = 0, pin_
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
+    os.setpgrp()  # SIGTERM to the main process's group does not reach them: it saves first, and would fail if they were gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them: the main process alone answers, and ends them with itself
 
 

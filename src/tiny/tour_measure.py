@@ -58,7 +58,7 @@ def series_of(trainer: str, args: dict[str, Any], count: int) -> list[Series]:
         prompts = tuple(evaluate.subject_prompts(count, color))
         subject = Series(f"the subject, a {color} {shape}", prompts, 2.0, asked=(f"a {color} {shape}",) * count)
         return [subject, held_out("its class, other shapes", *shapes.SHAPES)]
-    if trainer == "dpo":  # unguided, as its pairs are drawn
+    if trainer == "dpo":  # unguided: half of its pairs are drawn so
         return [held_out("known shapes", *shapes.SHAPES, guidance_scale=1.0)]
     judges = tuple(dict.fromkeys([*scorers.parse(args["scorer"]), STRICT]))
     return [held_out("known shapes", *shapes.SHAPES, guidance_scale=args["eval_guidance_scale"], judges=judges)]
