@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -296,12 +296,23 @@ class Texts:
     cache: cache.TensorCache
     device: torch.device
     family: ModuleType
+    _last: list[Any] = field(default_factory=list, init=False, repr=False)  # [prompts, conditioning]
 
     def condition(self, prompts: list[str]) -> sd3.Conditioning:
-        """embeds (b, L, D), pooled (b, P), read from the disk, which is little beside a denoising step."""
-        entries = {prompt: self.cache.read(prompt) for prompt in dict.fromkeys(prompts)}  # a group has one prompt, many times
-        embeds, pooled = (torch.stack([entries[prompt][name] for prompt in prompts]) for name in ("embeds", "pooled"))
-        return self.family.Conditioning(embeds, pooled).to(self.device)
+        """embeds (b, L, D), pooled (b, P), read from the disk, which is little beside a denoising step.
+
+        Asked again for the same prompts, as for each step of a trajectory, it gives the same tensors.
+        """
+        if self._last[:1] == [prompts]:
+            return self._last[1]
+        unique = list(dict.fromkeys(prompts))  # a group has one prompt, many times: it travels once
+        entries = [self.cache.read(prompt) for prompt in unique]
+        embeds, pooled = (torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled"))
+        found = self.family.Conditioning(embeds, pooled).to(self.device)
+        if len(unique) < len(prompts):
+            found = found[torch.tensor([unique.index(prompt) for prompt in prompts], device=self.device)]
+        self._last[:] = [list(prompts), found]
+        return found
 
 
 def prepare_texts(run: runtime.Run, args: argparse.Namespace, prompts: list[str], family: ModuleType = sd3) -> Texts:
