@@ -271,8 +271,10 @@ def _settle_numerics(args: argparse.Namespace) -> None:
 def _quieten_libraries() -> None:
     """No progress bar for every folder that diffusers opens, no notice of CPU kernels that nobody asked bitsandbytes for.
 
-    And none of a flag of DistributedDataParallel whose successor accelerate cannot hand over, and older versions of torch do not know.
+    And none of a flag of DistributedDataParallel whose successor accelerate cannot hand over, and older versions of torch do not know;
+    nor of a schedule that goes on where an update was left out, as it should.
     """
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
