@@ -218,23 +218,26 @@ def draw(results: dict[str, dict[str, Any]], panels: Sequence[Panel], path: Path
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.9), dpi=110, layout="constrained", squeeze=False)
+    settings = list(dict.fromkeys(setting for panel in panels for setting in panel.settings))  # one colour in all panels
     for axis, panel in zip(axes[0], panels, strict=True):
-        _draw(axis, results, panel)
+        _draw(axis, results, panel, dict(zip(settings, COLORS, strict=False)))
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)  # inches
     figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
 
 
-def _draw(axis, results: dict[str, dict[str, Any]], panel: Panel) -> None:
-    for color, (setting, label) in zip(COLORS, panel.settings.items(), strict=False):
+def _draw(axis, results: dict[str, dict[str, Any]], panel: Panel, colors: dict[str, str]) -> None:
+    for setting, label in panel.settings.items():
         for number, run in enumerate(runs_of(results, setting)):
             points = [(scores["seconds"] / 60, scores[panel.metric] * (100 if panel.percent else 1)) for scores in run["evaluations"]]
-            axis.plot(*zip(*points, strict=True), color=color, linewidth=1.6, marker=".", label=None if number else label)
+            axis.plot(*zip(*points, strict=True), color=colors[setting], linewidth=1.6, marker=".", label=None if number else label)
     for goal in panel.goals:
         axis.axhline(goal * (100 if panel.percent else 1), color="#888888", linewidth=0.9, linestyle="--")
     axis.set_title(panel.title, fontsize=11)
     axis.set_xlabel("minutes, evaluations included")
-    axis.legend(fontsize=8.5, frameon=False)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.05 * len(panel.settings) * (high - low))  # room for the legend above the curves
+    axis.legend(fontsize=8.5, framealpha=0.85, edgecolor="none")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
