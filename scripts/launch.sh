@@ -2,7 +2,7 @@
 #
 #   NUM_PROCESSES=2            processes on this machine (default: one per GPU; without a GPU one, and two for TINY=1)
 #   ACCELERATE_ARGS="..."      handed to `accelerate launch` instead of the defaults, e.g. --config_file scripts/accelerate/...
-#   PRINT_COMMAND=1            print the program and its arguments instead of running it
+#   PRINT_COMMAND=1            print the program and its arguments, those of one process, instead of running it
 #   VENV=PATH                  environment to use (default: .venv if it is there, else the active one)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

@@ -94,6 +94,8 @@ def write(
     where = (args.hub_model_id or folder.name) if args.push_to_hub else str(folder)
     readme = folder / "README.md"
     trained_on = trained_on or f"{images} pictures of `{getattr(args, 'dataset_name', '')}`, {args.max_train_steps} optimizer steps"
+    if run.world > 1:  # args.json says what each of them did
+        trained_on += f", on {run.world} processes"
     readme.write_text(text(args, kind=kind, trained_on=trained_on, prompt=prompt, where=where), encoding="utf-8")
     if not args.push_to_hub:
         return

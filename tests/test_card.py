@@ -38,8 +38,8 @@ def arguments(folder, **changes):
     return argparse.Namespace(**(base | changes))
 
 
-def written(folder, **changes):
-    run = SimpleNamespace(is_main=True, print=print)
+def written(folder, world=1, **changes):
+    run = SimpleNamespace(is_main=True, print=print, world=world)
     card.write(run, arguments(folder, **changes), kind="LoRA", images=11, prompt=NASTY)
     return (folder / "README.md").read_text(encoding="utf-8")
 
@@ -128,6 +128,12 @@ def test_settings_are_those_that_the_run_has(folder):
     text = written(folder, rank=16, use_ema=True, quantize_base=None, fused_backward=False, loss="ppo", mixed_precision="bf16")
     assert "`--rank 16`, `--loss ppo`, `--use_ema`, `--mixed_precision bf16`. All arguments are in `args.json`" in text
     assert f"`--config {folder}/args.json --output_dir outputs/again` repeats" in text
+
+
+def test_a_run_of_several_processes_says_so(folder):
+    """Batch sizes in args.json are those of each: repeated on one, the run would see half as many pictures a step."""
+    assert "10 optimizer steps, on 2 processes, seed 7" in written(folder, world=2)
+    assert "10 optimizer steps, seed 7" in written(folder)
 
 
 def test_every_setting_on_a_card_is_a_flag_of_some_trainer():
