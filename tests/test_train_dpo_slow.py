@@ -42,7 +42,7 @@ def step_of(out: Path) -> int:
 
 
 def test_killed_at_a_random_moment_it_ends_like_an_uninterrupted_run(world, tmp_path):
-    whole, out, step = tmp_path / "whole", tmp_path / "run", random.SystemRandom().randint(6, 34)
+    whole, out, step = tmp_path / "whole", tmp_path / "run", random.SystemRandom().randint(6, 28)
     runs.finish(launch(world, whole, "log", **LONG), whole.with_suffix(".log"))
     print(f"killed after step {step}")
     process = launch(world, out, "killed", **LONG, resume_from_checkpoint="latest")

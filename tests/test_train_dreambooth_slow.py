@@ -65,7 +65,7 @@ LONG = dict(
 def test_killed_twice_at_random_moments_it_ends_like_an_uninterrupted_run(world, tmp_path):
     """kill -9 once while class pictures are rendered, once while training; the moments are drawn anew at every test run."""
     chance = random.SystemRandom()
-    rendered, step, pause = chance.randint(1, 50), chance.randint(6, 34), chance.uniform(0, 0.1)
+    rendered, step, pause = chance.randint(1, 50), chance.randint(6, 28), chance.uniform(0, 0.1)
     print(f"killed at {rendered} class pictures, and {pause:.3f} s after step {step}")
     whole, out = tmp_path / "whole", tmp_path / "run"
     runs.train(script, argv(world, whole, **LONG, class_data_dir=tmp_path / "whole class"))
