@@ -210,11 +210,24 @@ def records(file: Path):
             position += room
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            return  # still being written
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last piece
             yield wandb_internal_pb2.Record.FromString(record)
             record = b""
+
+
+def curves(files: list[Path]) -> tuple[dict[int, dict], set[str]]:
+    """What .wandb files hold so far: all values by step, and the names in the configuration."""
+    steps, config = {}, set()
+    for record in (record for file in files for record in records(file)):
+        config |= {item.key or item.nested_key[0] for item in (*record.run.config.update, *record.config.update)}
+        values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        if values:
+            steps.setdefault(values["_step"], {}).update(values)
+    return steps, config
 
 
 def test_wandb_offline_holds_the_curves_the_flags_and_the_pictures(world, tmp_path, monkeypatch):
@@ -230,16 +243,10 @@ def test_wandb_offline_holds_the_curves_the_flags_and_the_pictures(world, tmp_pa
     folders = sorted((out / "logs/wandb").glob("offline-run-*"))
     assert len({folder.name.split("-")[3] for folder in folders}) == 1  # offline-run-TIME-ID: resumed, not a second curve
     files, end = [next(folder.glob("run-*.wandb")) for folder in folders], time.monotonic() + 30
-    while any(file.stat().st_size <= 7 for file in files) and time.monotonic() < end:
-        time.sleep(0.1)  # wandb's own process writes them, sometimes after `finish` has returned
-    steps, pictures, config = {}, [], set()
-    for folder, file in zip(folders, files, strict=True):
-        for record in records(file):
-            config |= {item.key or item.nested_key[0] for item in (*record.run.config.update, *record.config.update)}
-            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-            if values:
-                steps.setdefault(values["_step"], {}).update(values)
-        pictures += [path.name for path in folder.glob("files/media/images/*.png")]
+    while not (said := curves(files))[0].keys() >= {1, 2, 3, 4} and time.monotonic() < end:
+        time.sleep(0.1)  # wandb's own process writes the files, sometimes after `finish` has returned
+    steps, config = said
+    pictures = [path.name for folder in folders for path in folder.glob("files/media/images/*.png")]
     for line in runs.lines(out):
         for name in line.keys() & {"loss", "val_loss", "grad_norm"}:
             assert steps[line["step"]][name] == pytest.approx(line[name]), (name, line["step"])
