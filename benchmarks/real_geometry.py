@@ -21,6 +21,7 @@ import multiprocessing
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -265,8 +266,12 @@ def correctness(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
         "finite": all(bool(tensor.isfinite().all()) for tensor in (narrow[0], *narrow[1])),
         "bf16_against_fp32": difference(narrow, gradients(wide)),
     }
-    wide.close()
+    for ended in (wide, loop):
+        ended.close()
     del wide
+    same = trainers.make(setting)  # one run at a time: accelerate reads the precision of autocast from what started last
+    same.adopt(loop)
+    loop = same
     loop.compile(**compiler())
     found["compiled_against_eager"] = difference(gradients(loop), narrow)
     del narrow
@@ -281,6 +286,9 @@ def correctness(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
     return found | {"passed": right}
 
 
+WAITED = "called a synchronizing CUDA operation"  # torch's words; that the mode is set brings another warning, once in a process
+
+
 def waits(loop: loops.Loop) -> list[str]:
     """Places where a step makes the host wait for the GPU; there should be none, but between the many passes of a rollout."""
     loop.step()
@@ -291,7 +299,7 @@ def waits(loop: loops.Loop) -> list[str]:
         torch.cuda.set_sync_debug_mode("warn")
         loop.step()
         torch.cuda.set_sync_debug_mode("default")
-    return sorted({f"{warning.filename}:{warning.lineno}" for warning in seen if "synchroniz" in str(warning.message)})
+    return sorted({f"{warning.filename}:{warning.lineno}" for warning in seen if WAITED in str(warning.message)})
 
 
 def growth(loop: loops.Loop, steps: int) -> int | None:
@@ -378,9 +386,12 @@ def about() -> dict[str, Any]:
     installed = {name: version(name) for name in PACKAGES if cli.installed(name)}
     if not torch.cuda.is_available():
         return found | {"machine": f"CPU {platform.machine()}, {torch.get_num_threads()} thread(s)", **installed}
-    driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
+    driver = None
+    if shutil.which("nvidia-smi"):  # which some containers lack
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip().partition("\n")[0] or None
     memory = torch.cuda.get_device_properties(0).total_memory
-    return found | {"machine": torch.cuda.get_device_name(0), "memory": memory, "driver": driver.stdout.strip().splitlines()[0],
+    return found | {"machine": torch.cuda.get_device_name(0), "memory": memory, "driver": driver,
                     "cuda": torch.version.cuda, **installed}  # fmt: skip
 
 

@@ -66,13 +66,18 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _numbered(device: torch.device) -> torch.device:
+    """On one GPU accelerate says "cuda" and tensors say "cuda:0": not equal, and `torch.cuda.set_device` takes the second alone."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
 class Run:
     """One training run on this process: what every script needs besides its algorithm."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Any):
         self.args, self.accelerator = args, accelerator
         self.output_dir: Path = args.output_dir
-        self.device: torch.device = accelerator.device
+        self.device = _numbered(accelerator.device)
         self.weight_dtype = WEIGHT_DTYPES[args.mixed_precision]
         self.world: int = accelerator.num_processes
         self.rank: int = accelerator.process_index

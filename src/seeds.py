@@ -37,7 +37,7 @@ def uniform(seed: int, step: int, positions: Sequence[int], stream: str, device:
     draws = [torch.rand((), dtype=torch.float64, generator=generator(seed, step, position, stream)) for position in positions]
     if not draws:
         return torch.empty(0, dtype=torch.float64)
-    return _send(torch.stack(draws).clamp(_EDGE, 1 - _EDGE), device)  # (b,)
+    return send(torch.stack(draws).clamp(_EDGE, 1 - _EDGE), device)  # (b,)
 
 
 def normal(
@@ -48,12 +48,13 @@ def normal(
     draws = [torch.randn(shape, generator=generator(seed, step, position, stream), dtype=torch.float32) for position in positions]
     if not draws:
         return torch.empty((0, *shape), dtype=torch.float32)
-    return _send(torch.stack(draws), device)  # (b, *shape)
+    return send(torch.stack(draws), device)  # (b, *shape)
 
 
-def _send(draws: Tensor, device: torch.device | str) -> Tensor:
-    """Copies to the device without waiting for it: from ordinary memory torch would first let the GPU finish all it was given."""
-    return draws.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else draws.to(device)
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To the device without waiting for it: from ordinary memory torch would first let the GPU finish all it was given."""
+    upwards = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if upwards else tensor.to(device)
 
 
 def seed_everything(seed: int, *keys: int | str) -> None:

@@ -4,10 +4,14 @@ torch is imported inside the functions: the process that only hands the tests ou
 """
 
 import gc
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# The tests compare bits and count on a CPU's memory and speed: a GPU stays out of sight, here and in the processes that they start.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Looking for cyclic garbage among all that torch, diffusers and transformers define takes half a second, and Python looks often: a tenth
 # of the suite's time. So it looks less often, and never at what was there when the first model had been built (`gc.freeze` below).

@@ -1,9 +1,11 @@
 """The benchmark at real size, run at a tiny one: every row works, the check notices what is wrong, a failure is recorded and no more."""
 
+import argparse
 import dataclasses
 import json
 import math
 import os
+import warnings
 
 import pytest
 import torch
@@ -109,6 +111,15 @@ def test_flags_are_the_script_s_own_and_its_refusals_count():
 
 
 @pytest.fixture
+def gpu_defaults():
+    """On a GPU autocast takes fp16 where nobody says bf16, which on a CPU is the default: what depends on it would go unnoticed."""
+    before = torch.get_autocast_dtype("cpu")
+    torch.set_autocast_dtype("cpu", torch.float16)
+    yield
+    torch.set_autocast_dtype("cpu", before)
+
+
+@pytest.fixture
 def uncompiled(monkeypatch):
     """Tracing takes a minute; "compiled" is then the same computation once more."""
     monkeypatch.setattr(loops.Loop, "compile", lambda self, **options: None)
@@ -122,12 +133,37 @@ def short(monkeypatch):
 
 
 @pytest.mark.parametrize("trainer", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in trainers.TRAINERS if name != "lora")])
-def test_the_check_passes_at_tiny_size(trainer, uncompiled):
+def test_the_check_passes_at_tiny_size(trainer, uncompiled, gpu_defaults):
     found = benchmark.correctness(trainer, arguments("--tokens", "6"))
     assert found["passed"], found
     assert 0.99 < found["bf16_against_fp32"]["cosine"] < 1, "it did compute in two precisions"
     assert "right" in benchmark.verdict(trainer, found)
     assert list(found["bounds"]) == (["log_ratio"] if trainer in ("grpo", "ddpo") else [])
+
+
+def test_only_an_operation_that_waits_is_a_wait(monkeypatch):
+    """torch warns once, when the mode is set, in words that are much the same."""
+    def set_mode(mode):
+        if mode == "warn":
+            warnings.warn("Synchronization debug mode is a prototype and does not yet detect all synchronizing operations", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    quiet = argparse.Namespace(step=lambda: None)
+    loud = argparse.Namespace(step=lambda: warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1))
+    assert benchmark.waits(quiet) == []
+    with pytest.warns(UserWarning, match="synchronizing"):  # of the step before the watched one
+        assert len(benchmark.waits(loud)) == 1
+
+
+@pytest.mark.parametrize("driver", [None, "580.65"])
+def test_where_it_was_measured_is_told_without_nvidia_smi_too(monkeypatch, driver):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: argparse.Namespace(total_memory=80))
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: driver)
+    monkeypatch.setattr(benchmark.subprocess, "run", lambda *args, **options: argparse.Namespace(stdout=f"{driver}\n{driver}\n"))
+    assert benchmark.about()["driver"] == driver
 
 
 def test_differences_by_hand():

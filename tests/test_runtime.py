@@ -141,6 +141,14 @@ def test_switches_are_set_both_ways(tmp_path):
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
+def test_the_device_of_a_single_gpu_has_its_number(tmp_path, monkeypatch):
+    """accelerate's has none there, and `torch.cuda.set_device`, which the thread of the rewards calls, refuses such a one."""
+    accelerator = runtime.start(arguments(tmp_path)).accelerator
+    monkeypatch.setattr(type(accelerator), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert runtime.Run(arguments(tmp_path), accelerator).device == torch.device("cuda", 2)
+
+
 def test_one_process_gathers_averages_and_broadcasts_to_itself(tmp_path):
     run = runtime.start(arguments(tmp_path))
     x = torch.arange(6.0).reshape(3, 2)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src import ddpm
+from src import ddpm, seeds
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x_t (b, 4, h, w), timestep (b,) -> noise (b, 4, h, w), guided if it is to be
 Draw = Callable[[str], Tensor]  # name of a random stream -> standard normal (b, 4, h, w)
@@ -47,6 +47,7 @@ def denoise(predict: Predict, x_t: Tensor, i: int, schedule: Schedule, noise: Te
 
 def jump(predict: Predict, x_t: Tensor, i: Tensor, schedule: Schedule) -> Tensor:
     """The clean latents that the prediction at step i (b,) of each picture points to, (b, 4, h, w)."""
+    i = seeds.send(i, x_t.device)
     return ddpm.x0_from_eps(x_t, predict(x_t, schedule.timesteps[i]), schedule.alphas[i])
 
 
@@ -60,7 +61,7 @@ def rollout(predict: Predict, stops: Tensor, schedule: Schedule, draw: Draw) -> 
     x_t = draw("noise")
     for i in range(int(stops.max())):
         x_next = denoise(predict, x_t, i, schedule, step_noise(i, schedule, draw))
-        x_t = x_next if i < stops.min() else torch.where((stops > i).view(-1, 1, 1, 1).to(x_t.device), x_next, x_t)
+        x_t = x_next if i < stops.min() else torch.where(seeds.send((stops > i).view(-1, 1, 1, 1), x_t.device), x_next, x_t)
     return x_t
 
 

@@ -258,7 +258,7 @@ def replay(
     rows, columns = torch.arange(len(trajectory)), steps - trajectory.window.start
     device = condition.embeds.device
     x, drawn, old_mean, old_log_prob = (
-        kept[rows, place].to(device)
+        seeds.send(kept[rows, place], device)
         for kept, place in (
             (trajectory.latents, columns), (trajectory.latents, columns + 1), (trajectory.means, columns), (trajectory.log_probs, columns),
         )
