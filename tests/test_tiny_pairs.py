@@ -1,10 +1,11 @@
 """Pairs of a tiny model's own pictures: who wins, what is written, and that the trainer reads it."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
+from pyarrow import parquet
 
 from src import cli, images
 from src.data import preferences
@@ -57,14 +58,24 @@ def test_captions_are_those_of_training_and_all_different():
 
 def test_what_is_written_is_read_by_the_trainer_and_the_winner_is_right(painted, tmp_path):
     assert painted("--num_prompts", "3", "--num_images", "4", "--pairs_per_prompt", "2") == 6
-    rows = [json.loads(line) for line in (tmp_path / "pairs/metadata.jsonl").read_text().splitlines()]
-    assert [row["label_0"] for row in rows] == [1, 0, 1, 0, 1, 0]
+    assert parquet.read_table(tmp_path / "pairs/pairs.parquet")["label_0"].to_pylist() == [1, 0, 1, 0, 1, 0]
     columns = preferences.Columns("jpg_0", "jpg_1", "label_0", "caption")
     opened = preferences.open_preferences(str(tmp_path / "pairs"), columns, cache_dir=tmp_path / "cache", progress=False)
     assert len(opened) == 6 and opened.ties == 0
     for index, record in enumerate(opened.records):
         both = torch.stack([images.from_pil(image) for image in opened.images(index)])
         assert shapes.correct(shapes.verify(both), [record.prompt] * 2).tolist() == [True, False]
+
+
+def test_the_shipped_pairs_are_of_training_captions_and_ordered_by_the_verifier(tmp_path):
+    columns = preferences.Columns("jpg_0", "jpg_1", "label_0", "caption")
+    opened = preferences.open_preferences(str(runs.ROOT / "datas/pairs"), columns, cache_dir=tmp_path / "cache", progress=False)
+    assert len(opened) == 1176 and opened.ties == 0
+    assert {record.prompt for record in opened.records} <= set(pairs.training_prompts(1280, seed=2))
+    chosen = range(0, 1176, 40)
+    both = torch.stack([images.from_pil(image) for index in chosen for image in opened.images(index)])
+    prompts = [opened.records[index].prompt for index in chosen for _ in range(2)]
+    assert shapes.correct(shapes.verify(both), prompts).tolist() == [True, False] * len(chosen)
 
 
 def test_pictures_of_a_caption_take_the_guidance_weights_in_turn():

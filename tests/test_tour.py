@@ -221,7 +221,7 @@ def test_all_trainers_are_visited_by_their_wrappers():
 
 def test_the_pairs_are_those_of_the_page():
     module, arguments = tour.DATASETS["datas/pairs"]
-    assert f"python -m {module} --output datas/pairs {arguments} " in (runs.ROOT / "docs/dpo.md").read_text()
+    assert f"`python -m {module} --output datas/pairs {arguments}` made them" in (runs.ROOT / "docs/dpo.md").read_text()
 
 
 @pytest.mark.parametrize("name", tour.TRAINERS)
