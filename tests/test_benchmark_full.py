@@ -7,6 +7,8 @@ import runs
 
 from src import optim
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def benchmark():

@@ -8,6 +8,8 @@ import torch
 
 from src import scorers
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def benchmark():

@@ -10,6 +10,8 @@ import torch
 
 from src import lora
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

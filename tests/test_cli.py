@@ -113,6 +113,7 @@ def test_every_flag_has_help_and_no_group_is_empty(name):
     assert "usage: " in parser.format_usage() and parser.format_usage().count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SCRIPTS, reason="no script yet")
 def test_help_answers_in_five_seconds():
     """Processor time of the child: the same on a busy machine. The better of two: the first may read from a cold disk."""

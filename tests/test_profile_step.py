@@ -12,6 +12,8 @@ import train_text_to_image_lora_sd3
 from benchmarks import profile_step
 from src import cli
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = {"lora": train_text_to_image_lora_sd3, "full": train_full_finetuning_sd3}
 WAITING = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2"}  # the host needs a value, or a shape, to go on
 # Where a step may need a number: while a sample is chosen (on the CPU, in the loader's processes), and in AdamW's plain form, which only a

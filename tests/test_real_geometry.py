@@ -14,6 +14,8 @@ from benchmarks import loops, trainers
 from benchmarks import real_geometry as benchmark
 from src import cli
 
+pytestmark = pytest.mark.slow
+
 
 def arguments(*argv):
     return cli.parse(benchmark.build_parser(), ["--tiny", *argv], checks=(benchmark.check,))

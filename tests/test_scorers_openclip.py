@@ -11,6 +11,8 @@ from reference import scorers as reference
 from src import scorers
 from src.scorers import networks, openclip, preprocess
 
+pytestmark = pytest.mark.slow
+
 TINY = {"openclip_model": "tiny-clip", "openclip_pretrained": "tiny"}
 HPS, OPENCLIP = Path("models/hps/HPS_v2.1_compressed.pt"), Path("models/openclip-tiny-clip-tiny/open_clip_model.safetensors")
 

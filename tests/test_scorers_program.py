@@ -14,6 +14,8 @@ from src.scorers import __main__ as program
 from src.scorers import mixture
 from src.tiny import shapes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -40,6 +40,7 @@ def test_the_same_call_gives_the_same_numbers_whatever_was_drawn_before():
     assert torch.equal(first, seeds.normal(1, 2, [3], "noise", (4, 5)))
 
 
+@pytest.mark.slow
 def test_the_numbers_are_the_same_in_another_process():
     code = "from src import seeds; print(seeds.uniform(5, 6, [7], 'crop_x').item())"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -9,6 +9,8 @@ from PIL import Image
 
 from src.tiny import autoencoder, build, build_sd3, denoiser, shapes, tokenizers
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = Path(__file__).parent.parent / "models" / "tiny-sd3"
 needs_shipped = pytest.mark.skipif(not (SHIPPED / "model_index.json").exists(), reason="models/tiny-sd3 is not built")
 needs_open_clip = pytest.mark.skipif(tokenizers.find_spec("open_clip") is None, reason="CLIP's vocabulary is in open_clip")

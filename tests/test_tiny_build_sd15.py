@@ -8,6 +8,8 @@ import torch
 
 from src.tiny import autoencoder, build, build_sd15, denoiser, shapes
 
+pytestmark = pytest.mark.slow
+
 SHIPPED = Path(__file__).parent.parent / "models" / "tiny-sd15"
 needs_shipped = pytest.mark.skipif(not (SHIPPED / "model_index.json").exists(), reason="models/tiny-sd15 is not built")
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from src import seeds
 from src.tiny import clip, shapes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "models" / "tiny-clip"
 needs_shipped = pytest.mark.skipif(not (SHIPPED / "config.json").exists(), reason="models/tiny-clip is not built")

@@ -104,6 +104,7 @@ def shown(out: Path, step: int) -> np.ndarray:
 # --------------------------------------------------------------------------- what it trains and writes
 
 
+@pytest.mark.slow
 def test_a_full_run_trains_every_weight_and_leaves_a_pipeline(finished, world):
     ours, theirs = saved(finished), saved(world.model)
     assert ours.keys() == theirs.keys() and not [name for name in ours if torch.equal(ours[name], theirs[name])]
@@ -220,6 +221,7 @@ def test_xl_is_told_from_the_folder(world, tiny_sdxl_folder, tmp_path):
     assert args.resolution == 512 and not args.gradient_checkpointing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [{}, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_xl_trains_with_its_own_settings(world, tiny_sdxl_folder, tmp_path, flags):
     out = train_in(replace(world, model=tiny_sdxl_folder, cache=tmp_path / "cache"), tmp_path)(max_train_steps=2, **flags, **SHOWN)

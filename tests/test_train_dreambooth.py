@@ -202,6 +202,7 @@ def draw(world, weights: Path | None = None) -> np.ndarray:
     return np.asarray(pipeline(**settings, generator=torch.Generator("cpu").manual_seed(7)).images[0]).astype(int)
 
 
+@pytest.mark.slow
 def test_stock_diffusers_draws_the_last_validation_picture(finished, world, tmp_path):
     """One file for transformer and text encoders, alpha and ranks included; validation shows the average where one is kept."""
     ours = {step: np.asarray(Image.open(finished / f"samples/step-{step:06d}/00-7.png")).astype(int) for step in (0, 4)}
@@ -420,6 +421,7 @@ def test_args_json_is_a_config(finished, tmp_path):
 # --------------------------------------------------------------------------- dry run, bad input
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_class_and_the_text_encoders(world, tmp_path, capsys, live):
     flags = dict(dataset_name=None, instance_data_dir=world.data, instance_prompt=SUBJECT, rank=4, dry_run=True, max_train_steps=3)
     outs = {}

@@ -98,6 +98,7 @@ def test_every_adapter_is_trained_and_no_base_weight_changes(train, world, live)
     assert min(runs.values(out, "grad_norm")) > 0 and min(runs.values(out, "log_ratio")) > 0
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_outputs_page_promises(train, summaries):
     summaries()
     out = train(use_ema=True, checkpointing_epochs=1, eval_epochs=1, eval_scorers="shapes", report_to="tensorboard")

@@ -257,6 +257,7 @@ def test_killed_while_it_ends_a_run_resumes_to_the_same_files(train, whole, summ
     assert (parts / "summary.png").is_file() and (parts / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_a_resumed_run_ends_the_same(train, whole, monkeypatch, capsys):
     write = metrics.Log.write
 

@@ -150,6 +150,7 @@ def test_a_full_run_trains_every_weight_and_leaves_a_pipeline_that_stock_diffuse
     assert 0.3 < runs.values(out, "pretrain_loss")[0] < 3 and min(runs.values(out, "grad_norm")) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["refl", "draft", "draft_lv"])
 def test_a_lora_run_trains_the_adapter_alone_and_stock_diffusers_reads_it(train, world, method):
     out = train(**LORA, method=method, draft_k=2 if method == "draft" else None, export_merged=True)
@@ -216,6 +217,7 @@ def test_a_held_out_measure_that_falls_ends_the_run(train, judge, capsys):
 # --------------------------------------------------------------------------- the same tensors
 
 
+@pytest.mark.slow
 def test_one_batch_of_four_equals_four_accumulated(train, world):
     """Noise, late step, prompt and picture belong to a position. An Adam epsilon above every gradient keeps its steps proportional."""
     plain = dict(adam_epsilon=1.0, learning_rate=1.0, max_grad_norm=0.01, adam_weight_decay=0.0, max_train_steps=2, **world.pretraining)
@@ -282,6 +284,7 @@ def test_defaults_that_depend_on_others(world):
     assert parsed(scorer="clip", method="draft").mid_range is None
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
     """Late step 3 of 4: 3 steps before, 1 with gradient; guidance doubles each."""
     runs.train(script, world.argv(tmp_path / "out", dry_run=True, **world.pretraining))
