@@ -34,7 +34,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--prompts_file", type=cli.existing_file, metavar="FILE", help="text file with one prompt per line")
     g.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to stay away from; needs --guidance_scale above 1")
     g.add_argument("--num_images", type=cli.positive_int, default=1, help="pictures per prompt, from the seeds SEED, SEED+1, ...")
-    g.add_argument("--seed", type=cli.non_negative_int, default=0, help="seed of the first picture of every prompt")
+    g.add_argument("--seed", type=cli.seed, default=0, help="seed of the first picture of every prompt")
     g.add_argument("--resolution", type=cli.multiple_of_16, help="side of the pictures in pixels (unset: what the model was made for)")
     g.add_argument("--height", type=cli.multiple_of_16, help="height in pixels (unset: --resolution)")
     g.add_argument("--width", type=cli.multiple_of_16, help="width in pixels (unset: --resolution)")

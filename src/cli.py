@@ -100,6 +100,14 @@ def non_negative_int(text: str) -> int:
     return _whole(text, 0)
 
 
+def seed(text: str) -> int:
+    """0 to 2**63 - 1, what a random generator takes, and room for the seeds of the pictures that follow."""
+    value = _whole(text, 0)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"must be below 2**63, got {text}; try 0")
+    return value
+
+
 def number(text: str) -> float:
     """A finite number."""
     try:
@@ -238,7 +246,7 @@ def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str =
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", type=Path, default=Path(output_dir), help="folder of weights, checkpoints, samples, metrics")
     g.add_argument("--config", type=Path, metavar="FILE.yaml", help="YAML (or an args.json) that sets flags by name; the command line wins")
-    g.add_argument("--seed", type=non_negative_int, help="of every random number (unset: drawn, printed, recorded in args.json)")
+    g.add_argument("--seed", type=seed, help="of every random number (unset: drawn, printed, recorded in args.json)")
     g.add_argument(
         "--report_to", choices=("tensorboard", "wandb", "all", "none"), default="tensorboard", help="tracker, besides metrics.jsonl"
     )

@@ -307,10 +307,10 @@ class Texts:
             return self._last[1]
         unique = list(dict.fromkeys(prompts))  # a group has one prompt, many times: it travels once
         entries = [self.cache.read(prompt) for prompt in unique]
-        embeds, pooled = (torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled"))
-        found = self.family.Conditioning(embeds, pooled).to(self.device)
+        stacked = (torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled"))
+        found = self.family.Conditioning(*(seeds.send(part, self.device) for part in stacked))
         if len(unique) < len(prompts):
-            found = found[torch.tensor([unique.index(prompt) for prompt in prompts], device=self.device)]
+            found = found[seeds.send(torch.tensor([unique.index(prompt) for prompt in prompts]), self.device)]
         self._last[:] = [list(prompts), found]
         return found
 

@@ -207,6 +207,7 @@ def test_nothing_given_means_the_command_line(monkeypatch):
         (["--resolution", "7"], "try 16"),
         (["--rank", "0"], "--rank: must be at least 1, got 0"),
         (["--rank", "many"], "--rank: must be a whole number, got 'many'"),
+        (["--seed", str(2**63)], f"--seed: must be below 2**63, got {2**63}; try 0"),
         (["--seed", "-1"], "--seed: must be at least 0"),
         (["--learning_rate", "0"], "--learning_rate: must be greater than 0"),
         (["--learning_rate", "nan"], "--learning_rate: must be a finite number"),

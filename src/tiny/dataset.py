@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--subject", choices=shapes.COLORS, metavar="COLOUR",
                    help=f"instead: {SUBJECT_PICTURES} drawings of one subject, the new shape in this colour, and prompts of its class")
     g.add_argument("--resolution", type=cli.multiple_of_16, default=64, help="side of the pictures in pixels")
-    g.add_argument("--seed", type=cli.non_negative_int, default=1, help="names the series of drawings; the base model saw seed 0")
+    g.add_argument("--seed", type=cli.seed, default=1, help="names the series of drawings; the base model saw seed 0")
     return parser
 
 

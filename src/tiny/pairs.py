@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--guidance_scale", type=cli.number, nargs="+", default=[2.0], metavar="W",
                    help="classifier-free guidance weights, which the pictures of a caption take in turn; 1 turns it off")  # fmt: skip
     g.add_argument("--batch_size", type=cli.positive_int, default=64, help="pictures drawn at once")
-    g.add_argument("--seed", type=cli.non_negative_int, default=2, help="names the series of captions; the base model saw seed 0")
+    g.add_argument("--seed", type=cli.seed, default=2, help="names the series of captions; the base model saw seed 0")
     return parser
 
 
