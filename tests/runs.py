@@ -165,7 +165,7 @@ def state(checkpoint: Path) -> dict[str, Any]:
 
 
 def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
-    """Paths at which two nested states differ in any bit."""
+    """Paths at which two nested states differ in any bit, wherever their tensors lie."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one.keys() | other.keys():
             if key in one and key in other:
@@ -176,7 +176,7 @@ def differences(one: Any, other: Any, where: str = "") -> Iterator[str]:
         for index, pair in enumerate(zip(one, other, strict=True)):
             yield from differences(*pair, f"{where}/{index}")
     elif isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.dtype != other.dtype or not torch.equal(one, other):
+        if one.dtype != other.dtype or not torch.equal(one.cpu(), other.cpu()):
             yield f"{where}: tensors differ"
     elif one != other:
         yield f"{where}: {one!r} and {other!r}"

@@ -186,7 +186,7 @@ def test_the_text_encoders_have_a_learning_rate_of_their_own(train, live):
     """Adam's first step is the learning rate itself, wherever the gradient is far above its epsilon of 1e-8."""
     train(**TEXT, max_train_steps=1, learning_rate=1e-3, adam_weight_decay=0.0)
     for part, rate in (("transformer", 1e-3), ("text_encoder", 2e-2), ("text_encoder_2", 2e-2)):
-        largest = max(value.abs().max() for key, value in lora.state(live["modules"][part]).items() if ".lora_B." in key)
+        largest = max(value.abs().max().item() for key, value in lora.state(live["modules"][part]).items() if ".lora_B." in key)
         assert largest == pytest.approx(rate, rel=1e-3)
 
 
@@ -242,7 +242,7 @@ def test_init_lora_starts_all_parts_where_that_lora_ended(train, finished, live)
     train(**TEXT | flags | dict(text_encoder_learning_rate=1e-9), adam_weight_decay=0.0)
     for name, value in runs.weights(finished).items():
         part, key = name.split(".", 1)
-        torch.testing.assert_close(lora.state(live["modules"][part])[key], value, rtol=0, atol=1e-8)
+        torch.testing.assert_close(lora.state(live["modules"][part])[key].cpu(), value, rtol=0, atol=1e-8)
     with pytest.raises(ValueError, match="--init_lora .*adapts text_encoder and text_encoder_2 too.*--train_text_encoder"):
         train("dropped", **flags)
     with pytest.raises(ValueError, match="--init_lora .*has rank 2, this run --text_encoder_rank 4; pass --text_encoder_rank 2"):

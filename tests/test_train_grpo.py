@@ -63,7 +63,7 @@ def judge(monkeypatch):
 
     def replace_scorers(function):
         def verdict(self, images, texts, metadata=None):
-            total = function(images, texts)
+            total = function(images.cpu(), texts).to(images.device)
             return Scores(total, {self.names[0]: total})
 
         monkeypatch.setattr(Mixture, "__call__", verdict)
@@ -235,7 +235,8 @@ def actor_with(weights_of, world, tmp_path, **flags):
         transition=args.transition, noise_level=args.noise_level, window=range(0, 2),
     )  # fmt: skip
     batch = script.prompts.Batch(list(range(4)), [script.prompts.Prompt("a fox")] * 4, [0] * 4)
-    rollout = script.Rollout(batch, trajectory, torch.zeros(4), torch.ones(4, dtype=torch.bool))
+    advantage, judged = (part.to(run.device) for part in (torch.zeros(4), torch.ones(4, dtype=torch.bool)))
+    rollout = script.Rollout(batch, trajectory, advantage, judged)
     run.finish()
     return args, actor, rollout, condition
 
@@ -486,7 +487,7 @@ def test_a_held_out_measure_that_falls_ends_the_run(train, judge, capsys, monkey
     def verdict(self, images, texts, metadata=None):
         if self.names == ["shapes"]:
             current["value"] = next(sequence)
-        total = torch.full((len(images),), current["value"]) if self.names == ["shapes"] else brightness(images, texts)
+        total = images.new_full((len(images),), current["value"]) if self.names == ["shapes"] else brightness(images, texts)
         return Scores(total, {self.names[0]: total})
 
     monkeypatch.setattr(Mixture, "__call__", verdict)

@@ -375,9 +375,10 @@ def test_exports_say_the_same_as_the_lora(train, live):
     torch.testing.assert_close(fused, apart)
 
     generator = torch.Generator().manual_seed(0)
-    latents, embeds, pooled = (torch.randn(shape, generator=generator) for shape in ((2, 16, 4, 4), (2, 32, 32), (2, 16)))
-    sigma, condition = torch.tensor([0.3, 0.9]), sd3.Conditioning(embeds, pooled)
-    merged = SD3Transformer2DModel.from_pretrained(out / "merged_transformer")
+    device = live["transformer"].device
+    latents, embeds, pooled = (torch.randn(shape, generator=generator).to(device) for shape in ((2, 16, 4, 4), (2, 32, 32), (2, 16)))
+    sigma, condition = torch.tensor([0.3, 0.9], device=device), sd3.Conditioning(embeds, pooled)
+    merged = SD3Transformer2DModel.from_pretrained(out / "merged_transformer").to(device)
     with torch.no_grad():
         live["transformer"].eval()
         tuned = sd3.velocity(live["transformer"], latents, sigma, condition)
