@@ -1,4 +1,6 @@
-# Sourced by the wrappers: `launch SCRIPT.py ARGUMENT...` runs one trainer through accelerate.
+# Sourced by the wrappers: `launch SCRIPT.py ARGUMENT... -- "$@"` runs one trainer through accelerate.
+#
+# What stands before the `--` is the wrapper's own: it yields to what its user says, on the command line or in a --config.
 #
 #   NUM_PROCESSES=2            processes on this machine (default: one per GPU; without a GPU one, and two for TINY=1)
 #   ACCELERATE_ARGS="..."      handed to `accelerate launch` instead of the defaults, e.g. --config_file scripts/accelerate/...
@@ -28,6 +30,7 @@ tiny_processes() {
 
 launch() {
   local script=$1 gpus processes launcher status; shift
+  if [ "${!#}" = -- ]; then set -- "${@:1:$#-1}"; fi
   if [ "${PRINT_COMMAND:-}" = 1 ]; then printf '%q ' python "$script" "$@"; echo; return; fi
   gpus=$(count_gpus)
   processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}

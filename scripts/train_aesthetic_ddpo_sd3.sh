@@ -18,10 +18,10 @@ if [ "${TINY:-}" = 1 ]; then
     --pretrained_model_name_or_path models/tiny-sd3 --resolution 64 --mixed_precision no --prompts shapes --scorer jpeg_compressibility \
     --sample_batch_size 16 --sample_num_batches_per_epoch $((8 / processes)) --learning_rate 3e-4 --num_epochs 18 --checkpointing_epochs 9 \
     --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 9 \
-    --eval_scorers shapes --output_dir outputs/tiny_ddpo_sd3 "$@"
+    --eval_scorers shapes --output_dir outputs/tiny_ddpo_sd3 -- "$@"
 else
   launch train_ddpo_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --resolution 512 --mixed_precision bf16 --gradient_checkpointing \
     --prompts simple_animals --scorer aesthetic --eval_prompts activities --eval_scorers $unseen --num_epochs 200 --checkpointing_epochs 10 \
-    --checkpoints_total_limit 3 --output_dir outputs/ddpo_sd3 "$@"
+    --checkpoints_total_limit 3 --output_dir outputs/ddpo_sd3 -- "$@"
 fi

@@ -20,10 +20,10 @@ if [ "${TINY:-}" = 1 ]; then
     --loss nft --group_size 8 --sample_batch_size 16 --sample_num_batches_per_epoch $((16 / processes)) --updates_per_epoch 4 \
     --learning_rate 1e-3 --num_epochs 10 --checkpointing_epochs 5 \
     --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 128 --eval_num_inference_steps 20 --eval_epochs 10 \
-    --eval_scorers shapes_strict,tiny_clip --output_dir outputs/tiny_grpo_sd3 "$@"
+    --eval_scorers shapes_strict,tiny_clip --output_dir outputs/tiny_grpo_sd3 -- "$@"
 else
   launch train_grpo_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --config scripts/presets/one_gpu.yaml --gradient_checkpointing \
     --prompts simple_animals --scorer aesthetic --eval_prompts activities --eval_scorers $unseen --num_epochs 200 --checkpointing_epochs 10 \
-    --checkpoints_total_limit 3 --output_dir outputs/grpo_sd3 "$@"
+    --checkpoints_total_limit 3 --output_dir outputs/grpo_sd3 -- "$@"
 fi

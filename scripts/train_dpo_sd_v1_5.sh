@@ -12,8 +12,6 @@
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
-beta=(--beta_dpo 2000)
-case " $* " in *" --sft "*) beta=() ;; esac # without a preference it has no effect, and would be refused
 rate=(--learning_rate 5e-6)
 case " $* " in *" --use_lora "*) rate=() ;; esac # a LoRA takes more: the program's own default
 pairs=data-is-better-together/open-image-preferences-v1-binarized
@@ -25,15 +23,15 @@ if [ "${TINY:-}" = 1 ]; then
   processes=$(tiny_processes)
   NUM_PROCESSES=$processes launch train_dpo_sd15.py \
     --pretrained_model_name_or_path models/tiny-sd15 --dataset_name datas/pairs --resolution 64 --no_hflip --mixed_precision no \
-    "${beta[@]}" --use_lora --rank 16 --learning_rate 3e-4 --lr_scheduler constant_with_warmup --caption_dropout 0 \
+    --beta_dpo 2000 --use_lora --rank 16 --learning_rate 3e-4 --lr_scheduler constant_with_warmup --caption_dropout 0 \
     --train_batch_size $((32 / processes)) --dataloader_num_workers 0 --max_train_steps 250 --checkpointing_steps 125 --validation_steps 125 \
     --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
     --validation_prompt "a red star on a blue background" --validation_prompt "a green circle on a white background" \
-    --output_dir outputs/tiny_dpo_sd15 "$@"
+    --output_dir outputs/tiny_dpo_sd15 -- "$@"
 else
   launch train_dpo_sd15.py \
-    --pretrained_model_name_or_path models/stable-diffusion-v1-5 "${data[@]}" --resolution 512 \
+    --pretrained_model_name_or_path models/stable-diffusion-v1-5 "${data[@]}" --resolution 512 --beta_dpo 2000 \
     --mixed_precision bf16 "${rate[@]}" --lr_scheduler constant_with_warmup \
     --train_batch_size 4 --gradient_accumulation_steps 32 --max_train_steps 500 --checkpointing_steps 100 --checkpoints_total_limit 2 \
-    --validation_steps 100 --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/dpo_sd15 "$@"
+    --validation_steps 100 --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/dpo_sd15 -- "$@"
 fi

@@ -13,30 +13,22 @@
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
-prior=(--with_prior_preservation)
-if [ "${TINY:-}" = 1 ]; then
-  prior+=(--class_prompts_file datas/subject/class_prompts.txt --num_class_images 288 --prior_loss_weight 2 --sample_batch_size 32
-          --class_inference_steps 20 --class_guidance_scale 2)
-else
-  prior+=(--num_class_images 100)
-fi
-case " $* " in *" --no-with_prior_preservation "*) prior=() ;; esac # these have no effect then, and would be refused
-
 if [ "${TINY:-}" = 1 ]; then
   # The class of a drawn shape is all others: 96 prompts take turns. What carries the text is adapted, and the pictures' feed-forward layers.
   processes=$(tiny_processes)
   NUM_PROCESSES=$processes launch train_dreambooth_lora_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --instance_data_dir datas/subject --resolution 64 --no_hflip --mixed_precision no \
-    "${prior[@]}" --rank 32 \
+    --with_prior_preservation --class_prompts_file datas/subject/class_prompts.txt --num_class_images 288 --prior_loss_weight 2 \
+    --sample_batch_size 32 --class_inference_steps 20 --class_guidance_scale 2 --rank 32 \
     --lora_layers context_embedder,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out,ff_context.net.0.proj,ff_context.net.2,ff.net.0.proj,ff.net.2 \
     --learning_rate 3e-3 --lr_scheduler cosine --train_batch_size $((8 / processes)) --dataloader_num_workers 0 --max_train_steps 700 \
     --checkpointing_steps 350 --validation_steps 350 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
     --validation_prompt "a sks on a green background" --validation_prompt "a green circle on a white background" \
-    --output_dir outputs/tiny_dreambooth_sd3 "$@"
+    --output_dir outputs/tiny_dreambooth_sd3 -- "$@"
 else
   launch train_dreambooth_lora_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --resolution 1024 --mixed_precision bf16 --no_hflip \
-    "${prior[@]}" --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup \
+    --with_prior_preservation --num_class_images 100 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup \
     --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 --checkpointing_steps 250 --checkpoints_total_limit 2 \
-    --validation_steps 100 --output_dir outputs/dreambooth_sd3 "$@"
+    --validation_steps 100 --output_dir outputs/dreambooth_sd3 -- "$@"
 fi

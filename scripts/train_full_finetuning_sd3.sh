@@ -17,12 +17,12 @@ if [ "${TINY:-}" = 1 ]; then
     --mixed_precision no --no-gradient_checkpointing --learning_rate 3e-4 --lr_scheduler cosine --train_batch_size $((32 / processes)) --use_ema --ema_decay 0.99 \
     --max_train_steps 400 --checkpointing_steps 200 --validation_steps 200 --num_validation_images 2 --validation_inference_steps 20 \
     --validation_guidance_scale 3 --validation_prompt "a red heart on a blue background" --validation_prompt "a green circle on a white background" \
-    --output_dir outputs/tiny_full_sd3 "$@"
+    --output_dir outputs/tiny_full_sd3 -- "$@"
 else
   launch train_full_finetuning_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --dataset_name datas/photos --resolution 1024 --aspect_buckets \
     --mixed_precision bf16 --gradient_checkpointing --learning_rate 1e-5 --lr_scheduler constant_with_warmup \
     --train_batch_size 1 --gradient_accumulation_steps 4 --use_ema --max_train_steps 1000 --checkpointing_steps 250 \
     --checkpoints_total_limit 2 --validation_steps 250 --validation_prompt "a photo of a cup of coffee on a wooden table" \
-    --output_dir outputs/full_sd3 "$@"
+    --output_dir outputs/full_sd3 -- "$@"
 fi

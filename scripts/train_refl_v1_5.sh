@@ -18,10 +18,10 @@ if [ "${TINY:-}" = 1 ]; then
     --num_inference_steps 20 --guidance_scale 1 --train_batch_size $((16 / processes)) --decode_batch_size 16 --grad_scale 1 --use_lora --rank 16 \
     --learning_rate 5e-4 --max_train_steps 100 --checkpointing_steps 50 --cache_batch_size 64 --eval_prompts shapes_held_out --num_eval_prompts 64 \
     --eval_num_inference_steps 20 --eval_guidance_scale 1 --eval_steps 50 --eval_scorers shapes_strict \
-    --output_dir outputs/tiny_refl_sd15 "$@"
+    --output_dir outputs/tiny_refl_sd15 -- "$@"
 else
   launch train_refl_sd15.py \
     --pretrained_model_name_or_path models/stable-diffusion-v1-5 --prompts activities --scorer image_reward --gradient_checkpointing \
     --train_batch_size 4 --gradient_accumulation_steps 16 --max_train_steps 100 --use_ema --checkpointing_steps 25 \
-    --eval_steps 25 --eval_scorers clip --checkpoints_total_limit 2 --output_dir outputs/refl_sd15 "$@"
+    --eval_steps 25 --eval_scorers clip --checkpoints_total_limit 2 --output_dir outputs/refl_sd15 -- "$@"
 fi

@@ -17,11 +17,11 @@ if [ "${TINY:-}" = 1 ]; then
     --rank 32 --learning_rate 4e-3 --lr_scheduler cosine --train_batch_size $((32 / processes)) --dataloader_num_workers 0 --max_train_steps 450 \
     --checkpointing_steps 225 --validation_steps 225 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
     --validation_prompt "a red heart on a blue background" --validation_prompt "a green circle on a white background" \
-    --output_dir outputs/tiny_lora_sd3 "$@"
+    --output_dir outputs/tiny_lora_sd3 -- "$@"
 else
   launch train_text_to_image_lora_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --dataset_name datas/photos --resolution 1024 --aspect_buckets \
     --mixed_precision bf16 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup --train_batch_size 1 \
     --gradient_accumulation_steps 4 --max_train_steps 1000 --checkpointing_steps 250 --checkpoints_total_limit 2 --validation_steps 250 \
-    --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/lora_sd3 "$@"
+    --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/lora_sd3 -- "$@"
 fi

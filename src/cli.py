@@ -1,7 +1,7 @@
 """Command-line arguments shared by the scripts: one function per group, types that carry the rule and the cure.
 
 A script declares the group of its own algorithm first, then calls the groups it honours; a group holds only flags that every
-script using it honours. `parse` reads `--config`, then the command line (which wins), then refuses what cannot work:
+script using it honours. `parse` reads a wrapper's flags, `--config`, and the command line (which wins), then refuses what cannot work:
 combinations without effect, folders that cannot be written, packages that are missing. Every refusal is one line that names
 the flag and the cure, exit code 2, before anything heavy is imported. Standard library only (yaml inside `--config`).
 """
@@ -839,8 +839,8 @@ def _tokens(action: argparse.Action, value: object, where: str) -> list[str]:
     return [f"{flag}={item}" for item in values]  # one token each, so that a value may begin with a dash
 
 
-def read_config(parser: argparse.ArgumentParser, path: Path, argv: list[str]) -> list[str]:
-    """Command-line tokens equivalent to a YAML file of flags; repeatable flags that `argv` gives itself are left out.
+def read_config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str], list[str]]:
+    """Command-line tokens equivalent to a YAML file of flags, and the names of the flags that it says are unset or off.
 
     Raises:
         ValueError: no such file, not a mapping, unknown key (with the nearest flag), a value of the wrong kind.
@@ -855,20 +855,20 @@ def read_config(parser: argparse.ArgumentParser, path: Path, argv: list[str]) ->
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
-        return []
+        return [], []
     if not isinstance(content, dict):
         raise ValueError(f"{where}: must be lines of `flag: value`, got a {type(content).__name__}")
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    tokens = []
+    tokens, unset = [], []
     for key, value in content.items():
         if key not in actions:
             near = difflib.get_close_matches(str(key), actions, n=1)
             raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
-        action = actions[key]
-        repeated = isinstance(action, argparse._AppendAction) and any(token.split("=")[0] in action.option_strings for token in argv)
-        if not repeated:  # command line wins, also where both lists would be joined
-            tokens += _tokens(action, value, where)
-    return tokens
+        found = _tokens(actions[key], value, where)
+        tokens += found
+        if not found:
+            unset.append(key)
+    return tokens, unset
 
 
 # --------------------------------------------------------------------------- --prompts_file
@@ -1005,6 +1005,8 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
      lambda a: getattr(a, "loss", None) != "nft", "with --loss nft, which trains on pictures of the deterministic sampler"),
     (("guidance_scale",), lambda a: getattr(a, "loss", None) != "nft", "with --loss nft, which learns to do without guidance"),
     (("kl_form",), lambda a: a.kl_weight > 0, "without --kl_weight"),
+    (("learning_rate",), lambda a: getattr(a, "optimizer", None) != "prodigy" or (a.learning_rate or 1) > 0.01,
+     "with --optimizer prodigy, which multiplies the step size that it finds by it: leave it out, or give about 1"),
     (("nft_strength", "nft_levels", "nft_old_rate", "nft_old_decay"), lambda a: a.loss == "nft", "without --loss nft"),
     (("per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"), lambda a: a.per_prompt_stat_tracking,
      "with --no-per_prompt_stat_tracking"),
@@ -1138,13 +1140,46 @@ def _unknown(parser: argparse.ArgumentParser, rest: list[str]) -> str:
     return f"{kind} {rest[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
 
 
-def _config_path(argv: list[str]) -> Path | None:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config", type=Path)
-    try:
-        return finder.parse_known_args(argv)[0].config
-    except argparse.ArgumentError:  # --config without a value: the real parser says so
-        return None
+def _given(parser: Parser, tokens: list[str]) -> dict[str, object]:
+    """The flags that stand in `tokens`, by name, with their values."""
+    actions = [action for action in parser._actions if action.dest != "help"]
+    unset = {action.dest: None if isinstance(action, argparse._AppendAction) else parser for action in actions}  # a value no flag has
+    found, rest = parser.parse_known_args(tokens, argparse.Namespace(**unset))
+    if rest:
+        raise ValueError(_unknown(parser, rest))
+    return {name: value for name, value in vars(found).items() if value is not unset[name]}
+
+
+def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """Every flag by its strongest source: what is given, a --config given with it, what a wrapper says, its own --config, the default.
+
+    A wrapper's flags stand before a lone `--`. Its values are of its own recipe: those that have no effect beside what is given yield, too.
+
+    Raises:
+        ValueError: an unknown flag, or what `read_config` refuses.
+    """
+    if not any(action.dest == "config" for action in parser._actions):  # a tool, which has no wrapper, and may have positional arguments
+        args, rest = parser.parse_known_args(argv)
+        if rest:
+            raise ValueError(_unknown(parser, rest))
+        return args
+    cut = argv.index("--") if "--" in argv else 0
+    wrapper, given = _given(parser, argv[:cut]), _given(parser, argv[cut:][cut > 0 :])
+    path = given.get("config") or wrapper.get("config")
+    tokens, unset = read_config(parser, path) if path else ([], [])
+    file = _given(parser, tokens)
+    if given.get("config"):
+        wrapper = {name: value for name, value in wrapper.items() if name not in unset and name not in file}
+        values = wrapper | file | given
+    else:
+        wrapper = file | wrapper if wrapper.get("config") else wrapper
+        values = wrapper | given
+    args = parser.parse_args([], argparse.Namespace(**values))
+    for names, counts, _ in _WITHOUT_EFFECT:
+        for name in names:
+            if name in wrapper and name not in given and not counts(args):
+                setattr(args, name, parser.get_default(name))
+    return args
 
 
 def check(parser: Parser, args: argparse.Namespace, checks: Iterable[Check] = ()) -> None:
@@ -1179,17 +1214,15 @@ def command_line(parser: Parser, args: argparse.Namespace, groups: Collection[st
 
 
 def parse(parser: Parser, argv: list[str] | None = None, checks: Iterable[Check] = ()) -> argparse.Namespace:
-    """Arguments from `--config`, then `argv` (None: the command line); exits with code 2 and one line if anything is wrong.
+    """Arguments from `argv` (None: the command line) and its `--config`; exits with code 2 and one line if anything is wrong.
 
-    checks: called with the arguments after the built-in ones, in order; each raises ValueError naming the flag and the cure.
+    What stands before a lone `--` in `argv` is a wrapper's, and yields to --config as well as to what stands after it.
+
+    Args:
+        checks: called with the arguments after the built-in ones, in order; each raises ValueError naming the flag and the cure.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    path = _config_path(argv) if any(action.dest == "config" for action in parser._actions) else None
     try:
-        tokens = read_config(parser, path, argv) if path else []
-        args, rest = parser.parse_known_args(tokens + argv)
-        if rest:
-            raise ValueError(_unknown(parser, rest))
+        args = _read(parser, sys.argv[1:] if argv is None else list(argv))
         check(parser, args, (check_environment, *checks))
     except ValueError as error:
         parser.error(" ".join(str(error).split()))

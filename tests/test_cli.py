@@ -176,7 +176,7 @@ def test_defaults_pass_and_unset_values_follow_other_flags(parse):
     assert (args.learning_rate, args.lora_alpha, args.rank, args.seed) == (1e-4, 16.0, 16, None)
     assert (args.shift, args.resolution, args.mixed_precision, args.cache_latents) == ("model", 512, "bf16", True)
     assert parse("--optimizer", "prodigy").learning_rate == 1.0
-    assert parse("--optimizer", "prodigy", "--learning_rate", "0.5").learning_rate == 0.5
+    assert parse("--optimizer", "prodigy", "--learning_rate", "0.5").learning_rate == 0.5  # a factor of what it finds
     assert parse("--rank", "4").lora_alpha == 4.0
     assert parse("--rank", "4", "--lora_alpha", "8").lora_alpha == 8.0
 
@@ -332,6 +332,37 @@ def test_a_config_sets_flags_and_the_command_line_wins(parse, config):
 def test_a_repeatable_flag_of_the_command_line_replaces_the_configs(parse, config):
     assert parse(*config("validation_prompt: [a, b]"), "--validation_prompt", "c").validation_prompt == ["c"]
     assert parse(*config("validation_prompt: [a, b]"), "--validation_prompt=c").validation_prompt == ["c"]
+
+
+def test_a_wrappers_flags_yield_to_a_config_and_that_to_what_is_given(parse, config):
+    """Three sources of one flag: 1 by the wrapper, 2 by the file, 3 on the command line; the strongest that is there counts."""
+    wrapper, file, given = ["--rank", "1"], config("rank: 2"), ["--rank", "3"]
+    assert parse(*wrapper, "--", *file, *given).rank == parse(*wrapper, "--", *given, *file).rank == 3
+    assert parse(*wrapper, "--", *file).rank == 2 and parse(*wrapper, "--").rank == 1
+    assert parse(*file, *wrapper, "--").rank == 1  # the file is the wrapper's own
+    assert parse(*file, "--", *config("seed: 5")).rank == 16  # which another takes the place of
+    assert parse("--", *given).rank == 3
+
+
+def test_what_a_config_says_is_off_or_unset_takes_back_a_wrappers_flag(parse, config):
+    wrapper = ["--gradient_checkpointing", "--seed", "7", "--no_hflip", "--"]
+    args = parse(*wrapper, *config("gradient_checkpointing: false\nseed: null\nno_hflip: false"))
+    assert (args.gradient_checkpointing, args.seed, args.no_hflip) == (False, None, False)
+
+
+def test_a_repeatable_flag_that_is_given_replaces_a_wrappers(parse, config):
+    wrapper = ["--validation_prompt", "a", "--validation_prompt", "b", "--"]
+    assert parse(*wrapper, "--validation_prompt", "c", "--validation_prompt", "d").validation_prompt == ["c", "d"]
+    assert parse(*wrapper, *config("validation_prompt: [e]")).validation_prompt == ["e"]
+    assert parse(*wrapper).validation_prompt == ["a", "b"]
+
+
+def test_a_wrappers_flag_without_effect_yields_and_ones_own_is_refused(parse, refusal):
+    """The wrapper speaks for its own recipe: --optimizer prodigy makes another of it, whose learning rate is 1."""
+    assert parse("--learning_rate", "1e-4", "--", "--optimizer", "prodigy").learning_rate == 1
+    assert "--learning_rate 0.0001 has no effect with --optimizer prodigy" in refusal("--optimizer", "prodigy", "--learning_rate", "1e-4")
+    assert parse("--lr_warmup_steps", "9", "--lr_scheduler", "linear", "--", "--lr_scheduler", "constant").lr_warmup_steps == 0
+    assert "unknown flag --bad" in refusal("--bad", "--") and "unknown flag --bad" in refusal("--rank", "2", "--", "--bad")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from src import cli, runtime
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "models", "datas", "outputs", "benchmarks")
@@ -265,7 +268,7 @@ def test_defaults_in_wrappers_survive_the_parsers_own_checks(monkeypatch):
         for name, held in re.findall(r"^\s*(\w+)\+?=\(([^)]*)\)", (ROOT / where).read_text(), re.MULTILINE):
             word = f"${{{name}[@]}}"
             values[word] = values.get(word, []) + shlex.split(held)
-        args, rest = parser.parse_known_args([value for word in words if word != "$@" for value in values.get(word, [word])])
+        args, rest = parser.parse_known_args([value for word in words if word not in ("--", "$@") for value in values.get(word, [word])])
         assert isinstance(args, argparse.Namespace) and not rest, f"{where}: {rest}"
 
 
@@ -277,3 +280,62 @@ def test_a_wrapper_leaves_a_lora_the_programs_own_learning_rate(wrapper, all_wei
         environment = {name: value for name, value in os.environ.items() if name != "TINY"} | {"PRINT_COMMAND": "1"}
         words = shlex.split(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout)
         assert [value for flag, value in zip(words, words[1:], strict=False) if flag == "--learning_rate"] == expected
+
+
+def wrapped(wrapper, *flags):
+    """The arguments that a wrapper followed by these flags hands to its program, as that program's own parser reads them."""
+    command = ["bash", f"scripts/{wrapper}", *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "TINY"} | {"PRINT_COMMAND": "1"}
+    words = shlex.split(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout)
+    module = importlib.import_module(words[1].removesuffix(".py"))
+    return cli.parse(module.build_parser(), [*words[2:], *model_of(module)])
+
+
+def model_of(module):
+    """SD1.5 tells its resolution from the model's folder, which has to be there."""
+    return ["--pretrained_model_name_or_path", str(ROOT / "models/tiny-sd15")] if "sd15" in module.__name__ else []
+
+
+GRPO = "train_aesthetic_rlhf_grpo_lora_sd3.sh"
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "flags", "expected"),
+    [
+        (GRPO, [], {"noise_level": 0.8, "lora_alpha": 64, "learning_rate": 3e-4, "window_size": 3}),
+        (GRPO, ["--loss", "nft"], {"noise_level": None}),
+        (GRPO, ["--loss", "guard"], {"noise_level": 0.8}),
+        (GRPO, ["--transition", "flow"], {"noise_level": 0.7}),
+        (GRPO, ["--transition", "precise"], {"noise_level": 1.5}),
+        (GRPO, ["--full_weights"], {"learning_rate": 1e-5}),
+        (GRPO, ["--optimizer", "prodigy"], {"learning_rate": 1}),
+        (GRPO, ["--config", "scripts/presets/flow_grpo.yaml"], {"transition": "flow", "window_size": 0, "gradient_checkpointing": True}),
+        ("train_aesthetic_ddpo_sd3.sh", ["--full_weights"], {"learning_rate": 1e-5}),
+        ("train_text_to_image_lora_sd3.sh", ["--optimizer", "prodigy"], {"learning_rate": 1}),
+        ("train_text_to_image_lora_sd3.sh", ["--config", "scripts/presets/12gb.yaml"], {"gradient_checkpointing": True, "rank": 16}),
+        ("train_text_to_image_lora_sd3.sh", ["--validation_prompt", "mine"], {"validation_prompt": ["mine"]}),
+        ("train_full_finetuning_sd3.sh", ["--optimizer", "prodigy"], {"learning_rate": 1}),
+        ("train_full_finetuning_sd3.sh", ["--no-use_ema"], {"use_ema": False}),
+        ("train_dpo_sd_v1_5.sh", ["--sft"], {"learning_rate": 5e-6}),
+        ("train_dpo_sd_v1_5.sh", ["--optimizer", "prodigy"], {"learning_rate": 1}),
+        ("train_dreambooth_lora_sd3.sh", ["--instance_data_dir", "d", "--instance_prompt", "a sks", "--no-with_prior_preservation"],
+         {"with_prior_preservation": False}),
+        ("train_refl_v1_5.sh", ["--method", "draft", "--draft_k", "1"], {"method": "draft"}),
+    ],
+)  # fmt: skip
+def test_a_wrapper_takes_the_variants_of_its_algorithm(wrapper, flags, expected):
+    """Its own values give way: to what a variant fills in by itself, and where they have no effect beside it."""
+    args = vars(wrapped(wrapper, *flags))
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("wrapper", sorted(path.name for path in (ROOT / "scripts").glob("train_*.sh")))
+def test_the_args_of_a_run_repeat_it_through_the_wrapper(wrapper, tmp_path):
+    """Every value is the file's, not the wrapper's; the file here says of each flag what the program would do by itself."""
+    module = importlib.import_module(WRAPPED[f"scripts/{wrapper}"].removesuffix(".py"))
+    needed = {"train_dreambooth_lora_sd3": ["--instance_data_dir", "datas/subject", "--instance_prompt", "a sks"]}.get(module.__name__, [])
+    if "dataset_name" in vars(module.build_parser().parse_args([])) and not needed:
+        needed = ["--dataset_name", "elsewhere"]
+    run = runtime.plain_args(cli.parse(module.build_parser(), [*needed, *model_of(module), "--seed", "7", "--output_dir", str(tmp_path)]))
+    (tmp_path / "args.json").write_text(json.dumps(run))
+    assert runtime.plain_args(wrapped(wrapper, "--config", str(tmp_path / "args.json"))) == run
