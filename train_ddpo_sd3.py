@@ -221,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
         evaluator.run(0)
 
     for epoch in range(first_epoch, args.num_epochs):
-        saver.hold(epoch * updates)
+        saver.hold(epoch * updates, copy=not args.full_weights)
         window = policy.window(args, epoch)
         batches, trajectories, values, rollouts, passes = sampler.batches(epoch), [], defaultdict(list), (), ()  # frees the last epoch's
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
@@ -263,7 +263,7 @@ def main(args: argparse.Namespace) -> None:
                     run.accelerator.backward((loss * rollout.judged).mean() / len(passes))
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
-                if run.stop_requested():
+                if not args.full_weights and run.stop_requested():  # all weights, 27 GB and more, finish the epoch
                     return rewards.stop(run, saver, scoring)
             values["grad_norm"].append(run.clip_gradients(actor.weights, args.max_grad_norm))
             optimizer.step()

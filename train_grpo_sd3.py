@@ -146,7 +146,7 @@ def surrogate(
     if args.kl_weight:
         kl = transitions.kl(step.mean, reference.mean, step.step_std)  # (b,), with gradient
         if args.kl_form == "flow_grpo":
-            kl = kl * (step.sigma - step.sigma_next).to(kl.device)
+            kl = kl * seeds.send(step.sigma - step.sigma_next, kl.device)
     clipped = (log_ratio.abs() > args.clip_nats).float()
     return loss + args.kl_weight * kl, {"policy_loss": loss, "kl": kl, "log_ratio": step.log_ratio.abs(), "clip_fraction": clipped}, step
 
@@ -155,7 +155,7 @@ def forward_process(
     actor: policy.Policy, old: ema.Ema, rollout: Rollout, level: int, epoch: int, condition: sd3.Conditioning, args: argparse.Namespace
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DiffusionNFT's loss (b,) at noise level number `level` of each picture, and what is logged of it."""
-    x0, where = rollout.trajectory.final.to(condition.embeds.device), (args.seed, epoch, rollout.batch.positions)
+    x0, where = seeds.send(rollout.trajectory.final, condition.embeds.device), (args.seed, epoch, rollout.batch.positions)
     noise = seeds.normal(*where, f"nft noise {level}", x0.shape[1:], x0.device)  # (b, 16, h, w)
     sigma = flow.sigmas(seeds.uniform(*where, f"nft level {level}", x0.device), density="uniform", shift=actor.model.shift)  # (b,)
     x_t, kl = flow.interpolate(x0, noise, sigma), torch.zeros_like(rollout.advantage)
@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
         evaluator.run(0)
 
     for epoch in range(first_epoch, args.num_epochs):
-        saver.hold(epoch * updates)
+        saver.hold(epoch * updates, copy=not args.full_weights)
         window = range(0) if old else policy.window(args, epoch)
         batches, trajectories, values, rollouts, passes = sampler.batches(epoch), [], defaultdict(list), (), ()  # frees the last epoch's
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
@@ -265,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
                     run.accelerator.backward((loss * rollout.judged).mean() / len(passes))
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
-                if run.stop_requested():
+                if not args.full_weights and run.stop_requested():  # all weights, 27 GB and more, finish the epoch
                     return rewards.stop(run, saver, scoring)
             values["grad_norm"].append(run.clip_gradients(actor.weights, args.max_grad_norm))
             optimizer.step()

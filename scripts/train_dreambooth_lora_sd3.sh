@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # DreamBooth: one subject, from a handful of its pictures, as a LoRA of SD3.5-medium.
 #
-#   needs     one GPU, models/stable-diffusion-3.5-medium, and a folder with three to twenty pictures of your subject:
+#   needs     one GPU of 48 GB or more (41 GiB predicted), models/stable-diffusion-3.5-medium, and a folder with three to twenty pictures of your subject:
 #
 #     bash scripts/train_dreambooth_lora_sd3.sh --instance_data_dir datas/mine --instance_prompt "a photo of sks dog" \
 #       --class_prompt "a photo of a dog" --validation_prompt "sks dog on the beach"
 #
+#   smaller   --config scripts/presets/24gb.yaml, 16gb.yaml or 12gb.yaml;  faster, in a longer run: --compile
 #   override  any argument: --no-with_prior_preservation does without class pictures,
 #             --train_text_encoder --text_encoder_learning_rate 5e-6 adapts both CLIPs, too
 #   try it    TINY=1 bash scripts/train_dreambooth_lora_sd3.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
@@ -29,6 +30,6 @@ else
   launch train_dreambooth_lora_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --resolution 1024 --mixed_precision bf16 --no_hflip \
     --with_prior_preservation --num_class_images 100 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup \
-    --train_batch_size 1 --gradient_accumulation_steps 4 --max_train_steps 500 --checkpointing_steps 250 --checkpoints_total_limit 2 \
+    --train_batch_size 4 --max_train_steps 500 --checkpointing_steps 250 --checkpoints_total_limit 2 \
     --validation_steps 100 --output_dir outputs/dreambooth_sd3 -- "$@"
 fi

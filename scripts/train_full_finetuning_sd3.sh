@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # All weights of SD3.5-medium's transformer on captioned pictures.
 #
-#   needs     one GPU of 80 GB (fp32 weights, AdamW, EMA), models/stable-diffusion-3.5-medium and a captioned data set
-#   24 GB     add --weights_dtype bf16 --optimizer adamw8bit --fused_backward --max_grad_norm 0 --gradient_accumulation_steps 1 --ema_device cpu
+#   needs     one GPU of 80 GB (fp32 weights, AdamW, EMA: 46 GiB predicted), 130 GB of disk, models/stable-diffusion-3.5-medium and a captioned
+#             data set; without --dataset_name it takes eleven photographs, to show that it runs
+#   smaller   --config scripts/presets/full-24gb.yaml, full-16gb.yaml or full-12gb.yaml;  faster, in a longer run: --compile
 #   override  any argument:  bash scripts/train_full_finetuning_sd3.sh --dataset_name datas/mine --max_train_steps 500
 #   several   ACCELERATE_ARGS="--config_file scripts/accelerate/fsdp2.yaml --num_processes 4" bash scripts/train_full_finetuning_sd3.sh
 #   try it    TINY=1 bash scripts/train_full_finetuning_sd3.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
@@ -22,7 +23,7 @@ else
   launch train_full_finetuning_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --dataset_name datas/photos --resolution 1024 --aspect_buckets \
     --mixed_precision bf16 --gradient_checkpointing --learning_rate 1e-5 --lr_scheduler constant_with_warmup \
-    --train_batch_size 1 --gradient_accumulation_steps 4 --use_ema --max_train_steps 1000 --checkpointing_steps 250 \
+    --train_batch_size 4 --use_ema --max_train_steps 1000 --checkpointing_steps 250 \
     --checkpoints_total_limit 2 --validation_steps 250 --validation_prompt "a photo of a cup of coffee on a wooden table" \
     --output_dir outputs/full_sd3 -- "$@"
 fi

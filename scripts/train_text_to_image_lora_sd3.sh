@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # LoRA on captioned pictures, SD3.5-medium.
 #
-#   needs     one GPU, models/stable-diffusion-3.5-medium and a captioned data set
+#   needs     one GPU of 48 GB or more (41 GiB predicted), models/stable-diffusion-3.5-medium and a captioned data set;
+#             without --dataset_name it takes eleven photographs, to show that it runs
+#   smaller   --config scripts/presets/24gb.yaml, 16gb.yaml or 12gb.yaml;  faster, in a longer run: --compile
 #   override  any argument:  bash scripts/train_text_to_image_lora_sd3.sh --dataset_name datas/mine --max_train_steps 500
 #   try it    TINY=1 bash scripts/train_text_to_image_lora_sd3.sh      the same thing on the shipped tiny model, on a CPU, in about two minutes
 #   plan it   bash scripts/train_text_to_image_lora_sd3.sh --dry_run
@@ -21,7 +23,7 @@ if [ "${TINY:-}" = 1 ]; then
 else
   launch train_text_to_image_lora_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --dataset_name datas/photos --resolution 1024 --aspect_buckets \
-    --mixed_precision bf16 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup --train_batch_size 1 \
-    --gradient_accumulation_steps 4 --max_train_steps 1000 --checkpointing_steps 250 --checkpoints_total_limit 2 --validation_steps 250 \
+    --mixed_precision bf16 --rank 16 --learning_rate 1e-4 --lr_scheduler constant_with_warmup --train_batch_size 4 \
+    --max_train_steps 1000 --checkpointing_steps 250 --checkpoints_total_limit 2 --validation_steps 250 \
     --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/lora_sd3 -- "$@"
 fi

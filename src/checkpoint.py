@@ -152,7 +152,7 @@ class Checkpointer:
         if scaler is not None:
             self.parts["scaler"] = scaler
         self.saved: int | None = None  # the last step that was written
-        self._held: tuple[int, dict[str, Any]] | None = None
+        self._held: tuple[int, dict[str, Any] | None] | None = None
         if run.is_main:
             for stale in run.output_dir.glob("checkpoint-*.tmp"):  # of a run that was killed while saving
                 shutil.rmtree(stale)
@@ -187,21 +187,26 @@ class Checkpointer:
             raise SystemExit(failure)
         self.saved = step
 
-    def hold(self, step: int) -> None:
+    def hold(self, step: int, copy: bool = True) -> None:
         """Remembers all parts as they are, copied to the CPU: what `save_held` goes back to. Every process calls it.
 
         For loops whose every state is not worth saving: reinforcement learning can only continue from the end of an epoch.
+
+        Args:
+            copy: False where the state is too large for that, and the loop calls `save_held` only while it has not changed.
         """
         from src import sharding
 
         self._held = None  # first, or the last copy would be in memory beside the next
-        self._held = (step, _copied(sharding.gathered({name: part.state_dict() for name, part in self.parts.items()})))
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        self._held = (step, _copied(sharding.gathered(state)) if copy else None)
 
     def save_held(self) -> int:
         """Puts every part back as it was at the last `hold`, saves that, and returns its step."""
         assert self._held is not None, "hold() comes first"
         step, state = self._held
-        self._load(state)
+        if state is not None:
+            self._load(state)
         self.save(step)
         return step
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number
 # Prodigy four fp32 tensors; Adafactor's row and column of moments come to about 1 byte for a matrix of rank 16.
 TRAINED_BYTES = {"adamw": 16, "adamw8bit": 10, "prodigy": 24, "adafactor": 9}
 EMA_BYTES = 4  # per trained parameter with --use_ema
+RATE = 300e12  # FLOP/s: about half of what an H100's matrix multiplications reach in bf16, a good training step on it
 UPDATE_BYTES = 16  # per bf16 weight that is being updated: fp32 copies of it and of its gradient, its random bits, the sum
 ENTRY_BYTES = 256  # of a cache file besides its tensors: names, shapes and key
 
@@ -113,7 +115,8 @@ def show(
         *(subject.rows if subject else []),
         ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
-        ("compute", f"{_flops(flops)} per step, {_flops(flops * args.max_train_steps)} in all, at {tokens} text tokens"),
+        ("compute", f"{_flops(flops)} per step, {_total(flops * args.max_train_steps)}, at {tokens} text tokens"),
+        ("checkpoints", _checkpoints(args, trained, whole, args.max_train_steps // args.checkpointing_steps)),
     ]
     cached = cache_bytes(args, samples, held_out, denoiser, tokens, family, subject)
     _print(rows + [_cache_row(args, name, *found) for name, found in cached.items()])
@@ -135,8 +138,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
     weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision], quantized=args.quantize_base)
     if whole:  # the reference is a frozen copy
-        copy = weights["transformer"] if reference else 0
-        weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"] + copy
+        weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"] * (1 + reference)
     policy.adapt(transformer, args)
     trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
     trained_bytes = trained * (per_trained_parameter(args, whole) + EMA_BYTES * other_passes)
@@ -158,8 +160,9 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
         ("  sampling", f"{pictures * args.num_inference_steps * passes:,} forward passes"),
         ("  training", f"{pictures * trained_steps * passes:,} forward and backward passes, each beside {extra} without gradient"),
         ("steps", f"{args.num_epochs * updates:,} in {args.num_epochs:,} epochs, {args.num_epochs * pictures:,} pictures"),
-        ("compute", f"{each / forward:.1f} forward passes' worth a picture, {_flops(each * pictures)} an epoch, "
-                    f"{_flops(each * pictures * args.num_epochs)} in all, at {tokens} text tokens"),
+        ("compute", f"{_flops(each * pictures)} per epoch, {_total(each * pictures * args.num_epochs)}, at {tokens} text tokens"),
+        ("  a picture", f"{each / forward:.1f} forward passes' worth; decoding and scoring come on top"),
+        ("checkpoints", _checkpoints(args, trained, whole, args.num_epochs // args.checkpointing_epochs, averages=other_passes)),
         _cache_row(args, "text", len(prompts), len(prompts) * (entry + ENTRY_BYTES)),
     ]  # fmt: skip
     _print(rows)
@@ -201,8 +204,9 @@ def show_reward_gradient(
         ("steps", f"{args.max_train_steps:,} of {batch} drawn picture(s), one process"),
         ("  a picture", f"{rollout_steps:g} denoising steps without gradient, {trained_steps} with, {passes} pass(es) each"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
-        ("compute", f"{_flops(each * batch)} per step, {_flops(each * batch * args.max_train_steps)} in all, at {tokens} text tokens; "
-                    "decoding and scoring come on top"),
+        ("compute", f"{_flops(each * batch)} per step, {_total(each * batch * args.max_train_steps)}, at {tokens} text tokens"),
+        ("", "decoding and scoring come on top"),
+        ("checkpoints", _checkpoints(args, trained, whole, args.max_train_steps // args.checkpointing_steps)),
         _cache_row(args, "text", len(texts), len(texts) * ((tokens * width + pooled) * BYTES[args.mixed_precision] + ENTRY_BYTES)),
     ]  # fmt: skip
     _print(rows)
@@ -345,9 +349,22 @@ def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float, s
     text = sum(size for part, size in weights.items() if part.startswith("text"))
     filling = f"{_size(text)} while the text cache is filled, " if any(_leaves(args, part) for part in weights) else ""
     if step is not None:
-        return f"{filling}{_size(step.peak)} at the peak of a step"
+        return f"{filling}{_size(step.peak)} ({step.peak / 2**30:.1f} GiB) at the peak of a step"
     training = sum(size for part, size in weights.items() if not _leaves(args, part)) + trained
     return f"{filling}{_size(training)} while training; activations come on top"
+
+
+def _checkpoints(args: argparse.Namespace, trained: int, whole: Whole | None, due: int, averages: int = 0) -> str:
+    """What they take on the disk; due: how many the run writes; averages: of what is trained, besides --use_ema."""
+    numbers = (whole.weight if whole else 4) + TRAINED_BYTES[args.optimizer] - 8 + EMA_BYTES * (args.use_ema + averages)
+    numbers += 0 if whole else 4 + 4 * args.use_ema  # an adapter is there once more, for other programs, and so is its average
+    kept = min(due, args.checkpoints_total_limit or due)
+    most = kept + (due > kept)  # the new one is whole before the oldest goes
+    folder = args.output_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return f"{_size(trained * numbers)} each, {_size(trained * numbers * most)} of the {most} there at most; {_size(free)} are free"
 
 
 def cache_bytes(
@@ -437,6 +454,13 @@ def _size(size: float) -> str:
         if size >= unit:
             return f"{size / unit:.2f} {name}"
     return f"{size / 1e3:.1f} kB"
+
+
+def _total(count: float) -> str:
+    """FLOPs of a run, and how long they take at least: without reading, encoding, validation, saving."""
+    minutes = count / RATE / 60
+    text = f"{minutes / 60:.1f} h" if minutes >= 60 else f"{minutes:.0f} min" if minutes >= 1 else "less than a minute"
+    return f"{_flops(count)} in all ({text} at {RATE / 1e12:.0f} TFLOP/s)"
 
 
 def _flops(count: float) -> str:

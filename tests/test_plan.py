@@ -6,6 +6,7 @@ import re
 import pytest
 import runs
 import torch
+from safetensors.torch import load_file
 
 import train_text_to_image_lora_sd3 as script
 from src import cli, inputs, lora, optim, plan, runtime
@@ -115,9 +116,9 @@ def test_memory_counts_what_stays(arguments, monkeypatch):
     assert plan.per_trained_parameter(arguments(use_ema=True, rank=2)) == 20
     resident, peak, text, residence = planned()
     assert (resident, peak) == pytest.approx((4.5 + 1.6, 6.1 + 3 + 1)) and residence == "only while the text cache is filled"
-    assert text == "10.00 GB while the text cache is filled, 10.10 GB at the peak of a step"
+    assert text == "10.00 GB while the text cache is filled, 10.10 GB (9.4 GiB) at the peak of a step"
     resident, peak, text, residence = planned(cache_text=False)
-    assert (resident, peak) == pytest.approx((16.1, 20.1)) and residence == "" and text.startswith("20.10 GB at the peak")
+    assert (resident, peak) == pytest.approx((16.1, 20.1)) and residence == "" and text.startswith("20.10 GB (18.7 GiB) at the peak")
     assert planned(gradient_accumulation_steps=2)[:2] == pytest.approx((6.1, 6.1 + 0.4 + 3 + 1))
     resident, _, _, residence = planned(train_text_encoder=True)  # both CLIPs have to stay, T5's part is cached
     assert resident == pytest.approx(6.1 + 1) and residence == "only while the text cache is filled"
@@ -159,6 +160,33 @@ def test_caches_have_the_size_that_was_planned(arguments, world, tmp_path, capsy
 def test_caches_that_are_off_are_not_planned(arguments, capsys, cheap):
     rows = shown(arguments(cache_text=False, cache_latents=False), capsys)
     assert not {"latent cache", "text cache"} & rows.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole", "due", "each", "most"),
+    [
+        ({}, None, 4, "16.00 MB", 3),  # weights, two moments, weights for other programs; one more while written
+        ({}, None, 2, "16.00 MB", 2),
+        ({"use_ema": True, "checkpoints_total_limit": None}, None, 4, "24.00 MB", 4),  # the average, in state.pt and for other programs
+        ({"use_ema": True}, plan.Whole(("transformer",), 4, 4), 4, "16.00 MB", 3),  # all weights: fp32, two moments, their average
+        ({"optimizer": "adamw8bit"}, plan.Whole(("transformer",), 2, 2), 4, "4.00 MB", 3),  # bf16 weights, two moments of a byte
+    ],
+)
+def test_checkpoints_by_hand(arguments, changes, whole, due, each, most):
+    """Of a million weights."""
+    args = argparse.Namespace(**(vars(arguments(checkpoints_total_limit=2)) | changes))
+    text = plan._checkpoints(args, 1_000_000, whole, due)
+    assert text.startswith(f"{each} each, {plan._size(float(each.split()[0]) * 1e6 * most)} of the {most} there at most; ")
+    assert "are free" in text
+
+
+def test_checkpoints_are_as_large_as_planned(world, arguments, tmp_path):
+    """Of a real run with an average; keys, shapes and the scheduler come on top."""
+    args = arguments(rank=8, use_ema=True, max_train_steps=1, checkpointing_steps=1)
+    script.main(args)
+    trained = sum(value.numel() for value in load_file(args.output_dir / "pytorch_lora_weights.safetensors").values())
+    written = sum(path.stat().st_size for path in (args.output_dir / "checkpoint-1").rglob("*") if path.is_file())
+    assert 0 <= written - trained * 24 < 200_000 + 0.05 * written
 
 
 # ---------------------------------------------------------------------------------------------- compute
@@ -238,3 +266,8 @@ def test_sizes_read_well(size, text):
 @pytest.mark.parametrize(("count", "text"), [(2.7e8, "0.27 GFLOP"), (5.24e12, "5.24 TFLOP"), (5.24e15, "5.24 PFLOP")])
 def test_flops_read_well(count, text):
     assert plan._flops(count) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(30, "less than a minute"), (90, "2 min"), (5400, "1.5 h")])
+def test_the_time_of_a_run_at_a_stated_speed(seconds, text):
+    assert plan._total(300e12 * seconds).endswith(f"in all ({text} at 300 TFLOP/s)")

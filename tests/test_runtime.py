@@ -1,6 +1,7 @@
 """start(args) -> Run: repeated in one process, on two real processes, with trackers, seeds, signals and refusals."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +161,17 @@ def test_one_process_gathers_averages_and_broadcasts_to_itself(tmp_path):
         pass
     assert run.peak_memory() > 10_000_000  # Python with torch
     run.finish()
+
+
+@pytest.mark.parametrize(("world", "is_fsdp2", "last", "waits"), [(2, False, False, True), (2, False, True, False), (2, True, False, False),
+                                                              (1, False, False, False)])  # fmt: skip
+def test_fsdp2_sums_gradients_at_every_micro_batch(world, is_fsdp2, last, waits):
+    """Left for later they would lie whole, in fp32, on every GPU."""
+    entered = []
+    accelerator = SimpleNamespace(is_fsdp2=is_fsdp2, no_sync=lambda model: entered.append(model) or contextlib.nullcontext())
+    with runtime.Run.no_sync(SimpleNamespace(world=world, accelerator=accelerator), "model", last):
+        pass
+    assert bool(entered) == waits
 
 
 def test_gradients_are_clipped_to_the_norm_and_zero_leaves_them(tmp_path):

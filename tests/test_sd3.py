@@ -160,6 +160,8 @@ def test_decoding_in_pieces_changes_nothing_and_lets_gradients_through(model):
     images = sd3.decode_latents(model, latents, batch_size=2)
     assert images.shape == (5, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, sd3.decode_latents(model, latents, batch_size=5), rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # as evaluation does, which has to judge the pictures that training judges
+        assert torch.equal(images, sd3.decode_latents(model, latents, batch_size=2))
     images.sum().backward()
     assert latents.grad.flatten(1).any(1).all()
 

@@ -459,6 +459,41 @@ def test_sigterm_inside_an_epoch_goes_back_to_its_start(train, whole, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("where", "stopped_at"), [("collect", 4), ("step", 4), ("sample", 2)])
+def test_stopped_with_all_weights_nothing_is_copied_and_nothing_lost(train, monkeypatch, where, stopped_at):
+    """27 GB for SD3.5-medium, in every epoch: instead an epoch whose updates have begun is finished, and one that only drew is given up."""
+    flags = dict(full_weights=True, rank=None, learning_rate=1e-3, num_epochs=3, checkpointing_epochs=3)
+    whole = train("whole", **flags)
+    monkeypatch.setattr(checkpoint, "_copied", lambda state: pytest.fail("the weights were copied"))
+    with monkeypatch.context() as patch:
+        owner = {"collect": script.rewards.Rewards, "step": torch.optim.AdamW, "sample": sd3_rollout}[where]
+        called, calls = getattr(owner, where), []
+
+        def stopping(*args, **named):
+            calls.append(None)
+            if len(calls) == {"collect": 2, "step": 3, "sample": 3}[where]:  # in the second epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+            return called(*args, **named)
+
+        patch.setattr(owner, where, stopping)
+        parts = train("parts", **flags)
+    assert checkpoint.find_latest(parts).name == f"checkpoint-{stopped_at}" and not (parts / "model_index.json").exists()
+    assert_state(whole, train("parts", **flags, resume_from_checkpoint="latest"))
+
+
+def assert_state(whole, parts):
+    runs.assert_identical(runs.state(whole / "checkpoint-6"), runs.state(parts / "checkpoint-6"))
+    assert runs.lines(whole) == runs.lines(parts)
+
+
+@pytest.mark.slow
+def test_the_kl_of_all_weights_starts_at_zero_in_bf16(train):
+    """The reference is the same weights in the same precision: one in bf16 beside fp32 ones under autocast is another model."""
+    out = train(full_weights=True, rank=None, mixed_precision="bf16", kl_weight=0.01, updates_per_epoch=1, num_epochs=1)
+    assert runs.values(out, "kl") == [0.0]
+
+
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_updates_of_an_epoch(train):
     """A checkpoint's number counts optimizer steps: with others an epoch, the run would go on in the wrong place."""
     train(checkpointing_epochs=1)

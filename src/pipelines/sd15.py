@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src import ddpm
+from src import ddpm, seeds
 from src.lora import unwrap
 from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
 from src.pipelines.common import sample_posterior as sample_posterior  # every family offers it under its own name
@@ -283,7 +283,8 @@ def eps(unet: nn.Module, x_t: Tensor, timestep: Tensor, condition: Conditioning)
     added = None
     if condition.pooled.shape[-1]:
         height, width = (side * VAE_SCALE for side in x_t.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=x_t.device, dtype=dtype)  # original, corner of the cut, target
+        # original size, corner of the cut, target size
+        sizes = seeds.send(torch.tensor([height, width, 0, 0, height, width], dtype=dtype), x_t.device)
         added = {"text_embeds": condition.pooled.to(dtype), "time_ids": sizes.expand(len(x_t), -1)}
     prediction = unet(
         x_t.to(dtype), timestep, encoder_hidden_states=condition.embeds.to(dtype), added_cond_kwargs=added, return_dict=False

@@ -249,9 +249,13 @@ def scale_latents(model: SD3, latents: Tensor) -> Tensor:
 
 
 def decode_latents(model: SD3, latents: Tensor, batch_size: int = 4) -> Tensor:
-    """The transformer's latents (b, 16, h, w) -> images (b, 3, H, W) float32 in [0, 1], `batch_size` at a time; gradients may flow."""
+    """The transformer's latents (b, 16, h, w) -> images (b, 3, H, W) float32 in [0, 1], `batch_size` at a time; gradients may flow.
+
+    In the VAE's own precision, also inside autocast: training and evaluation judge the same picture of the same latents.
+    """
     latents = latents.to(model.vae.device) / model.vae.config.scaling_factor + model.vae.config.shift_factor
-    decoded = [model.vae.decode(part.to(model.vae.dtype), return_dict=False)[0] for part in latents.split(batch_size)]
+    with torch.autocast(latents.device.type, enabled=False):
+        decoded = [model.vae.decode(part.to(model.vae.dtype), return_dict=False)[0] for part in latents.split(batch_size)]
     return (torch.cat(decoded) * 0.5 + 0.5).clamp(0, 1).float()
 
 
