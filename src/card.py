@@ -141,8 +141,8 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
 |---|---|---|---|
 {chr(10).join(rows)}
 {curves}
-{settings(args)}. All arguments are in `args.json`; `--config {folder}/args.json --output_dir outputs/again` repeats
-the run.{command}
+{settings(args)}. All arguments are in `args.json`; `--config {folder}/args.json --output_dir outputs/again` after the
+name of the program or of its wrapper repeats the run.{command}
 
 ## Licence
 

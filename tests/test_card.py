@@ -127,7 +127,7 @@ def test_a_run_without_validation_has_a_card(tmp_path):
 def test_settings_are_those_that_the_run_has(folder):
     text = written(folder, rank=16, use_ema=True, quantize_base=None, fused_backward=False, loss="ppo", mixed_precision="bf16")
     assert "`--rank 16`, `--loss ppo`, `--use_ema`, `--mixed_precision bf16`. All arguments are in `args.json`" in text
-    assert f"`--config {folder}/args.json --output_dir outputs/again` repeats" in text
+    assert f"`--config {folder}/args.json --output_dir outputs/again` after the" in text
 
 
 def test_a_run_of_several_processes_says_so(folder):
