@@ -15,7 +15,7 @@ TINY=1 bash scripts/train_text_to_image_lora_sd3.sh --output_dir "$output" --rep
 step="2/3 generate"
 say "$step: the same seeds without and with the LoRA"
 bash demo.sh --lora_weights_path "$output" --compare --num_images 2 --output_dir "$output/demo" \
-  --prompt "a small red heart on a white background" --prompt "a large purple heart at the top on a white background" \
+  --prompt "a small red heart on a white background" --prompt "a small white heart at the right on a blue background" \
   --prompt "a large blue square on an orange background"
 
 step="3/3 measure"
