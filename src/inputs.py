@@ -206,8 +206,7 @@ def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3
     Raises:
         ValueError: what `open_images` refuses.
     """
-    with run.accelerator.main_process_first():  # one download and one scan; the others find the result on disk
-        train, held_out = open_images(args, progress=run.is_main)
+    train, held_out = run.from_main(lambda: open_images(args, progress=True))  # one download, one scan, and one result for all processes
     parts = [train, held_out or train.subset([])]
     return _prepare(run, args, family, samples.Samples, parts, parts, "pictures")
 
@@ -226,8 +225,7 @@ def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType
     Raises:
         ValueError: what `open_pairs` refuses.
     """
-    with run.accelerator.main_process_first():
-        train, held_out = open_pairs(args, progress=run.is_main)
+    train, held_out = run.from_main(lambda: open_pairs(args, progress=True))
     parts = [train, held_out or train.subset([])]
     return _prepare(run, args, family, preferences.PairSamples, parts, [part.pictures for part in parts], "pairs")
 

@@ -3,6 +3,7 @@
 What cannot be used is named, and a changed file is never taken for the old one.
 """
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from src.data import captions, sources
 from src.data.captions import CaptionedImages, check_source, open_captioned
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +135,28 @@ def test_a_broken_picture_is_skipped_and_named(tmp_path, how):
         load(folder, tmp_path, strict=True)
 
 
+def test_a_read_that_fails_once_costs_no_picture(tmp_path, monkeypatch):
+    """As a network disk does now and then. What fails twice is broken; what is not there is not asked for again."""
+    folder = make_folder(tmp_path / "d", ["zero", "one", "two"])
+    read, failures, asked = sources.Folder.read, {1: 1}, []
+
+    def failing(source, row):
+        asked.append(row)
+        failures[row] = failures.get(row, 0) - 1
+        if failures[row] >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(source, row)
+
+    monkeypatch.setattr(sources.Folder, "read", failing)
+    monkeypatch.setattr(captions, "_PAUSE", 0.0)
+    assert shown(load(folder, tmp_path)) == [("zero", 0), ("one", 1), ("two", 2)]
+    failures[1] = 2
+    assert load(folder, tmp_path).skipped == ["1.png: Input/output error"]
+    (folder / "2.png").unlink()
+    asked.clear()
+    assert load(folder, tmp_path).skipped == ["2.png: No such file or directory"] and asked.count(2) == 1
+
+
 def test_a_picture_without_its_txt_is_skipped_with_the_reason(tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
@@ -209,6 +233,22 @@ def test_the_second_start_decodes_nothing(tmp_path, monkeypatch):
     (folder / "0.png").write_bytes(picture(2))
     with pytest.raises(pytest.fail.Exception, match="decoded again"):  # a new content is looked at
         load(folder, tmp_path)
+
+
+def test_a_scan_that_is_killed_leaves_what_it_saw(tmp_path, monkeypatch):
+    """SIGTERM ends Python where it stands, without `finally`: 8 new sizes are kept as soon as the next block, of 4 rows, begins."""
+    folder = make_folder(tmp_path / "d", ["caption"] * 4)
+    for i in range(20):
+        (folder / f"{i}.png").write_bytes(picture(0, (8 + i, 8)))
+        (folder / f"{i}.txt").write_text("caption")
+    (folder / "metadata.jsonl").unlink()
+    monkeypatch.setattr(captions, "_BLOCK", 4)
+    monkeypatch.setattr(captions, "_KEEP_EVERY", 8)
+    source = sources.open_source(str(folder), image_column="image", caption_column="text", cache_dir=tmp_path)
+    rows = captions.scan(source, captions.Memo(tmp_path / "memo.json"), progress=False)
+    keys = [next(rows)[1].key for _ in range(14)]
+    known = captions.Memo(tmp_path / "memo.json")  # the scan is not over yet
+    assert [known.size(key) is not None for key in keys] == [True] * 8 + [False] * 6
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}'])
