@@ -115,6 +115,31 @@ def test_without_a_caption_a_picture_is_skipped_and_named(tmp_path, nothing, cap
         load(folder, tmp_path, strict=True)
 
 
+@pytest.mark.parametrize("broken", ["a smile \ud83d", ["", "\udc80"]])
+def test_half_a_surrogate_pair_is_no_caption(tmp_path, broken, capsys):
+    """JSON can write one, as "\\ud83d"; it has no place in UTF-8, nor in a tokenizer. A default prompt does not stand in for it."""
+    folder = make_folder(tmp_path / "d", ["zero", broken, "two \U0001f600"])
+    for default in (None, "a thing"):
+        images = load(folder, tmp_path, progress=True, default_prompt=default)
+        assert shown(images) == [("zero", 0), ("two \U0001f600", 2)] and images.skipped == ["1.png: caption is not valid Unicode"]
+        assert "1 picture(s) skipped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--strict_data: 1.png: caption is not valid Unicode"):
+        load(folder, tmp_path, strict=True)
+
+
+def test_file_names_that_are_no_text_are_skipped_and_printed(tmp_path, monkeypatch):
+    """Python reads the byte FF of a file name as "\\udcff", which standard output refuses; "\\ud83d" names no file at all."""
+    folder = make_folder(tmp_path / "d", ["zero", "one", "two"])
+    lines = [{"file_name": name, "text": "caption"} for name in ("0.png", "none-\udcff.png", "none-\ud83d.png", "none\0.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert len(load(folder, tmp_path, progress=True).skipped) == 3
+    out.flush()
+    said = out.buffer.getvalue().decode()
+    assert "3 picture(s) skipped" in said and "none-\\udcff.png: No such file" in said and "none-\\ud83d.png: " in said
+
+
 def break_file(folder: Path, how: str) -> None:
     file = folder / "1.png"
     if how == "missing":

@@ -112,6 +112,18 @@ def test_without_a_label_the_chosen_picture_wins(tmp_path):
 # --------------------------------------------------------------------------- what cannot be used
 
 
+def test_half_a_surrogate_pair_is_no_caption(tmp_path, monkeypatch):
+    folder = metadata(tmp_path / "data", [("a cat", 1, 2, 1), ("a \ud83d", 3, 4, 1), ("a dog", 5, 6, 1)])
+    lines = (folder / "metadata.jsonl").read_text() + json.dumps({"caption": "x", "jpg_0": "\udcff.png", "jpg_1": "1.png", "label_0": 1})
+    (folder / "metadata.jsonl").write_text(lines)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", out)
+    pairs = opened(folder, tmp_path, progress=True)
+    assert len(pairs) == 2 and pairs.skipped[0] == "3.png: caption is not valid Unicode" and len(pairs.skipped) == 2
+    out.flush()
+    assert "\\udcff.png: No such file" in out.buffer.getvalue().decode()
+
+
 def test_broken_rows_are_named_and_counted(tmp_path, capsys):
     rows = [ROWS[0], ("a", b"no picture", 9, 1.0), ("b", 10, 11, None), ("", 12, 13, 1.0), ("d", 14, 14, 0.0), ("e", 15, None, 1.0)]
     pairs = opened(parquet(tmp_path / "data", rows), tmp_path, progress=True)

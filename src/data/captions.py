@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CaptionedImages", "Record", "check_source", "open_captioned"]
 
+NO_CAPTION = "no caption"
 _BLOCK = 256  # rows in flight at once: bounds memory, and what --max_train_samples looks at in vain
 _KEEP_EVERY = 4096  # pictures that are looked at between two savings of what is known: some minutes of a slow disk
 _PAUSE = 0.5  # s before a file that could not be read is asked for again
@@ -148,13 +149,18 @@ def open_captioned(
 
 
 def _report(usable: str, skipped: list[str], ignored: int) -> None:
-    print(usable + (f", {ignored} other file(s) ignored" if ignored else ""))
+    print(printable(usable) + (f", {ignored} other file(s) ignored" if ignored else ""))
     if skipped:
         print(f"{len(skipped)} picture(s) skipped (--strict_data stops at the first):")
         for line in skipped[:10]:
-            print(f"  {line}")
+            print(f"  {printable(line)}")
         if len(skipped) > 10:
             print(f"  and {len(skipped) - 10} more")
+
+
+def printable(line: str) -> str:
+    """The line as standard output takes it: file names need not be text, and Python puts surrogates where they are not."""
+    return line.encode(errors="backslashreplace").decode()
 
 
 # --------------------------------------------------------------------------- the scan
@@ -178,13 +184,17 @@ def _inspect(source: Source, number: int, memo: Memo, default_prompt: str | None
     from src.images import measure
 
     row: Row = source.rows[number]
-    prompt = caption_text(row.caption) or default_prompt
-    if prompt is None:
-        return f"{row.name}: {row.problem or 'no caption'}"
+    prompt, problem = caption_text(row.caption), caption_problem(row.caption)
+    if problem == NO_CAPTION and default_prompt is not None:
+        prompt, problem = default_prompt, ""
+    if problem:
+        return f"{row.name}: {row.problem or problem}"
     try:
         data = _read(source, number)
     except OSError as error:
         return f"{row.name}: {error.strerror or error}"
+    except ValueError as error:  # a name that no file can have: with a zero byte, or not to be written as bytes
+        return f"{row.name}: {error}"
     key = _key(data)
     size = memo.size(key)
     if size is None:
@@ -212,9 +222,26 @@ def _key(data: bytes) -> str:
 
 
 def caption_text(caption: Any) -> str | None:
-    """The caption without white space around it, of a list the first text in it; None if there is none."""
+    """The caption without white space around it, of a list the first text in it; None if there is none that can be used."""
+    return None if caption_problem(caption) else _first_text(caption)
+
+
+def caption_problem(caption: Any) -> str:
+    """What is wrong with a caption: `NO_CAPTION`, or that it cannot be written as UTF-8 and so neither cached nor encoded; else ""."""
+    text = _first_text(caption)
+    if text is None:
+        return NO_CAPTION
+    return "" if is_unicode(text) else "caption is not valid Unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text holds no half of a surrogate pair, which JSON can write."""
+    return text == text.encode(errors="ignore").decode()
+
+
+def _first_text(caption: Any) -> str | None:
     if isinstance(caption, (list, tuple)):
-        return next((text for text in map(caption_text, caption) if text), None)
+        return next((text for text in map(_first_text, caption) if text), None)
     return caption.strip() or None if isinstance(caption, str) else None
 
 

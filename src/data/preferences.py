@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from src.data import sources
-from src.data.captions import CaptionedImages, Memo, Record, caption_text, scan
+from src.data.captions import CaptionedImages, Memo, Record, caption_problem, printable, scan
 from src.data.samples import Samples, look
 
 if TYPE_CHECKING:
@@ -200,8 +200,8 @@ def _in_order(listed: _Listed) -> tuple[_Rows, int, list[str]]:
             continue
         if first is None:
             ties += 1
-        elif caption_text(caption) is None:
-            broken.append(f"{names[0]}: no caption")
+        elif problem := caption_problem(caption):
+            broken.append(f"{names[0]}: {problem}")
         else:
             rows += [sources.Row(names[side], where[side], caption) for side in (first, 1 - first)]
     return _Rows(rows, listed.column_names, listed.table), ties, broken
@@ -302,9 +302,9 @@ def open_preferences(
 
 
 def _report(dataset_name: str, usable: int, ties: int, skipped: list[str]) -> None:
-    print(f"{dataset_name}: {usable} pair(s)" + (f", {ties} tie(s) dropped" if ties else ""))
+    print(f"{printable(dataset_name)}: {usable} pair(s)" + (f", {ties} tie(s) dropped" if ties else ""))
     if skipped:
         print(f"{len(skipped)} row(s) skipped (--strict_data stops at the first):")
-        print("\n".join(f"  {line}" for line in skipped[:10]))
+        print("\n".join(f"  {printable(line)}" for line in skipped[:10]))
         if len(skipped) > 10:
             print(f"  and {len(skipped) - 10} more")
