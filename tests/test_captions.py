@@ -216,6 +216,16 @@ def test_size_is_that_of_the_upright_picture(tmp_path):
     assert (record.width, record.height) == (20, 40)
 
 
+def test_sizes_that_another_measure_found_are_not_believed(tmp_path, monkeypatch):
+    """They are remembered by content, so that nothing else would ever correct them."""
+    folder = make_folder(tmp_path / "d", ["zero"])
+    monkeypatch.setattr(captions, "_MEASURED_BY", 1)
+    monkeypatch.setattr("src.images.measure", lambda *_: (7, 7))
+    assert load(folder, tmp_path).records[0].width == 7
+    monkeypatch.undo()
+    assert load(folder, tmp_path).records[0].width == 32
+
+
 def test_the_shipped_photographs(tmp_path):
     images = load(PHOTOS, tmp_path, strict=True)
     assert len(images) == 11 and len({record.prompt for record in images.records}) == 11

@@ -27,6 +27,7 @@ __all__ = ["CaptionedImages", "Record", "check_source", "open_captioned"]
 NO_CAPTION = "no caption"
 _BLOCK = 256  # rows in flight at once: bounds memory, and what --max_train_samples looks at in vain
 _KEEP_EVERY = 4096  # pictures that are looked at between two savings of what is known: some minutes of a slow disk
+_MEASURED_BY = 2  # part of the name of what is remembered; 1 took the sides of a turned TIFF for each other. One more if `measure` changes
 _PAUSE = 0.5  # s before a file that could not be read is asked for again
 
 
@@ -259,7 +260,7 @@ class Memo:
     @classmethod
     def of(cls, dataset_name: str, cache_dir: Path) -> Memo:
         """That of a data set, wherever it is opened from."""
-        return cls(cache_dir / "scans" / f"{_key(os.fsencode(os.path.abspath(dataset_name)))}.json")
+        return cls(cache_dir / "scans" / f"{_key(os.fsencode(os.path.abspath(dataset_name)))}-{_MEASURED_BY}.json")
 
     def size(self, key: str) -> tuple[int, int] | None:
         return self._saved.get(key) or self._new.get(key)
