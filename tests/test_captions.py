@@ -355,6 +355,21 @@ def test_webdataset_json_and_a_named_member(tmp_path):
         check_source(str(tar), caption_column="prompt")
 
 
+def test_a_stray_picture_does_not_hide_the_shards(tmp_path, capsys):
+    """A data set's banner, beside archives or above parquet; a captioned picture says that the folder is one of pictures."""
+    folder = tmp_path / "d"
+    (folder / "data").mkdir(parents=True)
+    (folder / "banner.png").write_bytes(picture(3))
+    assert sources.locate(str(folder)).kind == "txt"
+    make_tar(folder / "data" / "00000.tar", {"0.png": picture(0), "0.txt": b"zero"})
+    images = load(folder, tmp_path, progress=True)
+    assert shown(images) == [("zero", 0)] and "1 other file(s) ignored" in capsys.readouterr().out
+    make_parquet(folder / "data" / "train.parquet", ["one"])
+    assert sources.locate(str(folder)).kind == "parquet"
+    (folder / "banner.txt").write_text("a banner")
+    assert shown(load(folder, tmp_path)) == [("a banner", 3)]
+
+
 def test_a_tar_that_was_cut_short_is_refused(tmp_path):
     members = {f"{i}.{form}": data for i in range(3) for form, data in (("png", picture(i)), ("txt", b"caption"))}
     tar = make_tar(tmp_path / "d.tar", members)
@@ -438,6 +453,10 @@ def wrong_sources(tmp: Path) -> dict[str, tuple[Path, str]]:
     (tmp / "uncaptioned" / "a.png").write_bytes(picture(0))
     made["uncaptioned"] = tmp / "uncaptioned", r"1 picture\(s\) but no captions.*a.txt for a.png"
     (tmp / "file" / "a.zip").write_bytes(b"x")
+    (tmp / "stray").mkdir()
+    (tmp / "stray" / "a.png").write_bytes(picture(0))
+    make_tar(tmp / "stray" / "a.tar", {"a.md": b"x"})
+    made["stray"] = tmp / "stray", r"a.tar: no pictures in it .*because none of the 1 picture\(s\) beside them has a .txt"
     made["file"] = tmp / "file" / "a.zip", "neither .parquet nor .tar"
     for name, text, reason in (
         ("json", '{"file_name": "a.png", "text": "b"}\n{broken\n', "line 2 is not JSON"),

@@ -64,6 +64,18 @@ class Located:
     kind: str  # metadata, txt, tar, parquet or hub
     path: Path
     files: tuple[Path, ...] = ()  # the metadata file, the pictures, or the .tar or .parquet files
+    stray: int = 0  # pictures beside .tar or .parquet files, without captions
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """What is refused inside says why the files were taken, where somebody may have meant the pictures."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.stray:
+                raise
+            why = f"{self.path} is read as .{self.kind} files, because none of the {self.stray} picture(s) beside them has a .txt"
+            raise ValueError(f"{error} ({why})") from error
 
 
 def locate(dataset_name: str) -> Located:
@@ -86,14 +98,16 @@ def locate(dataset_name: str) -> Located:
         if (path / name).is_file():
             return Located("metadata", path, (path / name,))
     pictures = _pictures(path)
-    if pictures:
+    if any(picture.with_suffix(".txt").is_file() for picture in pictures):
         return Located("txt", path, tuple(pictures))
     for kind in ("parquet", "tar"):
         files = sorted(file for file in path.rglob(f"*.{kind}") if not file.name.startswith("."))
         # A clone of a Hub data set holds the test and validation parts too: they are not for training.
         files = [file for file in files if file.name.startswith("train")] or files
         if files:
-            return Located(kind, path, tuple(files))
+            return Located(kind, path, tuple(files), len(pictures))  # the pictures are a banner, or examples
+    if pictures:
+        return Located("txt", path, tuple(pictures))
     folders = [sub for sub in sorted(path.iterdir()) if sub.is_dir()]
     inside = [sub for sub in folders if _pictures(sub) or any((sub / name).is_file() for name in METADATA)]
     hint = f"; there are pictures in its subfolder: try --dataset_name {inside[0]}" if inside else f"; {_LAYOUTS}"
@@ -290,7 +304,7 @@ def _open_tar(at: Located, image_column: str, caption_column: str, captioned: bo
     found = list(_tar_rows(at.files, image_column, caption_column))
     columns = _check_tar(at.files, found, caption_column, captioned)
     rows = [row for row, _ in found if row is not None]
-    return Tar(rows, columns, len(found) - len(rows))
+    return Tar(rows, columns, len(found) - len(rows) + at.stray)
 
 
 # --------------------------------------------------------------------------- tables
@@ -359,7 +373,7 @@ def _open_table(
     there = caption_column in table.column_names
     captions = list(table.select_columns([caption_column])[caption_column]) if there else [None] * len(table)
     pictures = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], table.column_names, pictures, column)
+    return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], table.column_names, pictures, column, at.stray)
 
 
 def first_line(error: BaseException) -> str:
@@ -382,9 +396,10 @@ def open_source(
         return _open_metadata(at, image_column, caption_column, captioned)
     if at.kind == "txt":
         return _open_txt(at)
-    if at.kind == "tar":
-        return _open_tar(at, image_column, caption_column, captioned)
-    return _open_table(at, dataset_name, image_column, caption_column, captioned, cache_dir, revision)
+    with at.explaining():
+        if at.kind == "tar":
+            return _open_tar(at, image_column, caption_column, captioned)
+        return _open_table(at, dataset_name, image_column, caption_column, captioned, cache_dir, revision)
 
 
 def check_source(dataset_name: str, *, image_column: str = "image", caption_column: str = "text", captioned: bool = True) -> None:
@@ -394,6 +409,11 @@ def check_source(dataset_name: str, *, image_column: str = "image", caption_colu
         ValueError: naming --dataset_name (missing, empty, without captions) or --caption_column (with the columns there are).
     """
     at = locate(dataset_name)
+    with at.explaining():
+        _check_first(at, dataset_name, image_column, caption_column, captioned)
+
+
+def _check_first(at: Located, dataset_name: str, image_column: str, caption_column: str, captioned: bool) -> None:
     if at.kind == "metadata":
         entries = list(itertools.islice(metadata_lines(at.files[0]), 2000))
         name_column = _check_columns(at.files[0], columns_of(entries), image_column, caption_column, captioned)
