@@ -406,6 +406,20 @@ def test_parquet(tmp_path, plain):
 
 
 @pytest.mark.slow
+def test_of_parquet_only_the_columns_in_use_are_copied(tmp_path):
+    """`datasets` reads parquet from an Arrow file of its own in --cache_dir: here without 1 MB of masks, which nobody asked for."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = {"image": [picture(0), picture(1)], "text": ["zero", "one"], "mask": [b"x" * 500_000, b"y" * 500_000]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "d.parquet")
+    images = load(tmp_path / "d.parquet", tmp_path)
+    assert shown(images) == [("zero", 0), ("one", 1)] and images.column_names == ["image", "text", "mask"]
+    assert 0 < sum(file.stat().st_size for file in (tmp_path / "cache" / "datasets").rglob("*.arrow")) < 10_000
+    assert load(tmp_path / "d.parquet", tmp_path, caption_column="none", default_prompt="a thing").records[1].prompt == "a thing"
+
+
+@pytest.mark.slow
 def test_the_only_picture_column_is_found(tmp_path):
     file = make_parquet(tmp_path / "d.parquet", [["zero", "other"], ["one"]], column="jpg")
     assert shown(load(file, tmp_path)) == [("zero", 0), ("one", 1)]

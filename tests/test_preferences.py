@@ -96,6 +96,17 @@ def test_rows_of_pickapic_are_read_as_they_are(tmp_path, layout):
         assert (pairs.records[index].winner.width, pairs.records[index].winner.height) == SIZE
 
 
+def test_of_parquet_only_the_columns_in_use_are_copied(tmp_path):
+    import pyarrow.parquet
+
+    file = parquet(tmp_path / "data", ROWS) / "train-00000.parquet"
+    table = pyarrow.parquet.read_table(file)
+    pyarrow.parquet.write_table(table.append_column("jpg_2", [[b"x" * 500_000] * len(table)]), file)
+    pairs = opened(tmp_path / "data", tmp_path)
+    assert len(pairs) == 3 and pairs.pictures.column_names[-1] == "jpg_2"
+    assert 0 < sum(file.stat().st_size for file in (tmp_path / "cache" / "datasets").rglob("*.arrow")) < 20_000
+
+
 def test_ties_are_dropped_by_value_whatever_the_data_set_is_called(tmp_path):
     for name in ("pickapic", "mine"):
         assert opened(metadata(tmp_path / name, ROWS), tmp_path).ties == 1

@@ -341,8 +341,26 @@ def _check_table(name: str, schema: Any, image_column: str, caption_column: str,
     return found[0]
 
 
-def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | None) -> Any:
-    """The `datasets.Dataset` of local parquet files, or of the Hub's "train" split, read by index.
+def open_parquet(file: Path) -> Any:
+    """The `pyarrow.parquet.ParquetFile`, of which only the end is read.
+
+    Raises:
+        ValueError: naming --dataset_name, if it is none.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"--dataset_name: {file} cannot be read as parquet: {first_line(error)}") from error
+
+
+def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | None, columns: list[str] | None = None) -> Any:
+    """The `datasets.Dataset` of local parquet files, or of the Hub's "train" split, read by index from a copy in `cache_dir`.
+
+    Args:
+        columns: those that are copied of local files (None: all).
 
     Raises:
         ValueError: naming --dataset_name, if it cannot be read.
@@ -352,7 +370,8 @@ def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | 
     where = str(cache_dir / "datasets")
     try:
         if at.kind == "parquet":
-            return datasets.load_dataset("parquet", data_files=[str(file) for file in at.files], split="train", cache_dir=where)
+            files = [str(file) for file in at.files]
+            return datasets.load_dataset("parquet", data_files=files, columns=columns, split="train", cache_dir=where)
         return datasets.load_dataset(dataset_name, split="train", cache_dir=where, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
         if at.kind == "parquet":
@@ -368,12 +387,19 @@ def _open_table(
 ) -> Table:
     import datasets
 
-    table = load_table(at, dataset_name, cache_dir, revision)
-    column = _check_table(dataset_name, table.features.arrow_schema, image_column, caption_column, captioned)
+    wanted = (image_column, caption_column, captioned)
+    if at.kind == "parquet":
+        schema = open_parquet(at.files[0]).schema_arrow
+        column = _check_table(dataset_name, schema, *wanted)
+        table = load_table(at, dataset_name, cache_dir, None, [column] + [caption_column] * (caption_column in schema.names))
+    else:
+        table = load_table(at, dataset_name, cache_dir, revision)
+        schema = table.features.arrow_schema
+        column = _check_table(dataset_name, schema, *wanted)
     there = caption_column in table.column_names
     captions = list(table.select_columns([caption_column])[caption_column]) if there else [None] * len(table)
     pictures = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], table.column_names, pictures, column, at.stray)
+    return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], schema.names, pictures, column, at.stray)
 
 
 def first_line(error: BaseException) -> str:
@@ -431,13 +457,7 @@ def _check_first(at: Located, dataset_name: str, image_column: str, caption_colu
     elif at.kind == "tar":
         _check_tar(at.files, list(itertools.islice(_tar_rows(at.files, image_column, caption_column), 10)), caption_column, captioned)
     elif at.kind == "parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            files = [pyarrow.parquet.ParquetFile(file) for file in at.files[:1]]
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"--dataset_name: {at.files[0]} cannot be read as parquet: {first_line(error)}") from error
-        _check_table(str(at.files[0]), files[0].schema_arrow, image_column, caption_column, captioned)
-        if len(at.files) == 1 and files[0].metadata.num_rows == 0:
+        file = open_parquet(at.files[0])
+        _check_table(str(at.files[0]), file.schema_arrow, image_column, caption_column, captioned)
+        if len(at.files) == 1 and file.metadata.num_rows == 0:
             raise ValueError(f"--dataset_name: {at.files[0]} has no rows")
