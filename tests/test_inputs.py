@@ -1,5 +1,6 @@
 """Embeddings of prompts on their way from the cache to the device, and one scan for all processes."""
 
+import json
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import runs
 import torch
 
+import train_text_to_image_lora_sd3 as script
 from src import inputs, runtime
 from src.data import sources
 from src.data.cache import TensorCache
@@ -98,3 +100,28 @@ def test_what_the_main_process_refuses_all_refuse(tmp_path):
     for is_main in (True, False):
         with pytest.raises(ValueError, match="--dataset_name .*nowhere.* does not exist"):
             inputs.prepare(Process(sent, is_main), arguments(tmp_path / "nowhere", tmp_path))
+
+
+# --------------------------------------------------------------------------- another data set than that of the checkpoint
+
+
+def test_a_resumed_run_says_that_the_data_set_is_another_and_goes_on(tiny_sd3_folder, tmp_path, capsys):
+    """Steps 1 and 2 with eight pictures, 3 with the same, 4 with a new caption, 5 without the last picture, 6 from an older checkpoint."""
+    world = runs.make_world(tiny_sd3_folder, tmp_path)
+    flags = dict(rank=2, checkpointing_steps=1, train_batch_size=2, resume_from_checkpoint="latest")
+    metadata, said = world.data / "metadata.jsonl", []
+    for steps in (2, 3, 4, 5, 6):
+        text = metadata.read_text()
+        if steps == 4:
+            metadata.write_text(text.replace("aaa picture", "another picture"))
+        elif steps == 5:
+            metadata.write_text("\n".join(text.splitlines()[:-1]))
+        elif steps == 6:
+            metadata.write_text(text.replace("bbb picture", "one more"))
+            (tmp_path / "run" / "checkpoint-5" / inputs.Identity.FILE).unlink()
+        runs.train(script, world.argv(tmp_path / "run", **flags, max_train_steps=steps))
+        said.append([line for line in capsys.readouterr().out.splitlines() if "data set" in line])
+    assert said[0] == said[1] == said[4] == []
+    assert said[2] == ["the data set is not the checkpoint's: 8 samples as before, but other pictures, captions or another order"]
+    assert said[3] == ["the data set is not the checkpoint's: 7 samples to train on, 8 before"]
+    assert json.loads((tmp_path / "run" / "checkpoint-6" / inputs.Identity.FILE).read_text())["samples"] == 7
