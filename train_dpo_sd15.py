@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> None:
 
     # What a checkpoint holds, and where the run stands
     log = metrics.Log(run, every=args.logging_steps)
-    parts = unet.checkpoint_parts(policy, args) | {"optimizer": optimizer, "schedule": schedule, "log": log}
+    parts = unet.checkpoint_parts(policy, args) | {"optimizer": optimizer, "schedule": schedule, "log": log, "data": data.identity}
     parts |= {"ema": average} if average else {}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
                                     write_weights=unet.checkpoint_files(policy, average, args))  # fmt: skip

@@ -153,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
     # What a checkpoint holds, and where the run stands
     log = metrics.Log(run, every=args.logging_steps, images_per_add=data.plan.global_batch * (2 if prior else 1))
     parts = {name: lora.State(module) for name, module in modules.items()} | {"optimizer": optimizer, "schedule": schedule, "log": log}
-    parts |= {"ema": average} if average else {}
+    parts |= {"data": data.identity} | ({"ema": average} if average else {})
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
                                     write_weights=lambda folder: save_weights(modules, folder, average))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)

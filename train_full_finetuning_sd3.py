@@ -149,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
 
     # What a checkpoint holds, and where the run stands
     log = metrics.Log(run, every=args.logging_steps)
-    parts = {"weights": full.State(modules), "optimizer": optimizer, "schedule": schedule, "log": log}
+    parts = {"weights": full.State(modules), "optimizer": optimizer, "schedule": schedule, "log": log, "data": data.identity}
     parts |= {"ema": average} if average else {}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts)
     first_step = saver.resume(args.resume_from_checkpoint)

@@ -183,7 +183,7 @@ def main(args: argparse.Namespace) -> None:
     run = runtime.start(args)
 
     # Prompts: encoded once; no text encoder stays in memory.
-    found = rewards.read_prompts(args)
+    found = run.from_main(lambda: rewards.read_prompts(args))
     texts = inputs.prepare_texts(run, args, ["", args.negative_prompt, *found.texts])
     negative = texts.condition([args.negative_prompt]) if args.guidance_scale > 1 else None
     sampler = prompts.GroupSampler(

@@ -185,7 +185,7 @@ def main(args: argparse.Namespace) -> None:
     run = runtime.start(args)
 
     # Prompts, and captioned pictures for the pre-training loss: encoded once; no text encoder stays in memory.
-    found = rewards.read_prompts(args)
+    found = run.from_main(lambda: rewards.read_prompts(args))
     texts = inputs.prepare_texts(run, args, ["", *found.texts], sd15)
     negative = texts.condition([""]) if args.guidance_scale > 1 else None
     sampler = prompts.GroupSampler(

@@ -108,9 +108,11 @@ def measure(source: Path | str | bytes | Image.Image, name: str | None = None) -
     with _opened(source, name) as image:
         width, height = image.size
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)  # by 90 degrees one way or the other
-        image.draft(None, (1, 1))  # JPEG only: reads all of the file but computes one pixel in 8 x 8
+        drafted = image.draft(None, (1, 1))  # JPEG only: reads all of the file but computes one pixel in 8 x 8
         image.load()
-        _upright_rgb(image)
+        upright = _upright_rgb(image)
+        if drafted is None:  # asked afterwards, because Pillow turns a TIFF itself when it loads, and has told its size before
+            return upright.size
         return (height, width) if turned else (width, height)
 
 

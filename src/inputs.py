@@ -7,6 +7,8 @@ Encoders are loaded only when something is missing from a cache, and leave memor
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +49,11 @@ class Inputs:
     text: cache.TensorCache | None
     sequence_length: int
     first_position: int = 0
+
+    @property
+    def identity(self) -> Identity:
+        """Which samples are trained on, as a part of a checkpoint."""
+        return Identity(self.run, self.training.images.records)
 
     def batches(self, first_step: int) -> Iterator[samples.Batch]:
         """This process's micro-batches from optimizer step `first_step` on, `gradient_accumulation_steps` of them per step."""
@@ -94,6 +101,40 @@ class Inputs:
             return cached
         known = {} if cached is None else {"t5_tokens": cached.embeds[:, self.family.clip_length(self.model) :]}
         return self.family.encode_prompts(self.model, prompts, self.sequence_length, **known)
+
+
+class Identity:
+    """A part of a checkpoint: number and hash of a run's samples in their order. Loaded into a run of others it says so, in one line.
+
+    In a file of its own, which a checkpoint may lack.
+    """
+
+    FILE = "data.json"
+
+    def __init__(self, run: runtime.Run, records: list[captions.Record | preferences.Pair]):
+        digest = hashlib.sha256()
+        for one in records:
+            pictures = (one.winner, one.loser) if isinstance(one, preferences.Pair) else (one,)
+            digest.update(json.dumps([*(picture.key for picture in pictures), one.prompt]).encode())
+        self.run, self.here = run, {"samples": len(records), "sha256": digest.hexdigest()}
+
+    def state_dict(self) -> dict[str, int | str]:
+        return self.here
+
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        if state and state != self.here:
+            before, now = state["samples"], self.here["samples"]
+            equal = f"{now} samples as before, but other pictures, captions or another order"
+            what = equal if now == before else f"{now} samples to train on, {before} before"
+            self.run.print(f"the data set is not the checkpoint's: {what}")
+
+    def write_files(self, folder: Path, state: dict[str, int | str]) -> None:
+        (folder / self.FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    def read_files(self, folder: Path) -> dict[str, int | str]:
+        """Empty for a checkpoint of a time when there was no such file."""
+        file = folder / self.FILE
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def check(args: argparse.Namespace, family: ModuleType = sd3, *, captioned: bool = True) -> None:
@@ -206,8 +247,7 @@ def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3
     Raises:
         ValueError: what `open_images` refuses.
     """
-    with run.accelerator.main_process_first():  # one download and one scan; the others find the result on disk
-        train, held_out = open_images(args, progress=run.is_main)
+    train, held_out = run.from_main(lambda: open_images(args, progress=True))  # one download, one scan, and one result for all processes
     parts = [train, held_out or train.subset([])]
     return _prepare(run, args, family, samples.Samples, parts, parts, "pictures")
 
@@ -226,8 +266,7 @@ def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType
     Raises:
         ValueError: what `open_pairs` refuses.
     """
-    with run.accelerator.main_process_first():
-        train, held_out = open_pairs(args, progress=run.is_main)
+    train, held_out = run.from_main(lambda: open_pairs(args, progress=True))
     parts = [train, held_out or train.subset([])]
     return _prepare(run, args, family, preferences.PairSamples, parts, [part.pictures for part in parts], "pairs")
 

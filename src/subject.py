@@ -94,16 +94,14 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
     Raises:
         ValueError: what `open_images` and `src.data.dreambooth` refuse.
     """
-    with run.accelerator.main_process_first():  # one download and one scan; the others find the result on disk
-        train, held_out = open_images(args, progress=run.is_main)
-    there = _class_folder(args) if args.with_prior_preservation else None
+    train, held_out = run.from_main(lambda: open_images(args, progress=True))  # one download, one scan, and one result for all processes
+    there = run.from_main(lambda: _class_folder(args)) if args.with_prior_preservation else None
     prompts = [record.prompt for part in (train, held_out) if part for record in part.records]
-    text = inputs.encode_texts(run, args, [*prompts, *(_known_prompts(there) if there else [])])
+    text = inputs.encode_texts(run, args, [*prompts, *(run.from_main(lambda: _known_prompts(there)) if there else [])])
 
     if there:
         _render_class(run, args, there, text)
-        with run.accelerator.main_process_first():
-            pictures = dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data, progress=run.is_main)
+        pictures = run.from_main(lambda: dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data, progress=True))
     resident = "text" if text is None else "clip" if args.train_text_encoder else None  # with a cache T5 is never needed again
     model = _load(run, args, tuple(part for part in ("vae", resident) if part))
 

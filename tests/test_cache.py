@@ -277,6 +277,17 @@ def test_ranks_share_the_work_whenever_they_look(tmp_path):
     assert done == [keys[0::2], keys[1::2]] and make(tmp_path).missing(keys) == []
 
 
+def test_what_belongs_together_is_one_ranks_share(tmp_path):
+    """a and b, the first and the third of three, are rank 0's, wherever their keys stand; rank 1 looks when all is there but b1."""
+    keys = ["a0", "c0", "a1", "b0", "b1", "c1"]
+    done = [[], []]
+    for rank in (0, 1):
+        options = {"batch_size": 2, "description": "x", "rank": rank, "world": 2, "progress": False, "together": lambda key: key[0]}
+        fill(make(tmp_path), keys, lambda batch, rank=rank: done[rank].extend(batch) or compute(batch), **options)
+        make(tmp_path).file("b1").unlink() if rank == 0 else None
+    assert done == [["a0", "a1", "b0", "b1"], ["c0", "c1"]]  # the share is cut from all keys, not from the missing ones
+
+
 def test_nan_is_never_cached(tmp_path):
     """An fp16 VAE that overflows would otherwise poison every later run."""
     cache = make(tmp_path)

@@ -3,6 +3,7 @@
 What cannot be used is named, and a changed file is never taken for the old one.
 """
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from src.data import captions, sources
 from src.data.captions import CaptionedImages, check_source, open_captioned
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +115,31 @@ def test_without_a_caption_a_picture_is_skipped_and_named(tmp_path, nothing, cap
         load(folder, tmp_path, strict=True)
 
 
+@pytest.mark.parametrize("broken", ["a smile \ud83d", ["", "\udc80"]])
+def test_half_a_surrogate_pair_is_no_caption(tmp_path, broken, capsys):
+    """JSON can write one, as "\\ud83d"; it has no place in UTF-8, nor in a tokenizer. A default prompt does not stand in for it."""
+    folder = make_folder(tmp_path / "d", ["zero", broken, "two \U0001f600"])
+    for default in (None, "a thing"):
+        images = load(folder, tmp_path, progress=True, default_prompt=default)
+        assert shown(images) == [("zero", 0), ("two \U0001f600", 2)] and images.skipped == ["1.png: caption is not valid Unicode"]
+        assert "1 picture(s) skipped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--strict_data: 1.png: caption is not valid Unicode"):
+        load(folder, tmp_path, strict=True)
+
+
+def test_file_names_that_are_no_text_are_skipped_and_printed(tmp_path, monkeypatch):
+    """Python reads the byte FF of a file name as "\\udcff", which standard output refuses; "\\ud83d" names no file at all."""
+    folder = make_folder(tmp_path / "d", ["zero", "one", "two"])
+    lines = [{"file_name": name, "text": "caption"} for name in ("0.png", "none-\udcff.png", "none-\ud83d.png", "none\0.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert len(load(folder, tmp_path, progress=True).skipped) == 3
+    out.flush()
+    said = out.buffer.getvalue().decode()
+    assert "3 picture(s) skipped" in said and "none-\\udcff.png: No such file" in said and "none-\\ud83d.png: " in said
+
+
 def break_file(folder: Path, how: str) -> None:
     file = folder / "1.png"
     if how == "missing":
@@ -131,6 +158,28 @@ def test_a_broken_picture_is_skipped_and_named(tmp_path, how):
         assert len(images.skipped) == 1 and "1.png: " in images.skipped[0]
     with pytest.raises(ValueError, match="--strict_data: .*1.png"):
         load(folder, tmp_path, strict=True)
+
+
+def test_a_read_that_fails_once_costs_no_picture(tmp_path, monkeypatch):
+    """As a network disk does now and then. What fails twice is broken; what is not there is not asked for again."""
+    folder = make_folder(tmp_path / "d", ["zero", "one", "two"])
+    read, failures, asked = sources.Folder.read, {1: 1}, []
+
+    def failing(source, row):
+        asked.append(row)
+        failures[row] = failures.get(row, 0) - 1
+        if failures[row] >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(source, row)
+
+    monkeypatch.setattr(sources.Folder, "read", failing)
+    monkeypatch.setattr(captions, "_PAUSE", 0.0)
+    assert shown(load(folder, tmp_path)) == [("zero", 0), ("one", 1), ("two", 2)]
+    failures[1] = 2
+    assert load(folder, tmp_path).skipped == ["1.png: Input/output error"]
+    (folder / "2.png").unlink()
+    asked.clear()
+    assert load(folder, tmp_path).skipped == ["2.png: No such file or directory"] and asked.count(2) == 1
 
 
 def test_a_picture_without_its_txt_is_skipped_with_the_reason(tmp_path):
@@ -165,6 +214,16 @@ def test_size_is_that_of_the_upright_picture(tmp_path):
     Image.new("RGB", (40, 20)).save(folder / "0.png", exif=exif)
     record = load(folder, tmp_path).records[0]
     assert (record.width, record.height) == (20, 40)
+
+
+def test_sizes_that_another_measure_found_are_not_believed(tmp_path, monkeypatch):
+    """They are remembered by content, so that nothing else would ever correct them."""
+    folder = make_folder(tmp_path / "d", ["zero"])
+    monkeypatch.setattr(captions, "_MEASURED_BY", 1)
+    monkeypatch.setattr("src.images.measure", lambda *_: (7, 7))
+    assert load(folder, tmp_path).records[0].width == 7
+    monkeypatch.undo()
+    assert load(folder, tmp_path).records[0].width == 32
 
 
 def test_the_shipped_photographs(tmp_path):
@@ -209,6 +268,22 @@ def test_the_second_start_decodes_nothing(tmp_path, monkeypatch):
     (folder / "0.png").write_bytes(picture(2))
     with pytest.raises(pytest.fail.Exception, match="decoded again"):  # a new content is looked at
         load(folder, tmp_path)
+
+
+def test_a_scan_that_is_killed_leaves_what_it_saw(tmp_path, monkeypatch):
+    """SIGTERM ends Python where it stands, without `finally`: 8 new sizes are kept as soon as the next block, of 4 rows, begins."""
+    folder = make_folder(tmp_path / "d", ["caption"] * 4)
+    for i in range(20):
+        (folder / f"{i}.png").write_bytes(picture(0, (8 + i, 8)))
+        (folder / f"{i}.txt").write_text("caption")
+    (folder / "metadata.jsonl").unlink()
+    monkeypatch.setattr(captions, "_BLOCK", 4)
+    monkeypatch.setattr(captions, "_KEEP_EVERY", 8)
+    source = sources.open_source(str(folder), image_column="image", caption_column="text", cache_dir=tmp_path)
+    rows = captions.scan(source, captions.Memo(tmp_path / "memo.json"), progress=False)
+    keys = [next(rows)[1].key for _ in range(14)]
+    known = captions.Memo(tmp_path / "memo.json")  # the scan is not over yet
+    assert [known.size(key) is not None for key in keys] == [True] * 8 + [False] * 6
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}'])
@@ -280,6 +355,21 @@ def test_webdataset_json_and_a_named_member(tmp_path):
         check_source(str(tar), caption_column="prompt")
 
 
+def test_a_stray_picture_does_not_hide_the_shards(tmp_path, capsys):
+    """A data set's banner, beside archives or above parquet; a captioned picture says that the folder is one of pictures."""
+    folder = tmp_path / "d"
+    (folder / "data").mkdir(parents=True)
+    (folder / "banner.png").write_bytes(picture(3))
+    assert sources.locate(str(folder)).kind == "txt"
+    make_tar(folder / "data" / "00000.tar", {"0.png": picture(0), "0.txt": b"zero"})
+    images = load(folder, tmp_path, progress=True)
+    assert shown(images) == [("zero", 0)] and "1 other file(s) ignored" in capsys.readouterr().out
+    make_parquet(folder / "data" / "train.parquet", ["one"])
+    assert sources.locate(str(folder)).kind == "parquet"
+    (folder / "banner.txt").write_text("a banner")
+    assert shown(load(folder, tmp_path)) == [("a banner", 3)]
+
+
 def test_a_tar_that_was_cut_short_is_refused(tmp_path):
     members = {f"{i}.{form}": data for i in range(3) for form, data in (("png", picture(i)), ("txt", b"caption"))}
     tar = make_tar(tmp_path / "d.tar", members)
@@ -313,6 +403,20 @@ def test_parquet(tmp_path, plain):
     assert shown(images) == [("zero", 0), ("two", 2)] and images.skipped == ["row 1: no caption"]
     assert shown(pickle.loads(pickle.dumps(images)).subset([1])) == [("two", 2)]
     assert images.column_names == ["image", "text", "id"]
+
+
+@pytest.mark.slow
+def test_of_parquet_only_the_columns_in_use_are_copied(tmp_path):
+    """`datasets` reads parquet from an Arrow file of its own in --cache_dir: here without 1 MB of masks, which nobody asked for."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = {"image": [picture(0), picture(1)], "text": ["zero", "one"], "mask": [b"x" * 500_000, b"y" * 500_000]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "d.parquet")
+    images = load(tmp_path / "d.parquet", tmp_path)
+    assert shown(images) == [("zero", 0), ("one", 1)] and images.column_names == ["image", "text", "mask"]
+    assert 0 < sum(file.stat().st_size for file in (tmp_path / "cache" / "datasets").rglob("*.arrow")) < 10_000
+    assert load(tmp_path / "d.parquet", tmp_path, caption_column="none", default_prompt="a thing").records[1].prompt == "a thing"
 
 
 @pytest.mark.slow
@@ -363,6 +467,10 @@ def wrong_sources(tmp: Path) -> dict[str, tuple[Path, str]]:
     (tmp / "uncaptioned" / "a.png").write_bytes(picture(0))
     made["uncaptioned"] = tmp / "uncaptioned", r"1 picture\(s\) but no captions.*a.txt for a.png"
     (tmp / "file" / "a.zip").write_bytes(b"x")
+    (tmp / "stray").mkdir()
+    (tmp / "stray" / "a.png").write_bytes(picture(0))
+    make_tar(tmp / "stray" / "a.tar", {"a.md": b"x"})
+    made["stray"] = tmp / "stray", r"a.tar: no pictures in it .*because none of the 1 picture\(s\) beside them has a .txt"
     made["file"] = tmp / "file" / "a.zip", "neither .parquet nor .tar"
     for name, text, reason in (
         ("json", '{"file_name": "a.png", "text": "b"}\n{broken\n', "line 2 is not JSON"),

@@ -188,6 +188,19 @@ def test_measure_is_the_size_of_the_opened_picture(tag, options):
 
 
 
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("form, options", [
+    ("TIFF", {"compression": "raw"}), ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "jpeg"}), ("PNG", {}), ("WEBP", {}),
+    ("MPO", {}), ("AVIF", {}),
+])  # fmt: skip
+def test_measure_turns_every_format_once(tag, form, options):
+    """Pillow turns a TIFF or an AVIF itself while it loads, says so or not before, and leaves the others to us."""
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    file = encoded(noise(61, 37).convert("RGB"), form, exif=exif, **options)
+    assert measure(file) == open_rgb(file).size == ((37, 61) if tag > 4 else (61, 37))
+
+
 def test_a_missing_file_is_a_value_error(tmp_path):
     with pytest.raises(ValueError, match="cannot read .*gone.png"):
         open_rgb(tmp_path / "gone.png")

@@ -1,8 +1,17 @@
-"""Embeddings of prompts on their way from the cache to the device."""
+"""Embeddings of prompts on their way from the cache to the device, and one scan for all processes."""
 
+import json
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import runs
 import torch
 
-from src import inputs
+import train_text_to_image_lora_sd3 as script
+from src import inputs, runtime
+from src.data import sources
 from src.data.cache import TensorCache
 from src.pipelines import sd3
 
@@ -25,3 +34,94 @@ def test_embeddings_come_in_the_order_of_the_prompts_and_are_read_once_each(tmp_
     assert texts.condition(prompts).embeds[:, 0, 0].tolist() == [2, 0]
     prompts[0] = "owl"  # the list is the caller's
     assert texts.condition(prompts).embeds[:, 0, 0].tolist() == [1, 0]
+
+
+# --------------------------------------------------------------------------- several processes
+
+
+class Process:
+    """One of two; what the main one broadcasts reaches the other one as torch.distributed sends it: pickled."""
+
+    from_main = runtime.Run.from_main
+
+    def __init__(self, sent: list[bytes], is_main: bool):
+        self.sent, self.is_main = sent, is_main
+
+    def broadcast(self, value):
+        if self.is_main:
+            self.sent.append(pickle.dumps(value))
+            return value
+        return pickle.loads(self.sent.pop(0))
+
+
+def opened(monkeypatch, prepare, args: Namespace) -> list:
+    """What training and validation have on the main process and on the other one, whose every reading of a picture fails."""
+    monkeypatch.setattr(inputs, "_prepare", lambda run, args, family, kind, parts, pictures, name: parts)
+    sent, found = [], []
+    found.append(prepare(Process(sent, True), args, None))
+    with monkeypatch.context() as blind:
+        blind.setattr(sources.Folder, "read", lambda *_: pytest.fail("read again"))
+        found.append(prepare(Process(sent, False), args, None))
+    return found
+
+
+def arguments(folder: Path, tmp_path: Path, **changes) -> Namespace:
+    flags = dict(dataset_name=str(folder), image_column="image", caption_column="text", cache_dir=tmp_path / "cache", strict_data=False)
+    return Namespace(**flags | dict(max_train_samples=None, dataset_revision=None, num_validation_loss_images=2) | changes)
+
+
+def test_only_the_main_process_looks_at_the_pictures(tmp_path, monkeypatch, capsys):
+    """A read that failed on another one would leave it with one picture fewer, and from there on with other batches."""
+    folder = runs.make_pictures(tmp_path / "pictures")
+    (folder / "5.png").write_bytes(b"broken")
+    main, other = opened(monkeypatch, inputs.prepare, arguments(folder, tmp_path))
+    assert [len(part) for part in main] == [5, 2]
+    for here, there in zip(main, other, strict=True):
+        assert there.records == here.records and there.skipped == here.skipped and len(there.skipped) == 1
+        assert there.column_names == here.column_names
+        assert [there.image(i).tobytes() for i in range(len(there))] == [here.image(i).tobytes() for i in range(len(here))]
+    assert capsys.readouterr().out.count("7 captioned picture(s)") == 1
+
+
+def test_only_the_main_process_looks_at_the_pairs(tmp_path, monkeypatch):
+    folder = runs.make_pictures(tmp_path / "pictures")
+    lines = [f'{{"jpg_0": "{i}.png", "jpg_1": "{7 - i}.png", "caption": "pair {i}", "label_0": 1}}\n' for i in range(4)]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    columns = dict(chosen_column="jpg_0", rejected_column="jpg_1", label_column="label_0", caption_column="caption")
+    args = arguments(folder, tmp_path, num_validation_pairs=1, **columns)
+    main, other = opened(monkeypatch, inputs.prepare_pairs, args)
+    for here, there in zip(main, other, strict=True):
+        assert there.records == here.records and there.ties == here.ties
+        assert there.images(0)[1].tobytes() == here.images(0)[1].tobytes()
+
+
+def test_what_the_main_process_refuses_all_refuse(tmp_path):
+    sent = []
+    for is_main in (True, False):
+        with pytest.raises(ValueError, match="--dataset_name .*nowhere.* does not exist"):
+            inputs.prepare(Process(sent, is_main), arguments(tmp_path / "nowhere", tmp_path))
+
+
+# --------------------------------------------------------------------------- another data set than that of the checkpoint
+
+
+def test_a_resumed_run_says_that_the_data_set_is_another_and_goes_on(tiny_sd3_folder, tmp_path, capsys):
+    """Steps 1 and 2 with eight pictures, 3 with the same, 4 with a new caption, 5 without the last picture, 6 from an older checkpoint."""
+    world = runs.make_world(tiny_sd3_folder, tmp_path)
+    flags = dict(rank=2, checkpointing_steps=1, train_batch_size=2, resume_from_checkpoint="latest")
+    metadata, said = world.data / "metadata.jsonl", []
+    for steps in (2, 3, 4, 5, 6):
+        text = metadata.read_text()
+        if steps == 4:
+            metadata.write_text(text.replace("aaa picture", "another picture"))
+        elif steps == 5:
+            metadata.write_text("\n".join(text.splitlines()[:-1]))
+        elif steps == 6:
+            metadata.write_text(text.replace("bbb picture", "one more"))
+            (tmp_path / "run" / "checkpoint-5" / inputs.Identity.FILE).unlink()
+        runs.train(script, world.argv(tmp_path / "run", **flags, max_train_steps=steps))
+        said.append([line for line in capsys.readouterr().out.splitlines() if "data set" in line])
+    assert said[0] == said[1] == said[4] == []
+    assert said[2] == ["the data set is not the checkpoint's: 8 samples as before, but other pictures, captions or another order"]
+    assert said[3] == ["the data set is not the checkpoint's: 7 samples to train on, 8 before"]
+    assert json.loads((tmp_path / "run" / "checkpoint-6" / inputs.Identity.FILE).read_text())["samples"] == 7

@@ -96,6 +96,17 @@ def test_rows_of_pickapic_are_read_as_they_are(tmp_path, layout):
         assert (pairs.records[index].winner.width, pairs.records[index].winner.height) == SIZE
 
 
+def test_of_parquet_only_the_columns_in_use_are_copied(tmp_path):
+    import pyarrow.parquet
+
+    file = parquet(tmp_path / "data", ROWS) / "train-00000.parquet"
+    table = pyarrow.parquet.read_table(file)
+    pyarrow.parquet.write_table(table.append_column("jpg_2", [[b"x" * 500_000] * len(table)]), file)
+    pairs = opened(tmp_path / "data", tmp_path)
+    assert len(pairs) == 3 and pairs.pictures.column_names[-1] == "jpg_2"
+    assert 0 < sum(file.stat().st_size for file in (tmp_path / "cache" / "datasets").rglob("*.arrow")) < 20_000
+
+
 def test_ties_are_dropped_by_value_whatever_the_data_set_is_called(tmp_path):
     for name in ("pickapic", "mine"):
         assert opened(metadata(tmp_path / name, ROWS), tmp_path).ties == 1
@@ -110,6 +121,18 @@ def test_without_a_label_the_chosen_picture_wins(tmp_path):
 
 
 # --------------------------------------------------------------------------- what cannot be used
+
+
+def test_half_a_surrogate_pair_is_no_caption(tmp_path, monkeypatch):
+    folder = metadata(tmp_path / "data", [("a cat", 1, 2, 1), ("a \ud83d", 3, 4, 1), ("a dog", 5, 6, 1)])
+    lines = (folder / "metadata.jsonl").read_text() + json.dumps({"caption": "x", "jpg_0": "\udcff.png", "jpg_1": "1.png", "label_0": 1})
+    (folder / "metadata.jsonl").write_text(lines)
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", out)
+    pairs = opened(folder, tmp_path, progress=True)
+    assert len(pairs) == 2 and pairs.skipped[0] == "3.png: caption is not valid Unicode" and len(pairs.skipped) == 2
+    out.flush()
+    assert "\\udcff.png: No such file" in out.buffer.getvalue().decode()
 
 
 def test_broken_rows_are_named_and_counted(tmp_path, capsys):

@@ -337,6 +337,13 @@ result = {"world": run.world, "seed": args.seed, "main": run.is_main}
 result["gathered"] = run.gather(torch.tensor([[run.rank * 10.0, run.rank * 10.0 + 1]])).tolist()
 result["mean"] = run.mean(torch.tensor([float(run.rank), 4.0])).tolist()
 result["broadcast"] = run.broadcast(f"from rank {run.rank}")
+def refuse():
+    raise ValueError(f"refused by rank {run.rank}")
+result["made"] = run.from_main(lambda: f"made by rank {run.rank}")
+try:
+    run.from_main(refuse)
+except ValueError as error:
+    result["refused"] = str(error)
 
 model = torch.nn.Linear(1, 1)
 torch.nn.init.ones_(model.weight)
@@ -416,6 +423,7 @@ def test_two_processes_agree(two_processes):
     assert a["gathered"] == b["gathered"] == [[0.0, 1.0], [10.0, 11.0]]
     assert a["mean"] == b["mean"] == [0.5, 4.0]
     assert a["broadcast"] == b["broadcast"] == "from rank 0"
+    assert a["made"] == b["made"] == "made by rank 0" and a["refused"] == b["refused"] == "refused by rank 0"
     assert "seed" in output[0] and "repeats this run" not in output[1]
     assert "Warning" not in output[0] + output[1]
 

@@ -295,6 +295,17 @@ def test_two_ranks_fill_everything_together(images, sizes, tmp_path):
     assert fill_latents(cache, images, sizes, flip=True, encode=pytest.fail, batch_size=4, progress=False) == 0
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_each_picture_is_decoded_once_for_both_orientations(images, sizes, tmp_path, monkeypatch, world):
+    decoded = []
+    image = CaptionedImages.image
+    monkeypatch.setattr(CaptionedImages, "image", lambda self, index: decoded.append(self.records[index].key) or image(self, index))
+    cache = TensorCache(tmp_path, "latents", {})
+    for rank in range(world):
+        fill_latents(cache, images, sizes, flip=True, encode=encode, batch_size=4, rank=rank, world=world, progress=False)
+    assert len(decoded) == len(set(decoded)) == COUNT
+
+
 def stale(images, sizes, root: Path) -> dict[str, int]:
     """How many entries each change leaves to compute, after everything was cached once with the first settings."""
     latents, text = make_caches(root, images, sizes, flip=False)

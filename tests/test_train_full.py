@@ -130,7 +130,7 @@ def test_a_run_leaves_a_pipeline_and_its_average(finished, world):
         assert ours.stat().st_ino == theirs.stat().st_ino
     assert not list(finished.rglob("*.tmp")) and not list(finished.rglob("*.bin"))
     assert runs.files(finished / "checkpoint-4") == [
-        "args.json", "state.pt", "transformer", "transformer/config.json", f"transformer/{full.WEIGHTS_NAME}",
+        "args.json", "data.json", "state.pt", "transformer", "transformer/config.json", f"transformer/{full.WEIGHTS_NAME}",
     ]  # fmt: skip
     runs.assert_identical(saved(finished / "checkpoint-4"), saved(finished))
     assert "StableDiffusion3Pipeline.from_pretrained" in (finished / "README.md").read_text()

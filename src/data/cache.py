@@ -194,6 +194,7 @@ def fill(
     rank: int = 0,
     world: int = 1,
     group: Callable[[str], Hashable] | None = None,
+    together: Callable[[str], Hashable] | None = None,
     progress: bool = True,
 ) -> int:
     """Computes and writes what is missing of `keys`; returns how many entries this process computed.
@@ -204,6 +205,7 @@ def fill(
     Args:
         compute: up to `batch_size` keys -> as many entries.
         group: keys of one batch agree in it (the size of a picture); by default all may be together.
+        together: keys that agree in it are one process's (both orientations of a picture); by default each stands alone.
 
     Raises:
         ValueError: if a computed tensor holds NaN or infinity, which would otherwise come back in every epoch of every run.
@@ -211,7 +213,10 @@ def fill(
     from tqdm import tqdm
 
     # The share is cut from all keys, not from the missing ones: those are fewer for a process that looks a moment later.
-    missing = cache.missing(list(dict.fromkeys(keys))[rank::world])
+    parts: dict[Hashable, list[str]] = {}
+    for key in dict.fromkeys(keys):
+        parts.setdefault(together(key) if together else key, []).append(key)
+    missing = cache.missing(itertools.chain.from_iterable(list(parts.values())[rank::world]))
     if group is not None:
         order = {name: number for number, name in enumerate(dict.fromkeys(map(group, missing)))}
         missing.sort(key=lambda key: order[group(key)])  # stable: within a group the order stays

@@ -6,9 +6,11 @@ A record is known by the hash of its file's bytes, so whatever is cached for a p
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["CaptionedImages", "Record", "check_source", "open_captioned"]
 
+NO_CAPTION = "no caption"
 _BLOCK = 256  # rows in flight at once: bounds memory, and what --max_train_samples looks at in vain
+_KEEP_EVERY = 4096  # pictures that are looked at between two savings of what is known: some minutes of a slow disk
+_MEASURED_BY = 2  # part of the name of what is remembered; 1 took the sides of a turned TIFF for each other. One more if `measure` changes
+_PAUSE = 0.5  # s before a file that could not be read is asked for again
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class CaptionedImages:
         """The picture's file as it is; raises as `image`."""
         record = self.records[index]
         try:
-            data = self._source.read(self._rows[index])
+            data = _read(self._source, self._rows[index])
         except OSError as error:
             raise ValueError(f"cannot read {record.name} any more: {error}") from error
         if _key(data) != record.key:  # ~1 ms per megabyte; without it a cache could be filled under the wrong key
@@ -144,13 +150,18 @@ def open_captioned(
 
 
 def _report(usable: str, skipped: list[str], ignored: int) -> None:
-    print(usable + (f", {ignored} other file(s) ignored" if ignored else ""))
+    print(printable(usable) + (f", {ignored} other file(s) ignored" if ignored else ""))
     if skipped:
         print(f"{len(skipped)} picture(s) skipped (--strict_data stops at the first):")
         for line in skipped[:10]:
-            print(f"  {line}")
+            print(f"  {printable(line)}")
         if len(skipped) > 10:
             print(f"  and {len(skipped) - 10} more")
+
+
+def printable(line: str) -> str:
+    """The line as standard output takes it: file names need not be text, and Python puts surrogates where they are not."""
+    return line.encode(errors="backslashreplace").decode()
 
 
 # --------------------------------------------------------------------------- the scan
@@ -163,6 +174,7 @@ def scan(source: Source, memo: Memo, progress: bool, default_prompt: str | None 
     threads = min(32, (os.cpu_count() or 1) + 4)  # reading waits, decoding frees Python's lock
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source.rows), desc="scan pictures", unit="", disable=not progress) as bar:
         for start in range(0, len(source.rows), _BLOCK):
+            memo.save_if_due()  # now, while no thread adds to it
             block = range(start, min(start + _BLOCK, len(source.rows)))
             for row, found in zip(block, pool.map(lambda row: _inspect(source, row, memo, default_prompt), block), strict=True):
                 bar.update()
@@ -173,13 +185,17 @@ def _inspect(source: Source, number: int, memo: Memo, default_prompt: str | None
     from src.images import measure
 
     row: Row = source.rows[number]
-    prompt = caption_text(row.caption) or default_prompt
-    if prompt is None:
-        return f"{row.name}: {row.problem or 'no caption'}"
+    prompt, problem = caption_text(row.caption), caption_problem(row.caption)
+    if problem == NO_CAPTION and default_prompt is not None:
+        prompt, problem = default_prompt, ""
+    if problem:
+        return f"{row.name}: {row.problem or problem}"
     try:
-        data = source.read(number)
+        data = _read(source, number)
     except OSError as error:
         return f"{row.name}: {error.strerror or error}"
+    except ValueError as error:  # a name that no file can have: with a zero byte, or not to be written as bytes
+        return f"{row.name}: {error}"
     key = _key(data)
     size = memo.size(key)
     if size is None:
@@ -191,14 +207,42 @@ def _inspect(source: Source, number: int, memo: Memo, default_prompt: str | None
     return Record(row.name, prompt, key, *size)
 
 
+def _read(source: Source, number: int) -> bytes:
+    """As `source.read`, twice if need be: a network disk fails now and then, and a picture less is another data set."""
+    try:
+        return source.read(number)
+    except OSError as error:
+        if error.errno in (None, errno.ENOENT):  # a row without a picture, an archive that is cut short, a file that is not there
+            raise
+    time.sleep(_PAUSE)
+    return source.read(number)
+
+
 def _key(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def caption_text(caption: Any) -> str | None:
-    """The caption without white space around it, of a list the first text in it; None if there is none."""
+    """The caption without white space around it, of a list the first text in it; None if there is none that can be used."""
+    return None if caption_problem(caption) else _first_text(caption)
+
+
+def caption_problem(caption: Any) -> str:
+    """What is wrong with a caption: `NO_CAPTION`, or that it cannot be written as UTF-8 and so neither cached nor encoded; else ""."""
+    text = _first_text(caption)
+    if text is None:
+        return NO_CAPTION
+    return "" if is_unicode(text) else "caption is not valid Unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text holds no half of a surrogate pair, which JSON can write."""
+    return text == text.encode(errors="ignore").decode()
+
+
+def _first_text(caption: Any) -> str | None:
     if isinstance(caption, (list, tuple)):
-        return next((text for text in map(caption_text, caption) if text), None)
+        return next((text for text in map(_first_text, caption) if text), None)
     return caption.strip() or None if isinstance(caption, str) else None
 
 
@@ -207,28 +251,36 @@ class Memo:
 
     def __init__(self, file: Path):
         self.file = file
-        self._now: dict[str, tuple[int, int]] = {}
+        self._new: dict[str, tuple[int, int]] = {}
         try:
-            self._before = {key: (int(w), int(h)) for key, (w, h) in json.loads(file.read_text()).items()}
+            self._saved = {key: (int(w), int(h)) for key, (w, h) in json.loads(file.read_text()).items()}
         except (FileNotFoundError, ValueError, TypeError, AttributeError):
-            self._before = {}
+            self._saved = {}
 
     @classmethod
     def of(cls, dataset_name: str, cache_dir: Path) -> Memo:
         """That of a data set, wherever it is opened from."""
-        return cls(cache_dir / "scans" / f"{_key(os.path.abspath(dataset_name).encode())}.json")
+        return cls(cache_dir / "scans" / f"{_key(os.fsencode(os.path.abspath(dataset_name)))}-{_MEASURED_BY}.json")
 
     def size(self, key: str) -> tuple[int, int] | None:
-        return self._before.get(key) or self._now.get(key)
+        return self._saved.get(key) or self._new.get(key)
 
     def keep(self, key: str, size: tuple[int, int]) -> None:
-        self._now[key] = size
+        if key not in self._saved:
+            self._new[key] = size
+
+    def save_if_due(self) -> None:
+        """Saves every few thousand pictures, of large data sets every tenth: each time the file is written as a whole."""
+        if len(self._new) >= max(_KEEP_EVERY, len(self._saved) // 10):
+            self.save()
 
     def save(self) -> None:
         """Adds what this scan saw; renamed into place, so that a kill or a second process leaves a whole file."""
-        if self._now.keys() <= self._before.keys():
+        if not self._new:
             return
+        self._saved |= self._new
+        self._new = {}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({**self._before, **self._now}))
+        temporary.write_text(json.dumps(self._saved))
         temporary.replace(self.file)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from src.data import sources
-from src.data.captions import CaptionedImages, Memo, Record, caption_text, scan
+from src.data.captions import CaptionedImages, Memo, Record, caption_problem, printable, scan
 from src.data.samples import Samples, look
 
 if TYPE_CHECKING:
@@ -176,8 +176,10 @@ def _list(dataset_name: str, columns: Columns, cache_dir: Path, revision: str | 
         return _Listed([entry.get(columns.caption) for entry in entries], labels, names, where, sources.columns_of(entries))
     import datasets
 
-    table = sources.load_table(at, dataset_name, cache_dir, revision)
-    _check_columns(dataset_name, table.column_names, columns)
+    there = sources.open_parquet(at.files[0]).schema_arrow.names if at.kind == "parquet" else None
+    table = sources.load_table(at, dataset_name, cache_dir, revision, list(dict.fromkeys(columns.flags().values())))
+    there = there or table.column_names
+    _check_columns(dataset_name, there, columns)
     values = table.select_columns([columns.caption, *([columns.label] if columns.label else [])])
     labels = list(values[columns.label]) if columns.label else [1] * len(table)
     both = table.select_columns(list(pictures))
@@ -186,7 +188,7 @@ def _list(dataset_name: str, columns: Columns, cache_dir: Path, revision: str | 
     numbers = range(len(table))
     names = [tuple(f"row {i} {column}" for column in pictures) for i in numbers]
     where = [tuple((i, column) for column in pictures) for i in numbers]
-    return _Listed(list(values[columns.caption]), labels, names, where, table.column_names, both)
+    return _Listed(list(values[columns.caption]), labels, names, where, there, both)
 
 
 def _in_order(listed: _Listed) -> tuple[_Rows, int, list[str]]:
@@ -200,8 +202,8 @@ def _in_order(listed: _Listed) -> tuple[_Rows, int, list[str]]:
             continue
         if first is None:
             ties += 1
-        elif caption_text(caption) is None:
-            broken.append(f"{names[0]}: no caption")
+        elif problem := caption_problem(caption):
+            broken.append(f"{names[0]}: {problem}")
         else:
             rows += [sources.Row(names[side], where[side], caption) for side in (first, 1 - first)]
     return _Rows(rows, listed.column_names, listed.table), ties, broken
@@ -250,14 +252,7 @@ def check_source(dataset_name: str, columns: Columns) -> None:
                 f"names are relative to {at.path}, and the first one is {entries[0].get(columns.chosen)!r}"
             )
     elif at.kind == "parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            file = pyarrow.parquet.ParquetFile(at.files[0])
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"--dataset_name: {at.files[0]} cannot be read as parquet: {sources.first_line(error)}") from error
-        _check_columns(at.files[0], list(file.schema_arrow.names), columns)
+        _check_columns(at.files[0], sources.open_parquet(at.files[0]).schema_arrow.names, columns)
 
 
 def open_preferences(
@@ -302,9 +297,9 @@ def open_preferences(
 
 
 def _report(dataset_name: str, usable: int, ties: int, skipped: list[str]) -> None:
-    print(f"{dataset_name}: {usable} pair(s)" + (f", {ties} tie(s) dropped" if ties else ""))
+    print(f"{printable(dataset_name)}: {usable} pair(s)" + (f", {ties} tie(s) dropped" if ties else ""))
     if skipped:
         print(f"{len(skipped)} row(s) skipped (--strict_data stops at the first):")
-        print("\n".join(f"  {line}" for line in skipped[:10]))
+        print("\n".join(f"  {printable(line)}" for line in skipped[:10]))
         if len(skipped) > 10:
             print(f"  and {len(skipped) - 10} more")

@@ -14,7 +14,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from typing import Any
 import torch
 
 from src import seeds
+from src.data.captions import is_unicode
 
+Rows = list[tuple[str, dict[str, Any]]]  # where a row stands, for errors; its fields
 COLUMNS = ("prompt", "text", "caption")  # where the prompts are looked for, in this order, if no column is named
 
 _ANIMALS = (
@@ -163,7 +165,7 @@ def _text(file: Path, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
-def _json_rows(file: Path, where: str) -> list[dict[str, Any]]:
+def _json_rows(file: Path, where: str) -> Rows:
     rows = []
     for number, line in enumerate(_text(file, where).split("\n"), start=1):
         if not line.strip():
@@ -174,11 +176,11 @@ def _json_rows(file: Path, where: str) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: line {number} is not JSON ({error.msg}); one object a line") from error
         if not isinstance(row, dict):
             raise ValueError(f'{where}: line {number} must be an object like {{"prompt": "a fox"}}')
-        rows.append(row)
+        rows.append((f"line {number}", row))
     return rows
 
 
-def _json_list(file: Path, where: str) -> list[dict[str, Any]]:
+def _json_list(file: Path, where: str) -> Rows:
     """Rows of one JSON list of objects, or of texts."""
     try:
         rows = json.loads(_text(file, where))
@@ -186,15 +188,19 @@ def _json_list(file: Path, where: str) -> list[dict[str, Any]]:
         raise ValueError(f"{where}: line {error.lineno} is not JSON ({error.msg}); one list of objects or of texts") from error
     if not isinstance(rows, list):
         raise ValueError(f'{where}: must hold one list such as [{{"prompt": "a fox"}}], got a {type(rows).__name__}')
-    rows = [{COLUMNS[0]: row} if isinstance(row, str) else row for row in rows]
-    for number, row in enumerate(rows, start=1):
+    rows = [(f"entry {number}", {COLUMNS[0]: row} if isinstance(row, str) else row) for number, row in enumerate(rows, start=1)]
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f'{where}: entry {number} must be a text or an object like {{"prompt": "a fox"}}, got {row!r}')
+            raise ValueError(f'{where}: {place} must be a text or an object like {{"prompt": "a fox"}}, got {row!r}')
     return rows
 
 
-def _csv_rows(file: Path, where: str) -> list[dict[str, Any]]:
-    return list(csv.DictReader(io.StringIO(_text(file, where))))  # as one text: what is quoted may hold several lines
+def _csv_rows(file: Path, where: str) -> Rows:
+    return _numbered(csv.DictReader(io.StringIO(_text(file, where))))  # as one text: what is quoted may hold several lines
+
+
+def _numbered(rows: Iterable[dict[str, Any]]) -> Rows:
+    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _column(names: Sequence[str], column: str | None, where: str) -> str:
@@ -205,14 +211,16 @@ def _column(names: Sequence[str], column: str | None, where: str) -> str:
     return found
 
 
-def _from_rows(rows: list[dict[str, Any]], column: str | None, where: str) -> list[Prompt]:
+def _from_rows(rows: Rows, column: str | None, where: str) -> list[Prompt]:
     if not rows:
         return []
-    name = _column(list(dict.fromkeys(key for row in rows for key in row)), column, where)
-    for number, row in enumerate(rows, start=1):
+    name = _column(list(dict.fromkeys(key for _, row in rows for key in row)), column, where)
+    for place, row in rows:
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise ValueError(f"{where}: row {number} has no text in {name!r}, but {row.get(name)!r}")
-    return [Prompt(row[name].strip(), {key: value for key, value in row.items() if key != name}) for row in rows]
+            raise ValueError(f"{where}: {place} has no text in {name!r}, but {row.get(name)!r}")
+        if not is_unicode(row[name]):
+            raise ValueError(f"{where}: {place} is not valid Unicode in {name!r}: half of a surrogate pair in {row[name]!r}")
+    return [Prompt(row[name].strip(), {key: value for key, value in row.items() if key != name}) for _, row in rows]
 
 
 def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, revision: str | None, where: str) -> list[Prompt]:
@@ -240,7 +248,7 @@ def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, rev
             ) from error
         name = _column(table.column_names, column, where)
         values = list(table.select_columns([name])[name])
-    return _from_rows([{name: value} for value in values], name, where)
+    return _from_rows(_numbered({name: value} for value in values), name, where)
 
 
 # --------------------------------------------------------------------------- which prompts an epoch draws

@@ -205,7 +205,7 @@ def fill_latents(
 
         return fill(
             cache, list(jobs), compute, batch_size=batch_size, description="cache latents", rank=rank, world=world,
-            group=lambda key: jobs[key][1], progress=progress,
+            group=lambda key: jobs[key][1], together=lambda key: jobs[key][0], progress=progress,
         )  # fmt: skip
 
 

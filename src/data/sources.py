@@ -64,6 +64,18 @@ class Located:
     kind: str  # metadata, txt, tar, parquet or hub
     path: Path
     files: tuple[Path, ...] = ()  # the metadata file, the pictures, or the .tar or .parquet files
+    stray: int = 0  # pictures beside .tar or .parquet files, without captions
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """What is refused inside says why the files were taken, where somebody may have meant the pictures."""
+        try:
+            yield
+        except ValueError as error:
+            if not self.stray:
+                raise
+            why = f"{self.path} is read as .{self.kind} files, because none of the {self.stray} picture(s) beside them has a .txt"
+            raise ValueError(f"{error} ({why})") from error
 
 
 def locate(dataset_name: str) -> Located:
@@ -86,14 +98,16 @@ def locate(dataset_name: str) -> Located:
         if (path / name).is_file():
             return Located("metadata", path, (path / name,))
     pictures = _pictures(path)
-    if pictures:
+    if any(picture.with_suffix(".txt").is_file() for picture in pictures):
         return Located("txt", path, tuple(pictures))
     for kind in ("parquet", "tar"):
         files = sorted(file for file in path.rglob(f"*.{kind}") if not file.name.startswith("."))
         # A clone of a Hub data set holds the test and validation parts too: they are not for training.
         files = [file for file in files if file.name.startswith("train")] or files
         if files:
-            return Located(kind, path, tuple(files))
+            return Located(kind, path, tuple(files), len(pictures))  # the pictures are a banner, or examples
+    if pictures:
+        return Located("txt", path, tuple(pictures))
     folders = [sub for sub in sorted(path.iterdir()) if sub.is_dir()]
     inside = [sub for sub in folders if _pictures(sub) or any((sub / name).is_file() for name in METADATA)]
     hint = f"; there are pictures in its subfolder: try --dataset_name {inside[0]}" if inside else f"; {_LAYOUTS}"
@@ -290,7 +304,7 @@ def _open_tar(at: Located, image_column: str, caption_column: str, captioned: bo
     found = list(_tar_rows(at.files, image_column, caption_column))
     columns = _check_tar(at.files, found, caption_column, captioned)
     rows = [row for row, _ in found if row is not None]
-    return Tar(rows, columns, len(found) - len(rows))
+    return Tar(rows, columns, len(found) - len(rows) + at.stray)
 
 
 # --------------------------------------------------------------------------- tables
@@ -327,8 +341,26 @@ def _check_table(name: str, schema: Any, image_column: str, caption_column: str,
     return found[0]
 
 
-def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | None) -> Any:
-    """The `datasets.Dataset` of local parquet files, or of the Hub's "train" split, read by index.
+def open_parquet(file: Path) -> Any:
+    """The `pyarrow.parquet.ParquetFile`, of which only the end is read.
+
+    Raises:
+        ValueError: naming --dataset_name, if it is none.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"--dataset_name: {file} cannot be read as parquet: {first_line(error)}") from error
+
+
+def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | None, columns: list[str] | None = None) -> Any:
+    """The `datasets.Dataset` of local parquet files, or of the Hub's "train" split, read by index from a copy in `cache_dir`.
+
+    Args:
+        columns: those that are copied of local files (None: all).
 
     Raises:
         ValueError: naming --dataset_name, if it cannot be read.
@@ -338,7 +370,8 @@ def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | 
     where = str(cache_dir / "datasets")
     try:
         if at.kind == "parquet":
-            return datasets.load_dataset("parquet", data_files=[str(file) for file in at.files], split="train", cache_dir=where)
+            files = [str(file) for file in at.files]
+            return datasets.load_dataset("parquet", data_files=files, columns=columns, split="train", cache_dir=where)
         return datasets.load_dataset(dataset_name, split="train", cache_dir=where, revision=revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
         if at.kind == "parquet":
@@ -354,12 +387,19 @@ def _open_table(
 ) -> Table:
     import datasets
 
-    table = load_table(at, dataset_name, cache_dir, revision)
-    column = _check_table(dataset_name, table.features.arrow_schema, image_column, caption_column, captioned)
+    wanted = (image_column, caption_column, captioned)
+    if at.kind == "parquet":
+        schema = open_parquet(at.files[0]).schema_arrow
+        column = _check_table(dataset_name, schema, *wanted)
+        table = load_table(at, dataset_name, cache_dir, None, [column] + [caption_column] * (caption_column in schema.names))
+    else:
+        table = load_table(at, dataset_name, cache_dir, revision)
+        schema = table.features.arrow_schema
+        column = _check_table(dataset_name, schema, *wanted)
     there = caption_column in table.column_names
     captions = list(table.select_columns([caption_column])[caption_column]) if there else [None] * len(table)
     pictures = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], table.column_names, pictures, column)
+    return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], schema.names, pictures, column, at.stray)
 
 
 def first_line(error: BaseException) -> str:
@@ -382,9 +422,10 @@ def open_source(
         return _open_metadata(at, image_column, caption_column, captioned)
     if at.kind == "txt":
         return _open_txt(at)
-    if at.kind == "tar":
-        return _open_tar(at, image_column, caption_column, captioned)
-    return _open_table(at, dataset_name, image_column, caption_column, captioned, cache_dir, revision)
+    with at.explaining():
+        if at.kind == "tar":
+            return _open_tar(at, image_column, caption_column, captioned)
+        return _open_table(at, dataset_name, image_column, caption_column, captioned, cache_dir, revision)
 
 
 def check_source(dataset_name: str, *, image_column: str = "image", caption_column: str = "text", captioned: bool = True) -> None:
@@ -394,6 +435,11 @@ def check_source(dataset_name: str, *, image_column: str = "image", caption_colu
         ValueError: naming --dataset_name (missing, empty, without captions) or --caption_column (with the columns there are).
     """
     at = locate(dataset_name)
+    with at.explaining():
+        _check_first(at, dataset_name, image_column, caption_column, captioned)
+
+
+def _check_first(at: Located, dataset_name: str, image_column: str, caption_column: str, captioned: bool) -> None:
     if at.kind == "metadata":
         entries = list(itertools.islice(metadata_lines(at.files[0]), 2000))
         name_column = _check_columns(at.files[0], columns_of(entries), image_column, caption_column, captioned)
@@ -411,13 +457,7 @@ def check_source(dataset_name: str, *, image_column: str = "image", caption_colu
     elif at.kind == "tar":
         _check_tar(at.files, list(itertools.islice(_tar_rows(at.files, image_column, caption_column), 10)), caption_column, captioned)
     elif at.kind == "parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            files = [pyarrow.parquet.ParquetFile(file) for file in at.files[:1]]
-        except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"--dataset_name: {at.files[0]} cannot be read as parquet: {first_line(error)}") from error
-        _check_table(str(at.files[0]), files[0].schema_arrow, image_column, caption_column, captioned)
-        if len(at.files) == 1 and files[0].metadata.num_rows == 0:
+        file = open_parquet(at.files[0])
+        _check_table(str(at.files[0]), file.schema_arrow, image_column, caption_column, captioned)
+        if len(at.files) == 1 and file.metadata.num_rows == 0:
             raise ValueError(f"--dataset_name: {at.files[0]} has no rows")
