@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- table of benchmarks/learning_curves.py -->\n", "<!-- end of the table -->\n"
 RESULTS = ROOT / "benchmarks" / "results" / "learning_curves.json"
 ASIDE = frozenset({"output_dir", "cache_dir", "report_to", "checkpointing_epochs", "checkpointing_steps"})  # not worth keeping of a run
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5c00", "#56b4e9", "#555555")  # Okabe and Ito's, told apart by colour-blind eyes, too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5c00", "#56b4e9", "#555555")  # Okabe and Ito, for colour-blind eyes, too
 
 
 @dataclass(frozen=True)
