@@ -5,6 +5,7 @@ import ast
 import importlib
 import inspect
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -504,3 +505,47 @@ def test_scripts_without_a_group_are_not_asked_for_its_flags(tmp_path):
     parser = cli.make_parser("demo")
     parser.add_argument("--output_dir", type=Path, default=tmp_path)
     assert cli.parse(parser, []) == argparse.Namespace(output_dir=tmp_path)
+
+
+# --------------------------------------------------------------------------- ~, which no shell expands in --config or behind `=`
+
+
+NAMES_A_PATH = re.compile(
+    r"(path|_dir|_file|dataset_name|prompts|^config|template|judge_cache|reference_model|init_lora|resume_from_checkpoint)$"
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_that_names_a_path_knows_the_home_folder(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").touch()
+    parser = importlib.import_module(name).build_parser()
+    actions = {action.dest: action for action in parser._actions if NAMES_A_PATH.search(action.dest) and not action.dest.startswith("num_")}
+    assert {"output_dir", "pretrained_model_name_or_path"} <= set(actions)
+    for action in actions.values():
+        assert action.type is not None and str(action.type("~/x")) == str(tmp_path / "x"), action.dest
+
+
+def test_a_config_may_name_the_home_folder(tmp_path, monkeypatch):
+    """As if the shell had expanded it: the model is found, the folder is checked and written at one place, and args.json says which."""
+    import train_text_to_image_lora_sd3 as script
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").symlink_to(ROOT / "models/tiny-sd3")
+    (tmp_path / "photos").symlink_to(ROOT / "datas/photos")
+    config = "pretrained_model_name_or_path: ~/m\ndataset_name: ~/photos\noutput_dir: ~/runs/a\nresolution: 64\nmixed_precision: 'no'\n"
+    (tmp_path / "run.yaml").write_text(config)
+    args = script.parse_args(["--config=~/run.yaml", "--cache_dir=~/cache"])
+    assert args.pretrained_model_name_or_path == str(tmp_path / "m") and args.dataset_name == str(tmp_path / "photos")
+    assert args.output_dir == tmp_path / "runs/a" and args.cache_dir == tmp_path / "cache"
+    assert args.seed is None and args.init_lora is None
+
+
+def test_what_is_no_path_in_the_home_folder_stays_as_it_is():
+    assert cli.path_or_name("owner/name") == "owner/name" and cli.path_or_name("a~b") == "a~b" and cli.path_or_name("./m/") == "./m/"
+    assert str(cli.path("~nobody-of-this-name/x")) == "~nobody-of-this-name/x"
+
+
+def test_no_program_reads_a_path_without_expanding_it():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("src/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    assert [file.name for file in files if "type=Path" in file.read_text(encoding="utf-8")] == []
