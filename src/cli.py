@@ -958,10 +958,12 @@ def check_trackers(report_to: str) -> None:
     names = {"all": ("tensorboard", "wandb"), "none": ()}.get(report_to, (report_to,))
     for name in names:
         if not installed(name):
-            raise ValueError(f"--report_to {report_to}: {name} is not installed; pip install {name}, or --report_to none")
+            install = f"{sys.executable} -m pip install {name}"
+            raise ValueError(f"--report_to {report_to}: {name} is not installed; {install}, or --report_to none")
     mode = os.environ.get("WANDB_MODE", "online")
     if "wandb" in names and mode not in ("offline", "disabled", "dryrun") and not _wandb_login():
-        raise ValueError(f"--report_to {report_to}: no wandb login on this machine; run `wandb login`, or set WANDB_MODE=offline")
+        login = f"{sys.executable} -m wandb login"
+        raise ValueError(f"--report_to {report_to}: no wandb login on this machine; run `{login}`, or set WANDB_MODE=offline")
 
 
 def check_page(host: str, port: int) -> None:
@@ -971,10 +973,10 @@ def check_page(host: str, port: int) -> None:
         ValueError: names --ui or --ui_port and the cure.
     """
     if not installed("gradio"):
-        raise ValueError(f"--ui needs gradio, which is not installed: pip install {GRADIO}")
+        raise ValueError(f"--ui needs gradio, which is not installed: {sys.executable} -m pip install {GRADIO}")
     version = importlib.metadata.version("gradio")
     if version.split(".")[0] != GRADIO.partition("==")[2].split(".")[0]:
-        raise ValueError(f"--ui does not know gradio {version}: pip install {GRADIO}")
+        raise ValueError(f"--ui does not know gradio {version}: {sys.executable} -m pip install {GRADIO}")
     try:
         socket.create_server((host, port)).close()
     except (OSError, OverflowError) as error:

@@ -467,7 +467,7 @@ def no_login(monkeypatch, tmp_path):
 
 def test_wandb_without_a_login_offers_the_offline_mode(no_login):
     for choice in ("wandb", "all"):
-        with pytest.raises(ValueError, match=f"--report_to {choice}.*`wandb login`.*WANDB_MODE=offline"):
+        with pytest.raises(ValueError, match=f"--report_to {choice}.*`{sys.executable} -m wandb login`.*WANDB_MODE=offline"):
             cli.check_trackers(choice)
     cli.check_trackers("tensorboard")
     cli.check_trackers("none")
@@ -490,8 +490,17 @@ def test_every_kind_of_wandb_login_is_accepted(no_login, monkeypatch):
 
 def test_a_missing_tracker_is_one_line(monkeypatch):
     monkeypatch.setattr(cli, "installed", lambda package: False)
-    with pytest.raises(ValueError, match="--report_to tensorboard: .*pip install tensorboard"):
+    with pytest.raises(ValueError, match=f"--report_to tensorboard: .*; {sys.executable} -m pip install tensorboard, or"):
         cli.check_trackers("tensorboard")
+
+
+def test_what_is_to_be_installed_goes_where_the_program_runs():
+    """A bare `pip` is the system's: who runs a wrapper has never activated .venv."""
+    lines = [line for file in [*ROOT.glob("*.py"), *ROOT.glob("src/**/*.py")] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [line.strip() for line in lines if re.search(r"(?<!sys\.executable} -m )pip install [^`-]", line)] == []
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if re.search(r"(?<!\.venv/bin/python -m )pip install", line)] == []
 
 
 def test_a_folder_named_like_a_package_is_not_the_package(tmp_path, monkeypatch):
