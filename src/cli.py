@@ -234,7 +234,9 @@ def add_speed_args(parser: Parser, *, unet: bool = False, graphs: bool = True) -
         help="recompute activations in the backward pass: about a third more time for a fraction of the activation memory"
         + (" (unset: for SDXL only)" if unet else ""),
     )
-    g.add_argument("--checkpoint_every", type=positive_int, default=1, help="recompute every N-th block only: saves less memory, less time")
+    g.add_argument(
+        "--checkpoint_every", type=positive_int, default=1, help="recompute only every N-th block: less time lost, less memory saved"
+    )
     g.add_argument("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products and convolutions (Ampere GPUs and later)")
     g.add_argument("--attention_backend", choices=ATTENTION_BACKENDS, default="native", help="kernel of attention, by diffusers' names")
     g.add_argument("--compile", action="store_true", help="torch.compile each block of the model: minutes at the start, faster steps")
