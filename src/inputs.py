@@ -128,7 +128,9 @@ def _check_model(args: argparse.Namespace, family: ModuleType) -> None:
 
 
 def check_shared_memory(args: argparse.Namespace, family: ModuleType, pictures: int = 1) -> None:
-    """Refuse workers whose batches do not fit into shared memory, which would kill them after the caches are filled; a Hub id passes.
+    """Refuse workers whose batches do not fit into shared memory, which would kill them after the caches are filled.
+
+    A Hub id passes, as nothing is downloaded yet, and so does a plan, which may be made on another machine.
 
     Args:
         pictures: of a sample.
@@ -137,7 +139,7 @@ def check_shared_memory(args: argparse.Namespace, family: ModuleType, pictures: 
         ValueError: naming --dataloader_num_workers and how many there may be.
     """
     path, workers = args.pretrained_model_name_or_path, args.dataloader_num_workers
-    if not workers or not SHARED.is_dir() or common.is_hub_id(path):
+    if args.dry_run or not workers or not SHARED.is_dir() or common.is_hub_id(path):
         return
     config, number = common.read_config(path, f"{family.DENOISER}/config.json"), runtime.WEIGHT_DTYPES[args.mixed_precision].itemsize
     latents = 2 * config["in_channels"] * number * args.resolution**2 // family.VAE_SCALE**2  # mean and standard deviation
