@@ -128,7 +128,7 @@ def _check_model(args: argparse.Namespace, family: ModuleType) -> None:
 
 
 def check_shared_memory(args: argparse.Namespace, family: ModuleType, pictures: int = 1) -> None:
-    """Refuse workers whose batches do not fit into shared memory, which would kill them after the caches are filled.
+    """Refuse workers whose batches do not fit into shared memory, which kills them, or leaves the run waiting, after the caches are filled.
 
     A Hub id passes, as nothing is downloaded yet, and so does a plan, which may be made on another machine.
 
