@@ -45,8 +45,9 @@ def build_parser() -> cli.Parser:
     g.add_argument("--skip_layers", type=cli.layer_numbers, default=[7, 8, 9], metavar="N,N", help="transformer blocks that it leaves out")
 
     g = parser.add_argument_group("model")
-    g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd3", help="folder or Hub id of an SD3.x or SD1.x pipeline")
-    g.add_argument("--lora_weights_path", type=Path, help="LoRA: a run's output folder, a checkpoint, or a .safetensors file")
+    g.add_argument("--pretrained_model_name_or_path", type=cli.path_or_name, default="models/tiny-sd3",
+                   help="folder or Hub id of an SD3.x or SD1.x pipeline")  # fmt: skip
+    g.add_argument("--lora_weights_path", type=cli.path, help="LoRA: a run's output folder, a checkpoint, or a .safetensors file")
     g.add_argument("--lora_scale", type=cli.number, default=1.0, help="strength of the LoRA; 0 is the base model")
     g.add_argument("--compare", action="store_true", help="draw each picture without and with the LoRA, side by side")
     g.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="precision (unset: bf16 on a GPU, fp32 on a CPU)")
@@ -56,7 +57,7 @@ def build_parser() -> cli.Parser:
 
     cli.add_scorer_args(parser, default=None)
     g = parser.add_argument_group("output")
-    g.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where the PNGs and grid.png go")
+    g.add_argument("--output_dir", type=cli.path, default=Path("outputs/demo"), help="where the PNGs and grid.png go")
     cli.add_page_args(parser)
     parser.when_unset |= {"dtype": default_dtype, "scorer": default_scorer}
     return parser

@@ -39,12 +39,14 @@ TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     g = parser.add_argument_group("benchmark")
-    g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd3", help="pipeline folder, or medium: SD3.5-medium")
+    g.add_argument(
+        "--pretrained_model_name_or_path", type=cli.path_or_name, default="models/tiny-sd3", help="pipeline folder, or medium: SD3.5-medium"
+    )
     g.add_argument("--resolution", type=cli.multiple_of_16, default=64, help="side of the pictures in pixels")
     g.add_argument("--train_batch_size", type=cli.positive_int, default=16, help="pictures per step")
     g.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations in the backward pass")
     g.add_argument("--steps", type=cli.positive_int, default=10, help="measured optimizer steps, after three to warm up")
-    g.add_argument("--output", type=Path, help="also write the result there, as JSON")
+    g.add_argument("--output", type=cli.path, help="also write the result there, as JSON")
     return parser
 
 

@@ -44,14 +44,14 @@ FULL_SIZE = {"step": 5.24, "vae": 1.22, "text": 2.50}
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     g = parser.add_argument_group("benchmark")
-    g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd3", help="pipeline folder")
-    g.add_argument("--dataset_name", default="datas/shapes-new", help="captioned pictures")
+    g.add_argument("--pretrained_model_name_or_path", type=cli.path_or_name, default="models/tiny-sd3", help="pipeline folder")
+    g.add_argument("--dataset_name", type=cli.path_or_name, default="datas/shapes-new", help="captioned pictures")
     g.add_argument("--resolution", type=cli.multiple_of_16, default=64, help="side of the pictures in pixels")
     g.add_argument("--train_batch_size", type=cli.positive_int, default=16, help="pictures per step")
     g.add_argument("--dtype", choices=DTYPES, default="fp32", help="precision of the frozen weights")
     g.add_argument("--rounds", type=cli.positive_int, default=8, help="turns of each loop")
     g.add_argument("--steps_per_round", type=cli.positive_int, default=5, help="optimizer steps in a turn")
-    g.add_argument("--output", type=Path, help="also write the result there, as JSON")
+    g.add_argument("--output", type=cli.path, help="also write the result there, as JSON")
     return parser
 
 

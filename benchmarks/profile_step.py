@@ -33,7 +33,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--steps", type=cli.positive_int, default=5, help="steps to profile, after three to warm up")
     g.add_argument("--flags", default="", help='of the training script, in one word: --flags="--compile --rank 16"')
     g.add_argument("--tiny", action="store_true", help="models of a few thousand weights and 64 px, for a CPU")
-    g.add_argument("--trace", type=Path, help="also write the timeline there, as JSON")
+    g.add_argument("--trace", type=cli.path, help="also write the timeline there, as JSON")
     return parser
 
 

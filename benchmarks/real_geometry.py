@@ -115,7 +115,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--tokens", type=cli.positive_int, default=154, help="text tokens: 77 of CLIP and those of T5")
     g.add_argument("--tiny", action="store_true", help="models of a few thousand weights and 64 px, for a CPU")
     g.add_argument("--again", action="store_true", help="measure rows that the output holds already")
-    g.add_argument("--output", type=Path, help="result file (unset: benchmarks/results/real_geometry_GPU.json)")
+    g.add_argument("--output", type=cli.path, help="result file (unset: benchmarks/results/real_geometry_GPU.json)")
     return parser
 
 

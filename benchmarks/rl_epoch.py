@@ -51,7 +51,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--trainer", choices=("grpo", "ddpo"), default="grpo", help="train_grpo_sd3.py or train_ddpo_sd3.py")
     g.add_argument("--epochs", type=cli.positive_int, default=3, help="measured epochs, after one to warm up")
     g.add_argument("--memory", action="store_true", help="also the peak memory of an epoch, and of one with four times the pictures")
-    g.add_argument("--output", type=Path, help="also write the result there, as JSON")
+    g.add_argument("--output", type=cli.path, help="also write the result there, as JSON")
     return parser
 
 

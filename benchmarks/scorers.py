@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--gradient", action="store_true", help="forward and backward, to the pictures")
     g.add_argument("--random_weights", action="store_true", help="draw the weights of the real geometry instead of loading them")
     g.add_argument("--rounds", type=cli.positive_int, default=5, help="measured batches of each size, whose median counts")
-    g.add_argument("--output", type=Path, help="also write the result there, as JSON")
+    g.add_argument("--output", type=cli.path, help="also write the result there, as JSON")
     return parser
 
 

@@ -62,6 +62,9 @@ image = pipeline({prompt!r}{drawn}).images[0]""",
 }
 
 
+_HF = Path(sys.executable).with_name("hf")  # beside the Python that runs: who calls a wrapper has not activated its environment
+
+
 def check(push_to_hub: bool) -> None:
     """Refuse --push_to_hub without a login: after the training would be too late.
 
@@ -72,7 +75,7 @@ def check(push_to_hub: bool) -> None:
         from huggingface_hub import get_token
 
         if get_token() is None:
-            raise ValueError("--push_to_hub: no Hub login on this machine; run `hf auth login` or set HF_TOKEN")
+            raise ValueError(f"--push_to_hub: no Hub login on this machine; run `{_HF} auth login` or set HF_TOKEN")
 
 
 def write(
@@ -109,7 +112,7 @@ def write(
         api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED, commit_message=message)
     except (OSError, ValueError) as error:  # the Hub's refusals and a broken connection are OSErrors, an impossible name a ValueError
         reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f"error: the upload failed ({reason}). {folder} is complete; try `hf upload {where} {folder}`") from error
+        raise SystemExit(f"error: the upload failed ({reason}). {folder} is complete; try `{_HF} upload {where} {folder}`") from error
     run.print(f"uploaded to {repository}")
 
 

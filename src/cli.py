@@ -48,7 +48,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
             return "N"
         if action.type in (number, positive_float, non_negative_float, fraction, positive_fraction, decay):
             return "X"
-        return "PATH" if action.type is Path else "TEXT"
+        return "PATH" if action.type is path else "TEXT"
 
 
 class Parser(argparse.ArgumentParser):
@@ -185,12 +185,25 @@ def layer_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def path_or_name(text: str) -> str:
+    """A path, a Hub id or the name of something built in; a leading ~ is the home folder, also in --config and in --flag=~/x.
+
+    The shell expands neither, and not everything that reads a path does: folders would be checked at one place and written at another.
+    """
+    return os.path.expanduser(text)
+
+
+def path(text: str) -> Path:
+    """A file or folder, there already or not."""
+    return Path(path_or_name(text))
+
+
 def existing_file(text: str) -> Path:
     """Path of a file that exists."""
-    path = Path(text)
-    if not path.is_file():
+    file = path(text)
+    if not file.is_file():
         raise argparse.ArgumentTypeError(f"no such file: {text}")
-    return path
+    return file
 
 
 # --------------------------------------------------------------------------- groups
@@ -199,7 +212,7 @@ def existing_file(text: str) -> Path:
 def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.5-medium") -> None:
     """The base model and its precision."""
     g = parser.add_argument_group("model")
-    g.add_argument("--pretrained_model_name_or_path", default=default, help="local folder or Hub id of the base model")
+    g.add_argument("--pretrained_model_name_or_path", type=path_or_name, default=default, help="local folder or Hub id of the base model")
     g.add_argument("--revision", help="Hub revision of the base model (unset: its main branch)")
     g.add_argument("--variant", help='variant of the weight files, for example "fp16" (unset: the plain files)')
     g.add_argument(
@@ -221,7 +234,9 @@ def add_speed_args(parser: Parser, *, unet: bool = False, graphs: bool = True) -
         help="recompute activations in the backward pass: about a third more time for a fraction of the activation memory"
         + (" (unset: for SDXL only)" if unet else ""),
     )
-    g.add_argument("--checkpoint_every", type=positive_int, default=1, help="recompute every N-th block only: saves less memory, less time")
+    g.add_argument(
+        "--checkpoint_every", type=positive_int, default=1, help="recompute only every N-th block: less time lost, less memory saved"
+    )
     g.add_argument("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products and convolutions (Ampere GPUs and later)")
     g.add_argument("--attention_backend", choices=ATTENTION_BACKENDS, default="native", help="kernel of attention, by diffusers' names")
     g.add_argument("--compile", action="store_true", help="torch.compile each block of the model: minutes at the start, faster steps")
@@ -244,8 +259,8 @@ def add_text_args(parser: Parser) -> None:
 def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str = "dive-sd3", epochs: bool = False) -> None:
     """Where results go, what is logged, how a run is repeated and continued; `epochs`: logged at every epoch's end, saved at some."""
     g = parser.add_argument_group("run")
-    g.add_argument("--output_dir", type=Path, default=Path(output_dir), help="folder of weights, checkpoints, samples, metrics")
-    g.add_argument("--config", type=Path, metavar="FILE.yaml", help="YAML (or an args.json) that sets flags by name; the command line wins")
+    g.add_argument("--output_dir", type=path, default=Path(output_dir), help="folder of weights, checkpoints, samples, metrics")
+    g.add_argument("--config", type=path, metavar="FILE.yaml", help="YAML (or an args.json) that sets flags by name; the command line wins")
     g.add_argument("--seed", type=seed, help="of every random number (unset: drawn, printed, recorded in args.json)")
     g.add_argument(
         "--report_to", choices=("tensorboard", "wandb", "all", "none"), default="tensorboard", help="tracker, besides metrics.jsonl"
@@ -258,7 +273,7 @@ def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str =
         g.add_argument("--checkpointing_steps", type=positive_int, default=500, help="optimizer steps between checkpoints")
     g.add_argument("--checkpoints_total_limit", type=positive_int, help="keep only the newest N checkpoints (unset: all)")
     g.add_argument(
-        "--resume_from_checkpoint", metavar="latest|PATH",
+        "--resume_from_checkpoint", type=path_or_name, metavar="latest|PATH",
         help="continue a run with its weights, optimizer, EMA, metrics and data order; on a GPU exact only with --deterministic",
     )
     g.add_argument("--deterministic", action="store_true", help="deterministic GPU kernels: the same tensors twice, somewhat slower")
@@ -281,17 +296,19 @@ def add_data_args(
         "folder (metadata.jsonl/.csv or one .txt per picture), parquet, webdataset or Hub id"
     )  # fmt: skip
     if pretrain:
-        g.add_argument("--pretrain_dataset_name", help=f"pictures of the pre-training loss: {layouts} (unset: no such loss)")
+        g.add_argument(
+            "--pretrain_dataset_name", type=path_or_name, help=f"pictures of the pre-training loss: {layouts} (unset: no such loss)"
+        )
         g.add_argument("--pretrain_loss_weight", type=positive_float, default=1.0, help="weight of their denoising loss")
     else:
-        g.add_argument("--dataset_name", default=dataset_name, help=layouts)
+        g.add_argument("--dataset_name", type=path_or_name, default=dataset_name, help=layouts)
     g.add_argument("--dataset_revision", help="Hub revision of the data set (unset: its main branch)")
     if pairs:
         _add_pair_columns(parser, g)
     else:
         g.add_argument("--image_column", default="image", help="column of the pictures")
     g.add_argument("--caption_column", default="caption" if pairs else "text", help="column of the captions")
-    g.add_argument("--cache_dir", type=Path, default=Path("outputs/cache"), help="folder of downloads and of the latent and text caches")
+    g.add_argument("--cache_dir", type=path, default=Path("outputs/cache"), help="folder of downloads and of the latent and text caches")
     g.add_argument("--max_train_samples", type=positive_int, help="use only the first N samples (unset: all)")
     g.add_argument("--strict_data", action="store_true", help="stop at the first broken picture (unset: skip it and print the count)")
     unset = "" if resolution else " (unset: 512, for SDXL 1024)"
@@ -414,20 +431,20 @@ def add_full_args(parser: Parser) -> None:
 def add_dreambooth_args(parser: Parser) -> None:
     """The subject, its class, what of a picture counts, and the text encoders."""
     g = parser.add_argument_group("DreamBooth")
-    g.add_argument("--instance_data_dir", type=Path, help="folder with some pictures of the subject (or any data set: --dataset_name)")
+    g.add_argument("--instance_data_dir", type=path, help="folder with some pictures of the subject (or any data set: --dataset_name)")
     g.add_argument("--instance_prompt", metavar="TEXT", help='of pictures without a caption, such as "a photo of sks dog"')
     g.add_argument("--repeats", type=positive_int, default=1, help="how often an epoch shows each picture of the subject")
     g.add_argument(
         "--mask_from_alpha", action="store_true",
         help="the loss counts opaque pixels alone, as a mean over them: its size does not depend on the subject's",
     )
-    g.add_argument("--mask_data_dir", type=Path, help="the same with masks: a folder with a picture of the same name, white is the subject")
+    g.add_argument("--mask_data_dir", type=path, help="the same with masks: a folder with a picture of the same name, white is the subject")
     g.add_argument(
         "--with_prior_preservation", action=argparse.BooleanOptionalAction, default=False,
         help="train on as many pictures of the class as of the subject, in a forward pass of their own, so that the class stays as it is",
     )
     g.add_argument(
-        "--class_data_dir", type=Path,
+        "--class_data_dir", type=path,
         help="pictures of the class; missing ones are rendered into it (unset: a folder in --cache_dir for each prompt, model and setting)",
     )
     g.add_argument(
@@ -463,7 +480,9 @@ def add_dpo_args(parser: Parser) -> None:
     )
     g.add_argument("--label_smoothing", type=fraction, default=0.0, help="share of preferences taken to be the wrong way round (sigmoid)")
     g.add_argument("--sft", action="store_true", help="fine-tune on the winners alone, by their denoising loss, without a reference")
-    g.add_argument("--reference_model", metavar="PATH|ID", help="pipeline whose UNet is the reference (unset: the base model)")
+    g.add_argument(
+        "--reference_model", type=path_or_name, metavar="PATH|ID", help="pipeline whose UNet is the reference (unset: the base model)"
+    )
 
 
 def add_refl_args(parser: Parser) -> None:
@@ -524,7 +543,7 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
     g.add_argument("--lora_layers", help="comma-separated module suffixes (unset: every attention projection that gets a gradient)")
     if not unet:
         g.add_argument("--lora_blocks", help='transformer blocks, for example "0-11,23" (unset: all)')
-    g.add_argument("--init_lora", metavar="PATH", help="start from this LoRA file or folder (unset: from zero)")
+    g.add_argument("--init_lora", type=path_or_name, metavar="PATH", help="start from this LoRA file or folder (unset: from zero)")
     if not unet:
         g.add_argument(
             "--export_format", choices=("diffusers", "kohya"), default="diffusers", help="kohya: a second file, for ComfyUI, A1111, Forge"
@@ -685,7 +704,7 @@ def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
     g.add_argument("--window_shift_epochs", type=positive_int, default=25, help="epochs after which a progressive window moves on by one")
     g.add_argument("--decode_batch_size", type=positive_int, default=4, help="pictures that the VAE decodes at once")
     g.add_argument("--async_rewards", action="store_true", help="score on a background thread while the next batch is drawn; same results")
-    g.add_argument("--cache_dir", type=Path, default=Path("outputs/cache"), help="folder of downloads and of the text cache")
+    g.add_argument("--cache_dir", type=path, default=Path("outputs/cache"), help="folder of downloads and of the text cache")
     g.add_argument("--cache_batch_size", type=positive_int, default=8, help="prompts per forward pass while the text cache is filled")
     parser.when_unset["noise_level"] = lambda args: None if getattr(args, "loss", None) == "nft" else NOISE_LEVELS.get(args.transition)
 
@@ -694,7 +713,7 @@ def add_prompt_args(parser: Parser, *, prompts: str) -> None:
     """What is drawn in training."""
     g = parser.add_argument_group("prompts")
     g.add_argument(
-        "--prompts", default=prompts, metavar="NAME|PATH",
+        "--prompts", type=path_or_name, default=prompts, metavar="NAME|PATH",
         help="simple_animals, activities or shapes; a .txt with one a line, .json, .jsonl, .csv, .parquet, a data set folder or Hub id",
     )
     g.add_argument("--prompt_column", metavar="NAME", help="field of the prompt there (unset: the first of prompt, text, caption)")
@@ -717,7 +736,10 @@ def add_policy_args(parser: Parser, *, full_learning_rate: float) -> None:
 def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: float = 1.0, inference_steps: int = 40) -> None:
     """Pictures of fixed prompts and seeds by the deterministic sampler, scored during training; `steps`: for scripts without epochs."""
     g = parser.add_argument_group("evaluation")
-    g.add_argument("--eval_prompts", metavar="NAME|PATH", help="as --prompts; shapes_held_out for the tiny world (unset: the same prompts)")
+    g.add_argument(
+        "--eval_prompts", type=path_or_name, metavar="NAME|PATH",
+        help="as --prompts; shapes_held_out for the tiny world (unset: the same prompts)",
+    )
     g.add_argument("--num_eval_prompts", type=positive_int, default=32, help="how many of them, from the first on; picture i has seed i")
     between = "between evaluations; also before training and at the end"
     if steps:
@@ -767,11 +789,12 @@ def add_scorer_settings(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--hps_version", help="version of hps, v2.1 or v2, whose numbers cannot be compared (unset: v2.1)")
     g.add_argument("--judge_url", metavar="URL", help="server of vlm_judge, like http://localhost:8000/v1; its key, if any: $JUDGE_API_KEY")
     g.add_argument("--judge_model", help="the model that it serves")
-    g.add_argument("--judge_template", metavar="FILE", help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")
+    g.add_argument("--judge_template", type=path_or_name, metavar="FILE",
+                   help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")  # fmt: skip
     g.add_argument("--judge_max", type=positive_float, help="highest mark that the question asks for (unset: 10)")
     g.add_argument("--judge_timeout", type=positive_float, help="seconds to wait for an answer of vlm_judge (unset: 60)")
     g.add_argument("--judge_concurrency", type=positive_int, help="questions to vlm_judge at a time (unset: 8)")
-    g.add_argument("--judge_cache", metavar="FOLDER", help="where answers of vlm_judge are kept (unset: they are not)")
+    g.add_argument("--judge_cache", type=path_or_name, metavar="FOLDER", help="where answers of vlm_judge are kept (unset: they are not)")
 
 
 # setting of a scorer -> the scorer
@@ -905,7 +928,7 @@ def check_writable(folder: Path, flag: str = "output_dir") -> None:
     Raises:
         ValueError: the path or a parent is a file, or the nearest existing parent is not writable.
     """
-    nearest = folder.expanduser().absolute()
+    nearest = folder.absolute()
     while not os.path.lexists(nearest):
         nearest = nearest.parent
     if not nearest.is_dir():
@@ -937,10 +960,12 @@ def check_trackers(report_to: str) -> None:
     names = {"all": ("tensorboard", "wandb"), "none": ()}.get(report_to, (report_to,))
     for name in names:
         if not installed(name):
-            raise ValueError(f"--report_to {report_to}: {name} is not installed; pip install {name}, or --report_to none")
+            install = f"{sys.executable} -m pip install {name}"
+            raise ValueError(f"--report_to {report_to}: {name} is not installed; {install}, or --report_to none")
     mode = os.environ.get("WANDB_MODE", "online")
     if "wandb" in names and mode not in ("offline", "disabled", "dryrun") and not _wandb_login():
-        raise ValueError(f"--report_to {report_to}: no wandb login on this machine; run `wandb login`, or set WANDB_MODE=offline")
+        login = f"{sys.executable} -m wandb login"
+        raise ValueError(f"--report_to {report_to}: no wandb login on this machine; run `{login}`, or set WANDB_MODE=offline")
 
 
 def check_page(host: str, port: int) -> None:
@@ -950,10 +975,10 @@ def check_page(host: str, port: int) -> None:
         ValueError: names --ui or --ui_port and the cure.
     """
     if not installed("gradio"):
-        raise ValueError(f"--ui needs gradio, which is not installed: pip install {GRADIO}")
+        raise ValueError(f"--ui needs gradio, which is not installed: {sys.executable} -m pip install {GRADIO}")
     version = importlib.metadata.version("gradio")
     if version.split(".")[0] != GRADIO.partition("==")[2].split(".")[0]:
-        raise ValueError(f"--ui does not know gradio {version}: pip install {GRADIO}")
+        raise ValueError(f"--ui does not know gradio {version}: {sys.executable} -m pip install {GRADIO}")
     try:
         socket.create_server((host, port)).close()
     except (OSError, OverflowError) as error:

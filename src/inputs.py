@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +22,13 @@ from torch import Tensor
 
 from src import cli, runtime, seeds
 from src.data import buckets, cache, captions, preferences, samples, sources
-from src.pipelines import sd3
+from src.pipelines import common, sd3
 
 TEXT_FOLDERS = tuple(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
 MAX_HELD_OUT = 16  # pictures of the validation loss, if its number is not given: one in twenty, no more than these
 MAX_HELD_OUT_PAIRS = 64  # likewise: an accuracy needs more samples than a loss
+SHARED = Path("/dev/shm")  # where workers put their batches; 64 MiB in a container, unless somebody says otherwise
+PREFETCHED = 2  # batches that a worker holds ready, torch's default
 
 
 @dataclass(frozen=True)
@@ -147,12 +151,14 @@ def check(args: argparse.Namespace, family: ModuleType = sd3, *, captioned: bool
         ValueError: naming the flag and the cure.
     """
     _check_model(args, family)
+    check_shared_memory(args, family)
     captions.check_source(args.dataset_name, image_column=args.image_column, caption_column=args.caption_column, captioned=captioned)
 
 
 def check_pairs(args: argparse.Namespace, family: ModuleType) -> None:
     """As `check`, of a data set of preference pairs."""
     _check_model(args, family)
+    check_shared_memory(args, family, pictures=2)
     preferences.check_source(args.dataset_name, _columns(args))
 
 
@@ -160,6 +166,38 @@ def _check_model(args: argparse.Namespace, family: ModuleType) -> None:
     family.check_folder(args.pretrained_model_name_or_path)
     family.check_resolution(args.pretrained_model_name_or_path, args.resolution)
     validation_prompts(args)
+
+
+def check_shared_memory(args: argparse.Namespace, family: ModuleType, pictures: int = 1) -> None:
+    """Refuse workers whose batches do not fit into shared memory, which kills them, or leaves the run waiting, after the caches are filled.
+
+    A Hub id passes, as nothing is downloaded yet, and so does a plan, which may be made on another machine.
+
+    Args:
+        pictures: of a sample.
+
+    Raises:
+        ValueError: naming --dataloader_num_workers and how many there may be.
+    """
+    path, workers = args.pretrained_model_name_or_path, args.dataloader_num_workers
+    if args.dry_run or not workers or not SHARED.is_dir() or common.is_hub_id(path):
+        return
+    config, number = common.read_config(path, f"{family.DENOISER}/config.json"), runtime.WEIGHT_DTYPES[args.mixed_precision].itemsize
+    latents = 2 * config["in_channels"] * number * args.resolution**2 // family.VAE_SCALE**2  # mean and standard deviation
+    sample = pictures * (latents if args.cache_latents else 3 * 4 * args.resolution**2)
+    if getattr(args, "cache_text", True):
+        width, pooled = family.text_width(config)
+        sample += (family.text_tokens(path, None, getattr(args, "max_sequence_length", None)) * width + pooled) * number
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", min(world, torch.accelerator.device_count() or world)))
+    loaders = 2 if getattr(args, "with_prior_preservation", False) else 1  # of the subject, and of its class
+    each, free = sample * args.train_batch_size * PREFETCHED * processes * loaders, shutil.disk_usage(SHARED).free
+    if workers * each > free:
+        raise ValueError(
+            f"--dataloader_num_workers {workers}: the batches that they hold ready take {workers * each / 1e6:.0f} MB of /dev/shm, where "
+            f"{free / 1e6:.0f} MB are free: in Docker `docker run --shm-size 8g`, or --dataloader_num_workers {free // each}"
+        )
 
 
 def _columns(args: argparse.Namespace) -> preferences.Columns:
@@ -170,6 +208,7 @@ def check_pretraining(args: argparse.Namespace, family: ModuleType) -> None:
     """As `check`, of captioned pictures that may be left out: those of --pretrain_dataset_name."""
     _check_model(args, family)
     if args.pretrain_dataset_name:
+        check_shared_memory(args, family)
         with sources.naming("--pretrain_dataset_name"):
             captions.check_source(args.pretrain_dataset_name, image_column=args.image_column, caption_column=args.caption_column)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,8 @@ def check(name: str) -> None:
         raise ValueError(f"--optimizer {name} is unknown; choose from {', '.join(PACKAGES)}")
     package = PACKAGES[name]
     if package and importlib.util.find_spec(package) is None:
-        raise ValueError(f"--optimizer {name} needs the package {package}: pip install {package}, or use --optimizer adamw")
+        install = f"{sys.executable} -m pip install {package}"
+        raise ValueError(f"--optimizer {name} needs the package {package}: {install}, or use --optimizer adamw")
 
 
 def build(

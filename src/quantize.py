@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def check(kind: str | None) -> None:
         ValueError: naming the package.
     """
     if kind == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("--quantize_base nf4 needs the package bitsandbytes: pip install bitsandbytes, or use --quantize_base int8")
+        install = f"{sys.executable} -m pip install bitsandbytes"
+        raise ValueError(f"--quantize_base nf4 needs the package bitsandbytes: {install}, or use --quantize_base int8")
 
 
 def quantizable(model: nn.Module) -> dict[str, nn.Linear]:

@@ -224,28 +224,39 @@ def check_world(environ: Mapping[str, str], world: int) -> None:
     )
 
 
-def driver_warning(driver: bool, usable: bool, built_for: str | None) -> str | None:
-    """What to say if there is an NVIDIA driver that torch does not use; built_for: torch.version.cuda."""
+def unused_gpu(driver: bool, usable: bool, built_for: str | None) -> str | None:
+    """Why torch does not use the GPU whose NVIDIA driver is here, and the cure; built_for: torch.version.cuda."""
     if usable or not driver:
         return None
     if built_for is None:
         return (
-            f"warning: this machine has an NVIDIA driver, but torch {torch.__version__} is a CPU build: training runs on the CPU. "
+            f"this machine has an NVIDIA driver, but torch {torch.__version__} is a CPU build. "
             "Install a CUDA build with the command that https://pytorch.org/get-started/locally shows"
         )
     return (
-        f"warning: this machine has an NVIDIA driver, but torch (built for CUDA {built_for}) finds no GPU: training runs on the CPU. "
+        f"this machine has an NVIDIA driver, but torch (built for CUDA {built_for}) finds no GPU. "
         "Check CUDA_VISIBLE_DEVICES and that the driver supports that CUDA version (nvidia-smi prints it)"
     )
+
+
+def _unused_gpu() -> str | None:
+    driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
+    return unused_gpu(driver, torch.cuda.is_available(), torch.version.cuda)
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse a precision that this machine cannot train in, and a launcher that spreads the weights of a program that does not.
 
     Raises:
-        ValueError: fp16 without a GPU; FSDP2 or DeepSpeed.
+        ValueError: fp16 without a GPU; bf16, of a real model, beside a GPU that torch cannot use; FSDP2 or DeepSpeed.
     """
     _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if args.mixed_precision == "bf16" and not hidden and not args.dry_run and (trouble := _unused_gpu()):
+        raise ValueError(
+            f"--mixed_precision bf16: {trouble}; to train on the CPU all the same, which takes weeks with a real model, put "
+            "CUDA_VISIBLE_DEVICES='' before the command"
+        )
     if not vars(args).keys() & {"weights_dtype", "full_weights"}:  # those programs have a say of their own
         sharding.check_whole(os.environ)
 
@@ -373,10 +384,8 @@ def start(args: argparse.Namespace) -> Run:
     check_world(os.environ, accelerator.num_processes)
     _check_precision(args, accelerator.device)
     run = Run(args, accelerator)
-    driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
-    warning = driver_warning(driver, torch.cuda.is_available(), torch.version.cuda)
-    if warning:
-        run.print(warning)
+    if trouble := _unused_gpu():
+        run.print(f"warning: training runs on the CPU: {trouble}")
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", args.mixed_precision):  # the launcher's default is "no": it cannot be told from a choice
         run.print(f"warning: --mixed_precision {args.mixed_precision} counts; the launcher's {launcher} is ignored")

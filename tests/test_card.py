@@ -5,6 +5,7 @@ import ast
 import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,7 +233,8 @@ def test_a_missing_login_is_refused_before_training(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     card.check(False)
-    with pytest.raises(ValueError, match="--push_to_hub: no Hub login on this machine; run `hf auth login`"):
+    hf = Path(sys.executable).parent / "hf"
+    with pytest.raises(ValueError, match=f"--push_to_hub: no Hub login on this machine; run `{hf} auth login`"):
         card.check(True)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
     card.check(True)

@@ -5,6 +5,7 @@ import ast
 import importlib
 import inspect
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -466,7 +467,7 @@ def no_login(monkeypatch, tmp_path):
 
 def test_wandb_without_a_login_offers_the_offline_mode(no_login):
     for choice in ("wandb", "all"):
-        with pytest.raises(ValueError, match=f"--report_to {choice}.*`wandb login`.*WANDB_MODE=offline"):
+        with pytest.raises(ValueError, match=f"--report_to {choice}.*`{sys.executable} -m wandb login`.*WANDB_MODE=offline"):
             cli.check_trackers(choice)
     cli.check_trackers("tensorboard")
     cli.check_trackers("none")
@@ -489,8 +490,17 @@ def test_every_kind_of_wandb_login_is_accepted(no_login, monkeypatch):
 
 def test_a_missing_tracker_is_one_line(monkeypatch):
     monkeypatch.setattr(cli, "installed", lambda package: False)
-    with pytest.raises(ValueError, match="--report_to tensorboard: .*pip install tensorboard"):
+    with pytest.raises(ValueError, match=f"--report_to tensorboard: .*; {sys.executable} -m pip install tensorboard, or"):
         cli.check_trackers("tensorboard")
+
+
+def test_what_is_to_be_installed_goes_where_the_program_runs():
+    """A bare `pip` is the system's: who runs a wrapper has never activated .venv."""
+    lines = [line for file in [*ROOT.glob("*.py"), *ROOT.glob("src/**/*.py")] for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [line.strip() for line in lines if re.search(r"(?<!sys\.executable} -m )pip install [^`-]", line)] == []
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
+    assert [line for line in lines if re.search(r"(?<!\.venv/bin/python -m )pip install", line)] == []
 
 
 def test_a_folder_named_like_a_package_is_not_the_package(tmp_path, monkeypatch):
@@ -504,3 +514,47 @@ def test_scripts_without_a_group_are_not_asked_for_its_flags(tmp_path):
     parser = cli.make_parser("demo")
     parser.add_argument("--output_dir", type=Path, default=tmp_path)
     assert cli.parse(parser, []) == argparse.Namespace(output_dir=tmp_path)
+
+
+# --------------------------------------------------------------------------- ~, which no shell expands in --config or behind `=`
+
+
+NAMES_A_PATH = re.compile(
+    r"(path|_dir|_file|dataset_name|prompts|^config|template|judge_cache|reference_model|init_lora|resume_from_checkpoint)$"
+)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_that_names_a_path_knows_the_home_folder(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").touch()
+    parser = importlib.import_module(name).build_parser()
+    actions = {action.dest: action for action in parser._actions if NAMES_A_PATH.search(action.dest) and not action.dest.startswith("num_")}
+    assert {"output_dir", "pretrained_model_name_or_path"} <= set(actions)
+    for action in actions.values():
+        assert action.type is not None and str(action.type("~/x")) == str(tmp_path / "x"), action.dest
+
+
+def test_a_config_may_name_the_home_folder(tmp_path, monkeypatch):
+    """As if the shell had expanded it: the model is found, the folder is checked and written at one place, and args.json says which."""
+    import train_text_to_image_lora_sd3 as script
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").symlink_to(ROOT / "models/tiny-sd3")
+    (tmp_path / "photos").symlink_to(ROOT / "datas/photos")
+    config = "pretrained_model_name_or_path: ~/m\ndataset_name: ~/photos\noutput_dir: ~/runs/a\nresolution: 64\nmixed_precision: 'no'\n"
+    (tmp_path / "run.yaml").write_text(config)
+    args = script.parse_args(["--config=~/run.yaml", "--cache_dir=~/cache"])
+    assert args.pretrained_model_name_or_path == str(tmp_path / "m") and args.dataset_name == str(tmp_path / "photos")
+    assert args.output_dir == tmp_path / "runs/a" and args.cache_dir == tmp_path / "cache"
+    assert args.seed is None and args.init_lora is None
+
+
+def test_what_is_no_path_in_the_home_folder_stays_as_it_is():
+    assert cli.path_or_name("owner/name") == "owner/name" and cli.path_or_name("a~b") == "a~b" and cli.path_or_name("./m/") == "./m/"
+    assert str(cli.path("~nobody-of-this-name/x")) == "~nobody-of-this-name/x"
+
+
+def test_no_program_reads_a_path_without_expanding_it():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("src/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+    assert [file.name for file in files if "type=Path" in file.read_text(encoding="utf-8")] == []

@@ -1,4 +1,4 @@
-"""The trainers on a GPU that is none: see tests/fake_gpu.
+"""The trainers on a simulated GPU: see tests/fake_gpu.
 
 By hand, since it takes minutes: bash scripts/test.sh -m long tests/test_fake_gpu.py
 """

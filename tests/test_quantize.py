@@ -1,6 +1,7 @@
 """A base in 8 and 4 bits: what the bits say, by hand and against bitsandbytes; gradients; which layers; what a graph keeps."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_nf4_without_its_package_is_refused(monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
     quantize.check(None)
     quantize.check("int8")
-    with pytest.raises(ValueError, match="--quantize_base nf4 needs the package bitsandbytes: pip install"):
+    with pytest.raises(ValueError, match=f"--quantize_base nf4 needs the package bitsandbytes: {sys.executable} -m pip install"):
         quantize.check("nf4")
 
 

@@ -147,6 +147,7 @@ def test_no_flag_in_prose_is_invented(known):
     files = [name_of(path) for path in PROGRAMS if "def build_parser" in path.read_text()]
     ours = set().union(*(known(file) for file in files))
     theirs = {"--num_processes", "--multi_gpu", "--machine_rank", "--entries", "--lib", "--tests", "--strict-markers"}  # accelerate, pytest
+    theirs |= {"--gpus", "--shm-size", "--stop-timeout", "--network"}  # docker run
     for path in PAGES:
         for flag in re.findall(r"`(--[a-z][\w-]*)[^`]*`", text_of(path)):
             assert flag in ours | theirs, f"{name_of(path)} mentions {flag}, which no program has"

@@ -311,10 +311,40 @@ def test_processes_that_never_started_are_noticed(environ, world, fine):
 
 
 def test_a_driver_that_torch_cannot_use_is_a_warning_with_the_cure():
-    assert runtime.driver_warning(False, False, None) is None
-    assert runtime.driver_warning(True, True, "13.0") is None
-    assert re.search("CPU build.*pytorch.org", runtime.driver_warning(True, False, None))
-    assert re.search("CUDA 13.0.*CUDA_VISIBLE_DEVICES", runtime.driver_warning(True, False, "13.0"))
+    assert runtime.unused_gpu(False, False, None) is None
+    assert runtime.unused_gpu(True, True, "13.0") is None
+    assert re.search("CPU build.*pytorch.org", runtime.unused_gpu(True, False, None))
+    assert re.search("CUDA 13.0.*CUDA_VISIBLE_DEVICES", runtime.unused_gpu(True, False, "13.0"))
+
+
+@pytest.mark.parametrize(
+    ("visible", "flags", "refused"),
+    [
+        (None, {}, True),  # a GPU is there and nobody said to leave it: a real model would train for weeks
+        ("9", {}, True),  # a slip, it seems
+        ("", {}, False),  # hidden on purpose
+        ("-1", {}, False),
+        (None, {"mixed_precision": "no"}, False),  # the tiny recipes
+        (None, {"dry_run": True}, False),
+    ],
+)
+@pytest.mark.parametrize("built_for", [None, "13.0"])
+def test_a_gpu_that_torch_cannot_use_is_not_left_aside_for_a_real_model(visible, flags, refused, built_for, monkeypatch):
+    monkeypatch.setattr(runtime, "_unused_gpu", lambda: runtime.unused_gpu(True, False, built_for))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    args = argparse.Namespace(**{"mixed_precision": "bf16", "dry_run": False, "weights_dtype": "fp32"} | flags)
+    if not refused:
+        return runtime.check(args)
+    with pytest.raises(ValueError, match="--mixed_precision bf16: .*NVIDIA driver.*train on the CPU all the same.*CUDA_VISIBLE_DEVICES=''"):
+        runtime.check(args)
+
+
+def test_a_machine_without_a_driver_trains_on_its_cpu(monkeypatch):
+    monkeypatch.setattr(runtime, "_unused_gpu", lambda: runtime.unused_gpu(False, False, "13.0"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    runtime.check(argparse.Namespace(mixed_precision="bf16", dry_run=False, weights_dtype="fp32"))
 
 
 # --------------------------------------------------------------------------- real processes

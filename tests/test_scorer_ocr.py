@@ -1,6 +1,7 @@
 """Text rendering as a reward: the rule against oracles, and pictures with drawn text through the real reader."""
 
 import random
+import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -72,7 +73,7 @@ def test_a_prompt_without_a_quoted_text_is_refused_by_name(prompt, reason):
 
 def test_a_missing_reader_is_one_line_that_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="ocr: rapidocr is not installed: pip install rapidocr"):
+    with pytest.raises(ValueError, match=f"ocr: rapidocr is not installed: {sys.executable} -m pip install rapidocr"):
         scorers.check("ocr")
 
 

@@ -239,7 +239,7 @@ def test_one_prompt_for_each_picture(prompts, metadata, message):
         ("picky", {"picky_kind": "c"}, "--scorer picky: --picky_kind must be one of a, b; got 'c'"),
         ("needy", {}, "--scorer needy: needs --needy_url"),
         ("mean", {"piky_kind": "a"}, "--scorer mean: no scorer has an option piky_kind; did you mean picky_kind?"),
-        ("lone", {}, "--scorer lone: no_such_package is not installed: pip install such"),
+        ("lone", {}, f"--scorer lone: no_such_package is not installed: {sys.executable} -m pip install such"),
         ("mean,far", {}, "--scorer mean,far: far: weights are missing: models/far has no a.bin or b.bin; run bash scripts/download.sh far"),
     ],
 )

@@ -58,7 +58,7 @@ def test_the_list_names_a_package_that_is_missing(capsys, monkeypatch):
     from src.scorers import base
 
     monkeypatch.setattr(base.importlib.util, "find_spec", lambda name: None)
-    assert "pickscore: open_clip is not installed: pip install open_clip_torch" in run(capsys)
+    assert f"pickscore: open_clip is not installed: {sys.executable} -m pip install open_clip_torch" in run(capsys)
 
 
 def test_weights_that_the_hub_would_send_are_told_apart_from_those_that_are_here(capsys, monkeypatch, tmp_path):

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Runs the command once per node, at the same time, as srun does.
+UP = signal.SIGUSR1  # what tells the job that its time is up
+# Runs the command once per node, at the same time, as srun does; one beside another step returns when that one may be over.
 SRUN = """#!/usr/bin/env bash
-if [ "$1" = --overlap ]; then shift; fi
-for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & done
-wait
+steps=() status=0 pause=0
+if [ "$1" = --overlap ]; then shift; pause=0.3; fi
+for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & steps+=($!); done
+for step in "${steps[@]}"; do wait "$step" || status=$?; done
+sleep $pause
+exit "$status"
 """
 SCONTROL = """#!/usr/bin/env bash
 if [ "$1" = show ]; then printf 'alpha\\nbeta\\n'; else echo "$@" >> outputs/requeued; fi
@@ -21,7 +25,7 @@ if [ "$1" = show ]; then printf 'alpha\\nbeta\\n'; else echo "$@" >> outputs/req
 WRAPPER = """#!/usr/bin/env bash
 echo "$ACCELERATE_ARGS | $*" > outputs/node-$SLURM_NODEID
 if [ -n "${STAY:-}" ]; then
-  trap 'exit 0' TERM
+  trap "$STAY" TERM
   while true; do sleep 0.05; done
 fi
 exit "${STATUS:-0}"
@@ -38,10 +42,11 @@ def cluster(tmp_path):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "40007", "SLURM_JOB_NODELIST": "x", "SLURM_SUBMIT_DIR": "."}
 
-    def start(*arguments, **environment):
+    def start(*arguments, start_new_session=False, **environment):
         return subprocess.Popen(
             ["bash", ROOT / "scripts/slurm/train.sbatch", *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
             env={**os.environ, **slurm, **environment, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+            start_new_session=start_new_session,
         )  # fmt: skip
 
     return tmp_path / "outputs", start
@@ -61,23 +66,71 @@ def test_every_node_starts_its_part_of_one_world(cluster):
     assert sorted(path.name for path in outputs.iterdir()) == ["node-0", "node-1"]  # nothing is left behind, and it is not queued again
 
 
-def test_when_the_time_is_up_the_wrappers_are_told_and_the_job_queues_itself_again(cluster):
-    outputs, start = cluster
-    job = start("wrapper.sh", STAY="1")
+def wait_for_the_wrappers(outputs):
     deadline = time.monotonic() + 20
     while not all((outputs / f"node-{node}").exists() for node in range(2)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.2)  # the wrappers set their traps
-    job.send_signal(signal.SIGTERM)
+
+
+def test_when_the_time_is_up_the_wrappers_are_told_and_the_job_queues_itself_again(cluster):
+    outputs, start = cluster
+    job = start("wrapper.sh", STAY="exit 0")
+    wait_for_the_wrappers(outputs)
+    job.send_signal(UP)
     assert job.wait(20) == 0
     assert (outputs / "requeued").read_text().split() == ["requeue", "40007"]
+
+
+def test_a_job_whose_time_is_up_while_caches_are_filled_queues_itself_again(cluster):
+    """The trainers' own handlers are not there yet: they die of the signal, and so does the wrapper's status say, 128 + 15."""
+    outputs, start = cluster
+    job = start("wrapper.sh", STAY="exit 143")
+    wait_for_the_wrappers(outputs)
+    job.send_signal(UP)
+    assert job.wait(20) == 143
+    assert (outputs / "requeued").read_text().split() == ["requeue", "40007"]
+    assert sorted(path.name for path in outputs.iterdir()) == ["node-0", "node-1", "requeued"]
+
+
+def test_one_node_whose_wrapper_is_gone_does_not_keep_the_job_from_the_queue(cluster):
+    """What should end the wrappers then fails itself on that node."""
+    outputs, start = cluster
+    job = start("wrapper.sh", STAY="exit 0")
+    wait_for_the_wrappers(outputs)
+    for file in outputs.glob("slurm-pids.*/1"):
+        os.kill(int(file.read_text()), signal.SIGKILL)
+    job.send_signal(UP)
+    assert job.wait(20) == 137
+    assert (outputs / "requeued").read_text().split() == ["requeue", "40007"]
+
+
+def test_a_job_that_ended_in_an_error_is_not_queued_again(cluster):
+    outputs, start = cluster
+    assert start("wrapper.sh", STATUS="3").wait(20) == 3
+    assert not (outputs / "requeued").exists()
+
+
+def test_a_job_that_was_cancelled_stays_so(cluster):
+    """scancel sends TERM to every process of the job, the script of the job among them."""
+    outputs, start = cluster
+    job = start("wrapper.sh", STAY="exit 0", start_new_session=True)
+    wait_for_the_wrappers(outputs)
+    os.killpg(job.pid, signal.SIGTERM)
+    assert job.wait(20) != 0
+    assert sorted(path.name for path in outputs.iterdir()) == ["node-0", "node-1"]
 
 
 def test_a_job_that_runs_again_goes_on_from_its_checkpoint(cluster):
     outputs, start = cluster
     assert start("wrapper.sh", SLURM_RESTART_COUNT="1", SLURM_NNODES="1").wait(20) == 0
     assert (outputs / "node-0").read_text().split(" | ")[1].split() == ["--resume_from_checkpoint", "latest"]
+
+
+def test_the_job_asks_for_the_signal_that_it_listens_to():
+    text = (ROOT / "scripts/slurm/train.sbatch").read_text()
+    assert f"--signal=B:{UP.name.removeprefix('SIG')}@300" in text
 
 
 def test_a_job_without_a_wrapper_says_what_to_name(cluster):

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -570,9 +571,11 @@ BAD = {  # what is wrong: flags, set-up, what the line must name, the cure in it
     "output of another run": (dict(), finished_run, "--output_dir", "--resume_from_checkpoint latest"),
     "key in the config": (dict(config="config.yaml"), typo_in_config, "--config", "rank"),
     "config that is not there": (dict(config="nowhere.yaml"), None, "--config", "YAML"),
-    "adamw8bit uninstalled": (dict(optimizer="adamw8bit"), without("bitsandbytes"), "--optimizer", "pip install bitsandbytes"),
-    "prodigy uninstalled": (dict(optimizer="prodigy"), without("prodigyopt"), "--optimizer", "pip install prodigyopt"),
-    "wandb uninstalled": (dict(report_to="all"), without("wandb"), "--report_to", "pip install wandb"),
+    "adamw8bit uninstalled": (
+        dict(optimizer="adamw8bit"), without("bitsandbytes"), "--optimizer", f"{sys.executable} -m pip install bitsandbytes"
+    ),
+    "prodigy uninstalled": (dict(optimizer="prodigy"), without("prodigyopt"), "--optimizer", f"{sys.executable} -m pip install prodigyopt"),
+    "wandb uninstalled": (dict(report_to="all"), without("wandb"), "--report_to", f"{sys.executable} -m pip install wandb"),
     "wandb without a login": (dict(report_to="wandb"), logged_out, "--report_to", "WANDB_MODE=offline"),
     "random crop of cached latents": (dict(random_crop=True), None, "--random_crop", "--no-cache_latents"),
     "warm-up of a constant rate": (dict(lr_warmup_steps=3), None, "--lr_warmup_steps", "constant_with_warmup"),

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -225,10 +226,10 @@ def test_flags_without_effect_on_the_page_are_refused(argv, words, capsys, no_gr
 def test_a_page_that_cannot_be_served_is_one_line(capsys, monkeypatch):
     installed = cli.installed
     monkeypatch.setattr(cli, "installed", lambda package: package != "gradio" and installed(package))
-    assert f"--ui needs gradio, which is not installed: pip install {cli.GRADIO}" in refusal(capsys, "--ui")
+    assert f"--ui needs gradio, which is not installed: {sys.executable} -m pip install {cli.GRADIO}" in refusal(capsys, "--ui")
     monkeypatch.setattr(cli, "installed", lambda package: True)
     monkeypatch.setattr(cli.importlib.metadata, "version", lambda package: "5.49.1")
-    assert f"--ui does not know gradio 5.49.1: pip install {cli.GRADIO}" in refusal(capsys, "--ui")
+    assert f"--ui does not know gradio 5.49.1: {sys.executable} -m pip install {cli.GRADIO}" in refusal(capsys, "--ui")
     monkeypatch.setattr(cli.importlib.metadata, "version", lambda package: cli.GRADIO.split("==")[1])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

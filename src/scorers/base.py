@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,5 +209,5 @@ class Scorer:
             return reason
         for package, pip_name in self.packages.items():
             if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed: pip install {pip_name}"
+                return f"{package} is not installed: {sys.executable} -m pip install {pip_name}"
         return next((reason for weights in self.weights(settings) if (reason := weights.missing())), None)

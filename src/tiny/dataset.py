@@ -21,7 +21,7 @@ NUM_CLASS_PROMPTS = 96  # captions of known shapes, so that every one of them is
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     g = parser.add_argument_group("data set")
-    g.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
+    g.add_argument("--output", type=cli.path, required=True, help="folder to write; it must not exist")
     g.add_argument("--new_shape", choices=shapes.NEW_SHAPES, default="heart", help="the shape that the base model does not know")
     g.add_argument("--new", type=cli.non_negative_int, default=240, help="drawings of the new shape")
     g.add_argument("--known", type=cli.non_negative_int, default=600, help="drawings of the known shapes, so that they are not forgotten")

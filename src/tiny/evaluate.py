@@ -28,9 +28,9 @@ SUBJECT_IMAGES = 32  # of a DreamBooth's subject, unless --num_subject_images sa
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     g = parser.add_argument_group("evaluation")
-    g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd3", help="tiny pipeline folder")
-    g.add_argument("--lora_weights_path", type=Path, help="LoRA to measure, after the base model without it")
-    g.add_argument("--trained_model", type=Path, help="pipeline folder to measure, after the base model")
+    g.add_argument("--pretrained_model_name_or_path", type=cli.path_or_name, default="models/tiny-sd3", help="tiny pipeline folder")
+    g.add_argument("--lora_weights_path", type=cli.path, help="LoRA to measure, after the base model without it")
+    g.add_argument("--trained_model", type=cli.path, help="pipeline folder to measure, after the base model")
     g.add_argument("--new_shape", choices=(*shapes.NEW_SHAPES, "none"), default="heart", help="the shape that the base model does not know")
     g.add_argument("--subject", choices=shapes.COLORS, metavar="COLOUR",
                    help=f"measure prompts with {shapes.SUBJECT_WORD} instead: how many show the new shape in this colour")
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--num_prompts", type=cli.positive_int, default=64, help="held-out prompts of the new and as many of the known shapes")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
     g.add_argument("--guidance_scale", type=cli.number, default=2.0, help="classifier-free guidance weight; 1 turns it off")
-    g.add_argument("--output", type=Path, help="also write the figures there, as JSON")
+    g.add_argument("--output", type=cli.path, help="also write the figures there, as JSON")
     return parser
 
 

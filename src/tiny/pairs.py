@@ -24,8 +24,10 @@ from src.tiny import shapes
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     g = parser.add_argument_group("pairs")
-    g.add_argument("--output", type=Path, required=True, help="folder to write; it must not exist")
-    g.add_argument("--pretrained_model_name_or_path", default="models/tiny-sd15", help="tiny pipeline folder that draws")
+    g.add_argument("--output", type=cli.path, required=True, help="folder to write; it must not exist")
+    g.add_argument(
+        "--pretrained_model_name_or_path", type=cli.path_or_name, default="models/tiny-sd15", help="tiny pipeline folder that draws"
+    )
     g.add_argument("--num_prompts", type=cli.positive_int, default=256, help="different captions, of the training split")
     g.add_argument("--num_images", type=cli.positive_int, default=8, help="pictures of each, from seeds that no other picture has")
     g.add_argument("--pairs_per_prompt", type=cli.positive_int, default=2, help="pairs of each caption at most; no picture is in two")

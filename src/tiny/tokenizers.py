@@ -8,6 +8,7 @@ single characters, scored by how often they occur in captions.
 import gzip
 import math
 import string
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from itertools import pairwise
@@ -40,7 +41,7 @@ def clip_merges(words: list[str], vocabulary_file: str | None = None) -> list[tu
     if vocabulary_file is None:
         package = find_spec("open_clip")
         if package is None:
-            raise ValueError("open_clip holds CLIP's vocabulary and is not installed: pip install open_clip_torch")
+            raise ValueError(f"open_clip holds CLIP's vocabulary and is not installed: {sys.executable} -m pip install open_clip_torch")
         vocabulary_file = Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.open(vocabulary_file).read().decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]  # as CLIP itself cuts the file

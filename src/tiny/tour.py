@@ -305,7 +305,9 @@ def build_parser() -> cli.Parser:
     parser.usage = "%(prog)s [TRAINER ...] [options]"
     g = parser.add_argument_group("tour")
     g.add_argument("trainers", nargs="*", metavar="TRAINER", help=f"visit these alone: {', '.join(TRAINERS)} (unset: all of them)")
-    g.add_argument("--output_dir", type=Path, help="folder of the runs, table.md and tour.png (unset: outputs/tour, or outputs/tour-quick)")
+    g.add_argument(
+        "--output_dir", type=cli.path, help="folder of the runs, table.md and tour.png (unset: outputs/tour, or outputs/tour-quick)"
+    )
     g.add_argument("--quick", action="store_true", help="a few steps each, to see that everything runs here: the figures mean nothing")
     g.add_argument("--write", action="store_true", help="put the table into README.md and README_zh.md")
     parser.when_unset["output_dir"] = lambda args: Path("outputs/tour-quick" if args.quick else "outputs/tour")

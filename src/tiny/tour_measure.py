@@ -172,8 +172,8 @@ def build_parser() -> cli.Parser:
     parser.usage = "%(prog)s TRAINER --run PATH --before PATH [options]"
     g = parser.add_argument_group("measuring")
     g.add_argument("trainer", choices=TRAINERS, metavar="TRAINER", help=f"what made the run: {', '.join(TRAINERS)}")
-    g.add_argument("--run", type=Path, required=True, help="a finished run's output folder")
-    g.add_argument("--before", type=Path, required=True, help="folder where the base models' pictures are kept")
+    g.add_argument("--run", type=cli.path, required=True, help="a finished run's output folder")
+    g.add_argument("--before", type=cli.path, required=True, help="folder where the base models' pictures are kept")
     g.add_argument("--num_prompts", type=cli.positive_int, default=128, help="held-out prompts of each series")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
     return parser

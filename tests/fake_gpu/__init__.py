@@ -1,4 +1,4 @@
-"""A GPU that is none: torch's own CUDA code over the host's memory, its operations computed by the CPU's kernels.
+"""A simulated GPU: torch's own CUDA code over the host's memory, its operations computed by the CPU's kernels.
 
 For machines without a GPU: the programs run as they would on one, on "cuda:0", and what a CPU forgives is an error: tensors left on the
 other device, a generator of the wrong one, a device without a number, a half written for the CPU alone. Hidden waits are told by
