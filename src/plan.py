@@ -147,7 +147,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     pictures, passes = args.sample_batch_size * args.sample_num_batches_per_epoch, 2 if args.guidance_scale > 1 else 1
     together = passes * rollout_batch(args)
     peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, batch=together, accumulated=True,
-                       averages=other_passes)  # fmt: skip
+                       averages=2 * other_passes)  # fmt: skip  # itself, and what it takes the place of while it is asked
     step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
     forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture

@@ -33,7 +33,7 @@ def test_every_way_lowers_the_same_loss(benchmark, arguments):
             pytest.importorskip(optim.PACKAGES[optimizer])
         loop = benchmark.make(arguments, way)
         loop.adopt(start)
-        losses[way] = [float(loop.step()), float(loop.step()), float(loop.losses().mean())]
+        losses[way] = [loop.step().item(), loop.step().item(), loop.losses().mean().item()]
         assert losses[way] == pytest.approx(losses["fp32"], rel=2e-2), way  # bf16 weights: 3 digits
         assert losses[way][-1] < losses[way][0]
         loop.close()

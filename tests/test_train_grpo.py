@@ -620,6 +620,15 @@ def test_adapters_and_optimizer_stay_fp32_under_bf16(train, live, precision):
 # --------------------------------------------------------------------------- dry run
 
 
+@pytest.mark.parametrize(("flags", "copies"), [(dict(), 0), (dict(loss="nft", transition=None, window_size=None, window_range=None), 2)])
+def test_the_plan_counts_what_lies_aside_while_the_old_policy_is_asked(world, tmp_path, monkeypatch, flags, copies):
+    """nft keeps the old policy, and while that is in the place of the new one, the new one as well: 18 GB of all weights in fp32."""
+    counted, step_memory = [], script.plan.step_memory
+    monkeypatch.setattr(script.plan, "step_memory", lambda *args, **named: counted.append(named["averages"]) or step_memory(*args, **named))
+    runs.train(script, world.argv(tmp_path / "out", **(GRPO | flags), dry_run=True))
+    assert counted == [copies]
+
+
 def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_path, capsys):
     """4 steps and 2 trained, 8 pictures: 32 passes, 16 with gradient."""
     model = shutil.copytree(world.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
