@@ -12,12 +12,8 @@
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"
 
-rate=(--learning_rate 5e-6)
-case " $* " in *" --use_lora "*) rate=() ;; esac # a LoRA takes more: the program's own default
 pairs=data-is-better-together/open-image-preferences-v1-binarized
 if [ -d datas/open-image-preferences ]; then pairs=datas/open-image-preferences; fi
-data=(--dataset_name "$pairs" --chosen_column chosen --rejected_column rejected --caption_column prompt)
-case " $* " in *" --dataset_name "*) data=() ;; esac # others have columns of their own
 
 if [ "${TINY:-}" = 1 ]; then
   processes=$(tiny_processes)
@@ -30,8 +26,9 @@ if [ "${TINY:-}" = 1 ]; then
     --output_dir outputs/tiny_dpo_sd15 -- "$@"
 else
   launch train_dpo_sd15.py \
-    --pretrained_model_name_or_path models/stable-diffusion-v1-5 "${data[@]}" --resolution 512 --beta_dpo 2000 \
-    --mixed_precision bf16 "${rate[@]}" --lr_scheduler constant_with_warmup \
+    --pretrained_model_name_or_path models/stable-diffusion-v1-5 --dataset_name "$pairs" \
+    --chosen_column chosen --rejected_column rejected --caption_column prompt --resolution 512 --beta_dpo 2000 \
+    --mixed_precision bf16 --learning_rate 5e-6 --lr_scheduler constant_with_warmup \
     --train_batch_size 4 --gradient_accumulation_steps 32 --max_train_steps 500 --checkpointing_steps 100 --checkpoints_total_limit 2 \
     --validation_steps 100 --validation_prompt "a photo of a cup of coffee on a wooden table" --output_dir outputs/dpo_sd15 -- "$@"
 fi

@@ -63,6 +63,7 @@ image = pipeline({prompt!r}{drawn}).images[0]""",
 
 
 _HF = Path(sys.executable).with_name("hf")  # beside the Python that runs: who calls a wrapper has not activated its environment
+_HF = _HF if _HF.exists() else "hf"
 
 
 def check(push_to_hub: bool) -> None:

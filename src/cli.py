@@ -1044,6 +1044,13 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
 )  # fmt: skip
 
 
+# flags of a wrapper that say nothing any more where one of the others is given another value
+_BELONG_TOGETHER = (
+    (("learning_rate",), ("use_lora", "full_weights")),
+    (("chosen_column", "rejected_column", "label_column", "caption_column", "image_column"), ("dataset_name",)),
+)
+
+
 def _full_refusals(args: argparse.Namespace) -> Iterator[str]:
     """What cannot work in full fine-tuning."""
     if args.weights_dtype == "bf16" and args.mixed_precision != "bf16":
@@ -1178,7 +1185,8 @@ def _given(parser: Parser, tokens: list[str]) -> dict[str, object]:
 def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """Every flag by its strongest source: what is given, a --config given with it, what a wrapper says, its own --config, the default.
 
-    A wrapper's flags stand before a lone `--`. Its values are of its own recipe: those that have no effect beside what is given yield, too.
+    A wrapper's flags stand before a lone `--`. Its values are of its own recipe: those that have no effect beside what is given, or belong
+    to another data set or to other weights than those that are given, yield, too.
 
     Raises:
         ValueError: an unknown flag, or what `read_config` refuses.
@@ -1188,17 +1196,20 @@ def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
         if rest:
             raise ValueError(_unknown(parser, rest))
         return args
-    cut = argv.index("--") if "--" in argv else 0
-    wrapper, given = _given(parser, argv[:cut]), _given(parser, argv[cut:][cut > 0 :])
+    cut = argv.index("--") if "--" in argv else -1
+    wrapper, given = _given(parser, argv[: max(cut, 0)]), _given(parser, argv[cut + 1 :])
     path = given.get("config") or wrapper.get("config")
     tokens, unset = read_config(parser, path) if path else ([], [])
-    file = _given(parser, tokens)
+    file, own = _given(parser, tokens), wrapper
     if given.get("config"):
         wrapper = {name: value for name, value in wrapper.items() if name not in unset and name not in file}
         values = wrapper | file | given
     else:
-        wrapper = file | wrapper if wrapper.get("config") else wrapper
+        wrapper = file | wrapper
         values = wrapper | given
+    for names, others in _BELONG_TOGETHER:
+        if any(name in values and values[name] != own.get(name, parser.get_default(name)) for name in others):
+            values = {name: value for name, value in values.items() if name not in names or name not in wrapper or name in given}
     args = parser.parse_args([], argparse.Namespace(**values))
     for names, counts, _ in _WITHOUT_EFFECT:
         for name in names:

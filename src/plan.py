@@ -358,6 +358,7 @@ def _checkpoints(args: argparse.Namespace, trained: int, whole: Whole | None, du
     """What they take on the disk; due: how many the run writes; averages: of what is trained, besides --use_ema."""
     numbers = (whole.weight if whole else 4) + TRAINED_BYTES[args.optimizer] - 8 + EMA_BYTES * (args.use_ema + averages)
     numbers += 0 if whole else 4 + 4 * args.use_ema  # an adapter is there once more, for other programs, and so is its average
+    due = max(due, 1)  # a run that is told to stop writes one in any case
     kept = min(due, args.checkpoints_total_limit or due)
     most = kept + (due > kept)  # the new one is whole before the oldest goes
     folder = args.output_dir.absolute()

@@ -121,17 +121,19 @@ class Run:
         """What `make` returns on the main process, on every process (anything that pickles); the others do not call it, they wait.
 
         Raises:
-            ValueError: on every process, with the same words, if `make` does.
+            ValueError: on every process, with the same words, if `make` does. Whatever else it raises ends the others at once.
         """
-        made, refused = None, None
+        made, refused, text = None, None, None
         if self.is_main:
             try:
                 made = make()
-            except ValueError as error:
-                refused = error
-        made, text = self.broadcast((made, refused and str(refused)))
+            except BaseException as error:  # raised again below: the others are told first, or they would wait for hours
+                refused, text = error, str(error) if isinstance(error, ValueError) else ""
+        made, text = self.broadcast((made, text))
+        if refused is not None:
+            raise refused
         if text is not None:
-            raise refused or ValueError(text)
+            raise ValueError(text) if text else SystemExit("error: the main process failed; its own message says why")
         return made
 
     def stop_requested(self) -> bool:
@@ -241,18 +243,18 @@ def unused_gpu(driver: bool, usable: bool, built_for: str | None) -> str | None:
 
 def _unused_gpu() -> str | None:
     driver = shutil.which("nvidia-smi") is not None or Path("/dev/nvidia0").exists()
-    return unused_gpu(driver, torch.cuda.is_available(), torch.version.cuda)
+    return unused_gpu(driver, torch.accelerator.is_available(), torch.version.cuda)
 
 
 def check(args: argparse.Namespace) -> None:
     """Refuse a precision that this machine cannot train in, and a launcher that spreads the weights of a program that does not.
 
     Raises:
-        ValueError: fp16 without a GPU; bf16, of a real model, beside a GPU that torch cannot use; FSDP2 or DeepSpeed.
+        ValueError: fp16 without a GPU; bf16, the precision of real models, beside a GPU that torch cannot use; FSDP2 or DeepSpeed.
     """
     _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if args.mixed_precision == "bf16" and not hidden and not args.dry_run and (trouble := _unused_gpu()):
+    meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles") or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if args.mixed_precision == "bf16" and not meant and not args.dry_run and (trouble := _unused_gpu()):
         raise ValueError(
             f"--mixed_precision bf16: {trouble}; to train on the CPU all the same, which takes weeks with a real model, put "
             "CUDA_VISIBLE_DEVICES='' before the command"

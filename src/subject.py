@@ -45,7 +45,7 @@ def _flag(args: argparse.Namespace) -> str:
 
 def _check_captions(args: argparse.Namespace) -> None:
     """Of a folder, which is read at once: is there a prompt for every picture, and a picture for the prompt? And a mask for each?"""
-    if sources.locate(args.dataset_name).kind not in ("metadata", "txt"):
+    if sources.locate(args.dataset_name, captioned=args.instance_prompt is None).kind not in ("metadata", "txt"):
         return
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     rows = sources.open_source(args.dataset_name, **columns, cache_dir=args.cache_dir, captioned=False).rows

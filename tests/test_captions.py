@@ -366,6 +366,7 @@ def test_a_stray_picture_does_not_hide_the_shards(tmp_path, capsys):
     assert shown(images) == [("zero", 0)] and "1 other file(s) ignored" in capsys.readouterr().out
     make_parquet(folder / "data" / "train.parquet", ["one"])
     assert sources.locate(str(folder)).kind == "parquet"
+    assert sources.locate(str(folder), captioned=False).kind == "txt"  # a DreamBooth's: its pictures need no captions
     (folder / "banner.txt").write_text("a banner")
     assert shown(load(folder, tmp_path)) == [("a banner", 3)]
 

@@ -342,7 +342,7 @@ def test_a_wrappers_flags_yield_to_a_config_and_that_to_what_is_given(parse, con
     assert parse(*wrapper, "--", *file).rank == 2 and parse(*wrapper, "--").rank == 1
     assert parse(*file, *wrapper, "--").rank == 1  # the file is the wrapper's own
     assert parse(*file, "--", *config("seed: 5")).rank == 16  # which another takes the place of
-    assert parse("--", *given).rank == 3
+    assert cli.parse(every_group(), ["--", *given, "--report_to", "none"]).rank == 3
 
 
 def test_what_a_config_says_is_off_or_unset_takes_back_a_wrappers_flag(parse, config):

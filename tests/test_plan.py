@@ -167,6 +167,7 @@ def test_caches_that_are_off_are_not_planned(arguments, capsys, cheap):
     [
         ({}, None, 4, "16.00 MB", 3),  # weights, two moments, weights for other programs; one more while written
         ({}, None, 2, "16.00 MB", 2),
+        ({}, None, 0, "16.00 MB", 1),  # of a run that is told to stop
         ({"use_ema": True, "checkpoints_total_limit": None}, None, 4, "24.00 MB", 4),  # the average, in state.pt and for other programs
         ({"use_ema": True}, plan.Whole(("transformer",), 4, 4), 4, "16.00 MB", 3),  # all weights: fp32, two moments, their average
         ({"optimizer": "adamw8bit"}, plan.Whole(("transformer",), 2, 2), 4, "4.00 MB", 3),  # bf16 weights, two moments of a byte

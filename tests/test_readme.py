@@ -224,7 +224,7 @@ def test_the_chinese_readme_is_chinese():
 PREDICTED = {
     "train_text_to_image_lora_sd3": ("lora", 1024, [], ["--config", "scripts/presets/12gb.yaml"]),
     "train_full_finetuning_sd3": ("full", 1024, [], ["--config", "scripts/presets/full-12gb.yaml"]),
-    "train_dreambooth_lora_sd3": ("dreambooth", 1024, [], ["--config", "scripts/presets/24gb.yaml"]),
+    "train_dreambooth_lora_sd3": ("dreambooth", 1024, [], ["--config", "scripts/presets/12gb.yaml"]),
     "train_grpo_sd3": ("grpo", 512, [], ["--gradient_checkpointing"]),
     "train_ddpo_sd3": ("ddpo", 512, [], ["--gradient_checkpointing"]),
 }
@@ -278,14 +278,6 @@ def test_defaults_in_wrappers_survive_the_parsers_own_checks(monkeypatch):
         assert isinstance(args, argparse.Namespace) and not rest, f"{where}: {rest}"
 
 
-@pytest.mark.parametrize(("wrapper", "all_weights"), [("train_dpo_sd_v1_5.sh", ["5e-6"]), ("train_refl_v1_5.sh", [])])
-def test_a_wrapper_leaves_a_lora_the_programs_own_learning_rate(wrapper, all_weights):
-    """What all weights bear is a tenth of what a LoRA takes: with the wrapper's rate, --use_lora would hardly train."""
-    for flags, expected in (([], all_weights), (["--use_lora"], []), (["--use_lora", "--learning_rate", "3e-4"], ["3e-4"])):
-        words = printed(wrapper, *flags)
-        assert [value for flag, value in zip(words, words[1:], strict=False) if flag == "--learning_rate"] == expected
-
-
 def printed(wrapper, *flags):
     """The command that a wrapper followed by these flags would run, in words."""
     command = ["bash", f"scripts/{wrapper}", *flags]
@@ -330,12 +322,28 @@ GRPO = "train_aesthetic_rlhf_grpo_lora_sd3.sh"
         ("train_dreambooth_lora_sd3.sh", ["--instance_data_dir", "d", "--instance_prompt", "a sks", "--no-with_prior_preservation"],
          {"with_prior_preservation": False}),
         ("train_refl_v1_5.sh", ["--method", "draft", "--draft_k", "1"], {"method": "draft"}),
+        ("train_refl_v1_5.sh", [], {"learning_rate": 1e-5}),  # what all weights bear is a tenth of what a LoRA takes
+        ("train_refl_v1_5.sh", ["--use_lora"], {"learning_rate": 1e-4}),
+        ("train_dpo_sd_v1_5.sh", ["--use_lora"], {"learning_rate": 1e-4}),
+        ("train_dpo_sd_v1_5.sh", ["--use_lora", "--learning_rate", "3e-4"], {"learning_rate": 3e-4}),
+        ("train_dpo_sd_v1_5.sh", [], {"learning_rate": 5e-6, "chosen_column": "chosen", "caption_column": "prompt"}),
+        ("train_dpo_sd_v1_5.sh", ["--dataset_name", "mine"], {"chosen_column": "jpg_0", "caption_column": "caption"}),
     ],
 )  # fmt: skip
 def test_a_wrapper_takes_the_variants_of_its_algorithm(wrapper, flags, expected):
     """Its own values give way: to what a variant fills in by itself, and where they have no effect beside it."""
     args = vars(wrapped(wrapper, *flags))
     assert {name: args[name] for name in expected} == expected
+
+
+def test_a_config_changes_what_belongs_to_it_as_flags_do(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("use_lora: true\ndataset_name: mine")
+    args = wrapped("train_dpo_sd_v1_5.sh", "--config", str(file))
+    assert (args.learning_rate, args.chosen_column, args.dataset_name) == (1e-4, "jpg_0", "mine")
+    file.write_text("use_lora: true\nlearning_rate: 2e-4")
+    args = wrapped("train_dpo_sd_v1_5.sh", "--config", str(file))
+    assert (args.learning_rate, args.chosen_column) == (2e-4, "chosen")
 
 
 @pytest.mark.parametrize("wrapper", sorted(path.name for path in (ROOT / "scripts").glob("train_*.sh")))

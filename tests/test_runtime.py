@@ -163,6 +163,20 @@ def test_one_process_gathers_averages_and_broadcasts_to_itself(tmp_path):
     run.finish()
 
 
+@pytest.mark.parametrize(("error", "others"), [(ValueError("wrong"), ValueError), (OSError(), SystemExit), (MemoryError(), SystemExit)])
+def test_what_the_main_process_meets_ends_the_others_too(error, others):
+    """They wait in the broadcast for what it makes: told nothing, they would wait for hours."""
+    sent = []
+
+    def make():
+        raise error
+
+    with pytest.raises(type(error)):
+        runtime.Run.from_main(SimpleNamespace(is_main=True, broadcast=lambda value: sent.append(value) or value), make)
+    with pytest.raises(others, match="wrong" if others is ValueError else "main process"):
+        runtime.Run.from_main(SimpleNamespace(is_main=False, broadcast=lambda value: sent[0]), make)
+
+
 @pytest.mark.parametrize(("world", "is_fsdp2", "last", "waits"), [(2, False, False, True), (2, False, True, False), (2, True, False, False),
                                                               (1, False, False, False)])  # fmt: skip
 def test_fsdp2_sums_gradients_at_every_micro_batch(world, is_fsdp2, last, waits):
@@ -324,6 +338,8 @@ def test_a_driver_that_torch_cannot_use_is_a_warning_with_the_cure():
         ("9", {}, True),  # a slip, it seems
         ("", {}, False),  # hidden on purpose
         ("-1", {}, False),
+        ("NoDevFiles", {}, False),  # Slurm's word for a job without GPUs
+        ("accelerate", {}, False),  # `accelerate launch --cpu`
         (None, {"mixed_precision": "no"}, False),  # the tiny recipes
         (None, {"dry_run": True}, False),
     ],
@@ -332,7 +348,9 @@ def test_a_driver_that_torch_cannot_use_is_a_warning_with_the_cure():
 def test_a_gpu_that_torch_cannot_use_is_not_left_aside_for_a_real_model(visible, flags, refused, built_for, monkeypatch):
     monkeypatch.setattr(runtime, "_unused_gpu", lambda: runtime.unused_gpu(True, False, built_for))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
+    if visible == "accelerate":
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    elif visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     args = argparse.Namespace(**{"mixed_precision": "bf16", "dry_run": False, "weights_dtype": "fp32"} | flags)
     if not refused:

@@ -78,8 +78,11 @@ class Located:
             raise ValueError(f"{error} ({why})") from error
 
 
-def locate(dataset_name: str) -> Located:
+def locate(dataset_name: str, captioned: bool = True) -> Located:
     """Says which layout `dataset_name` has, from file names alone.
+
+    Args:
+        captioned: pictures without captions are no data set if there is another one beside them.
 
     Raises:
         ValueError: naming --dataset_name, if it looks like a path and is not there, or holds nothing that can be read.
@@ -98,7 +101,7 @@ def locate(dataset_name: str) -> Located:
         if (path / name).is_file():
             return Located("metadata", path, (path / name,))
     pictures = _pictures(path)
-    if any(picture.with_suffix(".txt").is_file() for picture in pictures):
+    if any(not captioned or picture.with_suffix(".txt").is_file() for picture in pictures):
         return Located("txt", path, tuple(pictures))
     for kind in ("parquet", "tar"):
         files = sorted(file for file in path.rglob(f"*.{kind}") if not file.name.startswith("."))
@@ -417,7 +420,7 @@ def open_source(
     Raises:
         ValueError: as `check_source`, and for a Hub id that cannot be reached.
     """
-    at = locate(dataset_name)
+    at = locate(dataset_name, captioned)
     if at.kind == "metadata":
         return _open_metadata(at, image_column, caption_column, captioned)
     if at.kind == "txt":
@@ -434,7 +437,7 @@ def check_source(dataset_name: str, *, image_column: str = "image", caption_colu
     Raises:
         ValueError: naming --dataset_name (missing, empty, without captions) or --caption_column (with the columns there are).
     """
-    at = locate(dataset_name)
+    at = locate(dataset_name, captioned)
     with at.explaining():
         _check_first(at, dataset_name, image_column, caption_column, captioned)
 
