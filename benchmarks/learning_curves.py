@@ -80,7 +80,8 @@ FIGURES: dict[str, tuple[Panel, ...]] = {
 TABLES = (
     Table("grpo.md", _STRICT, _GOALS, {
         "grpo nft two": "the second command, seeds 0 and 1", "grpo nft long": "the same with 200 epochs, seed 2",
-        "grpo ppo two": "the third command, `--loss ppo`, seeds 0 and 1", "grpo ppo two 1e-3": "that, `--learning_rate 1e-3 --max_advantage 5`, 40 epochs",
+        "grpo ppo two": "the third command, `--loss ppo`, seeds 0 and 1",
+        "grpo ppo two 1e-3": "that, `--learning_rate 1e-3 --max_advantage 5`, 40 epochs",
         "grpo nft": "one thread, 128 pictures an epoch, 80 epochs, seeds 0 and 1",
         "grpo nft constant": "that, constant learning rate, stopped after 77",
         "grpo nft lr 1e-3": "that, constant 1e-3, `--max_advantage 1`, stopped after 71",
