@@ -123,17 +123,19 @@ class Run:
         Raises:
             ValueError: on every process, with the same words, if `make` does. Whatever else it raises ends the others at once.
         """
-        made, refused, text = None, None, None
-        if self.is_main:
-            try:
-                made = make()
-            except BaseException as error:  # raised again below: the others are told first, or they would wait for hours
-                refused, text = error, str(error) if isinstance(error, ValueError) else ""
-        made, text = self.broadcast((made, text))
-        if refused is not None:
-            raise refused
-        if text is not None:
-            raise ValueError(text) if text else SystemExit("error: the main process failed; its own message says why")
+        if not self.is_main:
+            made, refused = self.broadcast(None)
+            if refused is not None:
+                raise ValueError(refused) if refused else SystemExit("error: the main process failed; its own message says why")
+            return made
+        made, refused = None, ""  # what the others are told if `make` ends in any other way than with a ValueError or a value
+        try:
+            made, refused = make(), None
+        except ValueError as error:
+            refused = str(error) or type(error).__name__
+            raise
+        finally:  # whatever happened: the others wait for this
+            self.broadcast((made, refused))
         return made
 
     def stop_requested(self) -> bool:
