@@ -9,6 +9,7 @@ imported libraries, weights included in both. Preparing the pictures counts: it 
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -62,6 +63,7 @@ class Memory:
         self.before = self.peak()
 
     def reset(self) -> None:
+        gc.collect()  # garbage of what came before would be in the reading, and leave it when Python finds the time
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
