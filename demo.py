@@ -51,7 +51,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--lora_scale", type=cli.number, default=1.0, help="strength of the LoRA; 0 is the base model")
     g.add_argument("--compare", action="store_true", help="draw each picture without and with the LoRA, side by side")
     g.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="precision (unset: bf16 on a GPU, fp32 on a CPU)")
-    g.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the part that is at work: SD3.5-medium in about 10 GB")
+    g.add_argument("--cpu_offload", action="store_true", help="keep on the GPU only the part that is at work: SD3.5-medium in about 12 GB")
     g.add_argument("--max_sequence_length", type=cli.positive_int, help="T5 tokens (unset: what the model's tokenizer says, at most 256)")
     g.add_argument("--batch_size", type=cli.positive_int, default=8, help="pictures drawn at once")
 
@@ -289,7 +289,7 @@ def main(args: argparse.Namespace) -> None:
                 picture.thumbnail((gallery.CELL, gallery.CELL))
                 cells[column, job.index] = picture, verdict
 
-    gallery.sheet(cells, prompts, columns, args.num_images).save(args.output_dir / "grid.png")
+    gallery.sheet(cells, prompts, columns, seeds).save(args.output_dir / "grid.png")
     for column in columns:
         for name, (mean, count) in means(verdicts[column]).items():
             print(f"{column}: mean {name} {mean:.4f} over {count} picture(s)")

@@ -147,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
                               cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
-    policy, optimizer = run.accelerator.prepare(transformer, optimizer)
+    network, optimizer = run.accelerator.prepare(transformer, optimizer)
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
@@ -157,7 +157,8 @@ def main(args: argparse.Namespace) -> None:
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
                                     write_weights=lambda folder: save_weights(modules, folder, average))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)
-    validator = validation.Validator(run, args, data, model, log, loss=flow_matching_loss, average=average)
+    panels = {"loss of the subject": "instance_loss", "loss of its class": "prior_loss"} if prior else None
+    validator = validation.Validator(run, args, data, model, log, loss=flow_matching_loss, panels=panels, average=average)
     if first_step == 0:
         validator.run(0)
 
@@ -180,13 +181,13 @@ def main(args: argparse.Namespace) -> None:
                                     mode_scale=args.mode_scale, shift=sd3.timestep_shift(model, args.shift, *batch.size))  # fmt: skip
                 # end twin
                 # 3. predict
-                with run.no_sync(policy, last=(micro, kind) == (args.gradient_accumulation_steps - 1, list(streams)[-1])):
-                    loss = flow_matching_loss(policy, x0, noise, sigma, condition, batch.mask).mean()
+                with run.no_sync(network, last=(micro, kind) == (args.gradient_accumulation_steps - 1, list(streams)[-1])):
+                    loss = flow_matching_loss(network, x0, noise, sigma, condition, batch.mask).mean()
                     run.accelerator.backward(weight * loss / args.gradient_accumulation_steps)
                 losses[kind].append(loss.detach())
 
         # 4. update
-        run.average_gradients([weight for encoder in encoders.values() for weight in lora.parameters(encoder)])  # outside of `policy`
+        run.average_gradients([weight for encoder in encoders.values() for weight in lora.parameters(encoder)])  # outside of `network`
         grad_norm = run.clip_gradients(weights, args.max_grad_norm)
         optimizer.step()
         schedule.step()

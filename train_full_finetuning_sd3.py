@@ -52,7 +52,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for what can be known about the blocks, the optimizer, the upload and the checkpoint before anything is loaded."""
     full.check_blocks(sd3.block_count(args.pretrained_model_name_or_path), args.train_blocks, args.freeze_last_blocks)
     full.check_output(args.output_dir, args.pretrained_model_name_or_path)
-    sharding.check(os.environ, pieces=args.weights_dtype == "bf16", train_text_encoder=args.train_text_encoder, optimizer=args.optimizer)
+    sharding.check(os.environ, pieces=args.weights_dtype == "bf16", train_text_encoder=args.train_text_encoder, optimizer=args.optimizer,
+                   mixed_precision=args.mixed_precision)  # fmt: skip
     optim.check(args.optimizer)
     card.check(args.push_to_hub)
     if not args.dry_run:
@@ -142,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = make_optimizer(groups, args, run.device)
     schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
                               cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
-    policy, optimizer = sharding.prepare(run.accelerator, transformer, optimizer)
+    network, optimizer = sharding.prepare(run.accelerator, transformer, optimizer)
     weights = [weight for module in modules.values() for weight in full.parameters(module)]  # only now: FSDP2 puts its own in their place
     average = ema.Ema(weights, args.ema_decay, device="cpu" if args.ema_device == "cpu" else None) if args.use_ema else None
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
@@ -173,13 +174,13 @@ def main(args: argparse.Namespace) -> None:
                                 mode_scale=args.mode_scale, shift=sd3.timestep_shift(model, args.shift, *batch.size))  # fmt: skip
             # end twin
             # 3. predict
-            with run.no_sync(policy, last=micro == args.gradient_accumulation_steps - 1):
-                loss = flow_matching_loss(policy, x0, noise, sigma, condition).mean()
+            with run.no_sync(network, last=micro == args.gradient_accumulation_steps - 1):
+                loss = flow_matching_loss(network, x0, noise, sigma, condition).mean()
                 run.accelerator.backward(loss / args.gradient_accumulation_steps)
             losses.append(loss.detach())
 
         # 4. update
-        run.average_gradients([weight for encoder in encoders.values() for weight in encoder.parameters()])  # outside of `policy`
+        run.average_gradients([weight for encoder in encoders.values() for weight in encoder.parameters()])  # outside of `network`
         if args.fused_backward:
             grad_norm = optimizer.optimizer.grad_norm()  # the weights are updated already
         else:

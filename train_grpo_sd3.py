@@ -4,7 +4,7 @@ Every epoch, with the policy as it is:
   1. rollout    draw K pictures of each of some prompts; inside a window of denoising steps add noise, and keep what was drawn
   2. reward     decode and score the pictures
   3. advantage  reward minus the mean of the K pictures of that prompt, over their standard deviation
-  4. update     replay the steps of the window and follow the clipped policy gradient, with a KL pull to the model it started from
+  4. update     replay the steps of the window and follow the clipped policy gradient; --kl_weight adds a pull to the base model
 
 What differs from the paper: a step that keeps the schedule's noise (--transition cps); noise and training in a window of 3 early steps;
 no guidance, and no KL unless asked for; clip and KL in nats of the joint probability, which mean the same at any resolution.
@@ -131,11 +131,11 @@ def surrogate(
 ) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:
     """Loss (b,) of step t of the window, what is logged of it, and the step itself."""
     trajectory, kl = rollout.trajectory, torch.zeros_like(rollout.advantage)
-    if args.kl_weight:  # the reference first: it may be the same parameters holding other values
+    if args.kl_weight:  # first, before there is a graph: the reference may be the same parameters holding other values for a while
         with actor.reference() as network:
             reference = sd3_rollout.replay(network, trajectory, t, condition, negative)
     step = sd3_rollout.replay(actor.network, trajectory, t, condition, negative)
-    log_ratio, weight = step.log_ratio, 1.0  # (b,)
+    log_ratio, weight = step.log_ratio, 1.0  # (b,), a number
     if args.loss == "guard":
         first, stop = args.window_range
         levels = trajectory.sigmas[first:stop], trajectory.sigmas[first + 1 : stop + 1]

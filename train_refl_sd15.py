@@ -20,6 +20,7 @@ every process; clamping passes the gradient of saturated pixels on; decoder and 
 import argparse
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -76,20 +77,20 @@ def check(args: argparse.Namespace) -> None:
 
 
 def clean_latents(
-    predict: sd15_rollout.Predict, sampling: sd15_rollout.Predict, first: Tensor, schedule: sd15_rollout.Schedule,
-    draw: sd15_rollout.Draw, *, method: str, num_renoised: int = 0,
+    predict: sd15_rollout.Predict, x_t: Tensor, first: Tensor, schedule: sd15_rollout.Schedule, draw: sd15_rollout.Draw, *,
+    method: str, num_renoised: int = 0,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Clean latents (b, 4, h, w) with a gradient to the policy; run backward on each before taking the next, which then holds no other.
 
-    Without gradient up to step `first`, then in refl and draft_lv a jump from there, in draft the steps that are left. Once more from each
-    of num_renoised copies that are noised back to that last step.
+    In refl and draft_lv a jump from step `first`, in draft the steps that are left. Once more from each of num_renoised copies that are
+    noised back to that last step.
     Source: ImageReward, algorithm 1; DRaFT, section 3.
 
     Args:
-        predict: the policy, with gradient; sampling: the same as it draws pictures, without dropout.
+        predict: the policy, with gradient. x_t: (b, 4, h, w) before step `first`, from the rollout, a constant.
         first: (b,) whole numbers on the CPU: the step where gradients begin, in draft and draft_lv the same for all.
     """
-    x_t, last = sd15_rollout.rollout(sampling, first, schedule, draw), len(schedule) - 1
+    last = len(schedule) - 1
     if method == "draft":
         for i in range(int(first[0]), last):  # several steps would not fit into memory: each is computed again in the backward pass
             noise = sd15_rollout.step_noise(i, schedule, draw)
@@ -138,7 +139,7 @@ def predictor(
     copies = 1 if negative is None else 2
 
     def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
-        with run.accelerator.autocast():  # here alone: it remembers weights that it casts, and those without gradient would be met again
+        with run.accelerator.autocast():  # no wider: it remembers weights that it casts, and those without gradient would be met again
             noise = sd15.eps(policy, x_t.repeat(copies, 1, 1, 1), timestep.repeat(copies), text)
         if negative is None:
             return noise
@@ -148,12 +149,11 @@ def predictor(
     return predict
 
 
-def without_dropout(policy: torch.nn.Module, predict: sd15_rollout.Predict) -> sd15_rollout.Predict:
-    def sampling(x_t: Tensor, timestep: Tensor) -> Tensor:
-        with evaluating(policy):
-            return predict(x_t, timestep)
-
-    return sampling
+@contextmanager
+def sampling(run: runtime.Run, policy: torch.nn.Module) -> Iterator[None]:
+    """Inside, the policy draws pictures: without dropout, its weights cast once for all steps and forgotten at the end."""
+    with evaluating(policy), run.accelerator.autocast():
+        yield
 
 
 def denoising_loss(
@@ -199,6 +199,8 @@ def main(args: argparse.Namespace) -> None:
     policy = model.unet
     options = dict(revision=args.revision, variant=args.variant, device=run.device)
     model.vae = sd15.load(args.pretrained_model_name_or_path, **options, parts=("vae",)).vae
+    if args.gradient_checkpointing:
+        model.vae.enable_gradient_checkpointing()  # decoding one picture of 512 px with a gradient keeps 6 GB otherwise
     alphas_cumprod = model.alphas_cumprod.to(run.device)  # (1000,)
     steps = sd15_rollout.schedule(alphas_cumprod, args.num_inference_steps, args.eta)
     latent_shape = (sd15.LATENT_CHANNELS, args.resolution // sd15.VAE_SCALE, args.resolution // sd15.VAE_SCALE)
@@ -234,9 +236,12 @@ def main(args: argparse.Namespace) -> None:
             def draw(stream: str, where: tuple = where) -> Tensor:
                 return seeds.normal(*where, stream, latent_shape, run.device)
 
-            # 1. rollout, 2. predict
-            for x0 in clean_latents(predict, without_dropout(policy, predict), first_steps(args, where), steps, draw,
-                                    method=args.method, num_renoised=renoised):  # fmt: skip
+            # 1. rollout
+            first = first_steps(args, where)
+            with sampling(run, policy):
+                x_t = sd15_rollout.rollout(predict, first, steps, draw)
+            # 2. predict
+            for x0 in clean_latents(predict, x_t, first, steps, draw, method=args.method, num_renoised=renoised):
                 # 3. reward
                 scores = scorer(decode(model, x0, args.decode_batch_size), batch.texts, batch.metadata)
                 loss = args.grad_scale * reward_loss(scores.total, args.reward_threshold).mean()

@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
     schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
                               cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
-    policy, optimizer = run.accelerator.prepare(transformer, optimizer)
+    network, optimizer = run.accelerator.prepare(transformer, optimizer)
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
@@ -156,8 +156,8 @@ def main(args: argparse.Namespace) -> None:
                                 mode_scale=args.mode_scale, shift=sd3.timestep_shift(model, args.shift, *batch.size))  # fmt: skip
             # end twin
             # 3. predict
-            with run.no_sync(policy, last=micro == args.gradient_accumulation_steps - 1):
-                loss = flow_matching_loss(policy, x0, noise, sigma, condition).mean()
+            with run.no_sync(network, last=micro == args.gradient_accumulation_steps - 1):
+                loss = flow_matching_loss(network, x0, noise, sigma, condition).mean()
                 run.accelerator.backward(loss / args.gradient_accumulation_steps)
             losses.append(loss.detach())
 

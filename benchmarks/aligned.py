@@ -237,9 +237,12 @@ class RewardGradientLoop(UNetLoop):
         def draw(stream: str) -> Tensor:
             return seeds.normal(*where, stream, self.latent_shape, self.run.device)
 
+        first = script.first_steps(args, where)
+        with script.sampling(self.run, self.model):
+            x_t = sd15_rollout.rollout(predict, first, self.schedule, draw)
         for x0 in script.clean_latents(
-            predict, script.without_dropout(self.model, predict), script.first_steps(args, where), self.schedule, draw,
-            method=args.method, num_renoised=args.num_renoised if args.method == "draft_lv" else 0,
+            predict, x_t, first, self.schedule, draw, method=args.method,
+            num_renoised=args.num_renoised if args.method == "draft_lv" else 0,
         ):  # fmt: skip
             reward = (script.decode(self.parts, x0, args.decode_batch_size) * self.weighing).sum(dim=(1, 2, 3))  # (b,)
             yield args.grad_scale * script.reward_loss(reward, args.reward_threshold)

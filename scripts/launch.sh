@@ -11,6 +11,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}
 if [ -x "$VENV/bin/python" ]; then export PATH="$(cd "$VENV" && pwd)/bin:$PATH"; fi
 
+# Whether the Python that is active has what requirements.txt lists; it would end in a traceback otherwise.
+require_torch() {
+  python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null && return
+  echo "error: no Python with PyTorch is active, and there is none in $VENV. bash scripts/quickstart.sh makes the environment; or name yours: VENV=/path/to/environment bash $0" >&2
+  exit 1
+}
+
 count_gpus() {
   local gpus
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true) # without nvidia-smi: 0, and no stop by pipefail
@@ -32,6 +39,7 @@ launch() {
   local script=$1 gpus processes launcher status; shift
   if [ "${!#}" = -- ]; then set -- "${@:1:$#-1}"; fi
   if [ "${PRINT_COMMAND:-}" = 1 ]; then printf '%q ' python "$script" "$@"; echo; return; fi
+  require_torch
   gpus=$(count_gpus)
   processes=${NUM_PROCESSES:-$((gpus > 0 ? gpus : 1))}
   if [[ "${ACCELERATE_ARGS:-}" =~ --num_processes[\ =]+([0-9]+) ]]; then processes=${BASH_REMATCH[1]}; fi

@@ -237,7 +237,10 @@ def add_speed_args(parser: Parser, *, unet: bool = False, graphs: bool = True) -
     g.add_argument(
         "--checkpoint_every", type=positive_int, default=1, help="recompute only every N-th block: less time lost, less memory saved"
     )
-    g.add_argument("--allow_tf32", action="store_true", help="TF32 in fp32 matrix products and convolutions (Ampere GPUs and later)")
+    g.add_argument(
+        "--allow_tf32", action=argparse.BooleanOptionalAction,
+        help="TF32 in fp32 matrix products and convolutions, on Ampere GPUs and later (unset: as torch has it, in convolutions alone)",
+    )
     g.add_argument("--attention_backend", choices=ATTENTION_BACKENDS, default="native", help="kernel of attention, by diffusers' names")
     g.add_argument("--compile", action="store_true", help="torch.compile each block of the model: minutes at the start, faster steps")
     recorded = "reduce-overhead: CUDA graphs, for small pictures and batches of one shape; " if graphs else ""
@@ -308,7 +311,7 @@ def add_data_args(
     else:
         g.add_argument("--image_column", default="image", help="column of the pictures")
     g.add_argument("--caption_column", default="caption" if pairs else "text", help="column of the captions")
-    g.add_argument("--cache_dir", type=path, default=Path("outputs/cache"), help="folder of downloads and of the latent and text caches")
+    g.add_argument("--cache_dir", type=path, default=Path("outputs/cache"), help="folder of latents, texts, and copies of data sets")
     g.add_argument("--max_train_samples", type=positive_int, help="use only the first N samples (unset: all)")
     g.add_argument("--strict_data", action="store_true", help="stop at the first broken picture (unset: skip it and print the count)")
     unset = "" if resolution else " (unset: 512, for SDXL 1024)"
@@ -510,8 +513,9 @@ def add_refl_args(parser: Parser) -> None:
         help="the loss is relu(threshold - reward): better pictures teach no more (unset: 2 for image_reward alone, else minus the reward)",
     )
     g.add_argument(
-        "--grad_scale", type=positive_float, default=1e-3,
-        help="weight of the reward's loss: it counts beside the pre-training loss and --max_grad_norm, Adam alone ignores it",
+        "--grad_scale", type=positive_float,
+        help="weight of the reward's loss beside the pre-training loss (unset: 1e-3 with one, as published, else 1: Adam divides it out, "
+        "unless gradients so small meet its epsilon)",
     )
     g.add_argument("--decode_batch_size", type=positive_int, default=1, help="pictures that are decoded at once, with gradient")
 
@@ -520,6 +524,7 @@ def add_refl_args(parser: Parser) -> None:
         return [min(3 * steps // 4, steps - 1), steps - 1] if args.method == "refl" else None
 
     parser.when_unset["mid_range"] = last_quarter
+    parser.when_unset["grad_scale"] = lambda args: 1.0 if args.pretrain_dataset_name is None else 1e-3
     alone = ("image_reward", "image_reward=1", "image_reward=1.0")  # of weight 1, so that the threshold is in its own units
     parser.when_unset["reward_threshold"] = lambda args: 2.0 if args.scorer in alone else None
 
@@ -704,7 +709,7 @@ def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
     g.add_argument("--window_shift_epochs", type=positive_int, default=25, help="epochs after which a progressive window moves on by one")
     g.add_argument("--decode_batch_size", type=positive_int, default=4, help="pictures that the VAE decodes at once")
     g.add_argument("--async_rewards", action="store_true", help="score on a background thread while the next batch is drawn; same results")
-    g.add_argument("--cache_dir", type=path, default=Path("outputs/cache"), help="folder of downloads and of the text cache")
+    g.add_argument("--cache_dir", type=path, default=Path("outputs/cache"), help="folder of the text cache, and of copies of data sets")
     g.add_argument("--cache_batch_size", type=positive_int, default=8, help="prompts per forward pass while the text cache is filled")
     parser.when_unset["noise_level"] = lambda args: None if getattr(args, "loss", None) == "nft" else NOISE_LEVELS.get(args.transition)
 

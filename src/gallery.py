@@ -64,18 +64,20 @@ def save(picture: Image.Image, path: Path, prompt: str, seed: int, settings: Map
 
 
 def sheet(
-    cells: Mapping[tuple[str, int], tuple[Image.Image, Mapping[str, float]]], prompts: Sequence[str], columns: Sequence[str], count: int
-) -> Image.Image:
-    """One row per prompt, `count` pictures of each column, and below each what it scored.
+    cells: Mapping[tuple[str, int], tuple[Image.Image, Mapping[str, float]]], prompts: Sequence[str], columns: Sequence[str],
+    seeds: Sequence[int],
+) -> Image.Image:  # fmt: skip
+    """One row per prompt, the pictures of a seed beside each other, one of each column, and below each what it scored.
 
     Args:
-        cells: (column, number of the picture) -> picture and scores; picture n of prompt p has number p * count + n.
+        cells: (column, number of the picture) -> picture and scores; picture n of prompt p has number p * len(seeds) + n.
     """
-    shown, seeds = prompts[:PROMPTS], min(count, SEEDS)
-    ordered = [cells[column, row * count + n] for row in range(len(shown)) for column in columns for n in range(seeds)]
-    names = [column for column in columns for _ in range(seeds)] if len(columns) > 1 else None
+    shown, count = prompts[:PROMPTS], len(seeds)
+    order = [(column, n) for n in range(min(count, SEEDS)) for column in columns]
+    ordered = [cells[column, row * count + n] for row in range(len(shown)) for column, n in order]
+    names = [column + (f", seed {seeds[n]}" if count > 1 else "") for column, n in order] if len(columns) > 1 else None
     labels = [" ".join(f"{name} {value:.3g}" for name, value in scores.items() if name != "total") for _, scores in ordered]
     return images.grid(
-        [picture for picture, _ in ordered], columns=seeds * len(columns), row_labels=shown, column_labels=names,
+        [picture for picture, _ in ordered], columns=len(order), row_labels=shown, column_labels=names,
         labels=labels if any(labels) else None,
     )  # fmt: skip

@@ -339,7 +339,7 @@ def assemble(
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     each = len(pictures[0]) // len(parts[0])  # pictures of a sample
     sizes = [[buckets.assign(one.width, one.height, shapes) for one in part.records[::each]] for part in pictures]
-    weights = [masks(*of) if masks else None for of in zip(pictures, sizes, strict=True)]
+    of_loss = [masks(part, part_sizes) if masks else None for part, part_sizes in zip(pictures, sizes, strict=True)]
     order = "order" if first_position == 0 else "second order"
     plan = buckets.Plan(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed, order)
     run.print(
@@ -355,9 +355,9 @@ def assemble(
         first_position=first_position,
         training=kind(
             parts[0], sizes[0], caption_dropout=args.caption_dropout, random_crop=args.random_crop, flip=not args.no_hflip,
-            masks=weights[0], **common,
+            masks=of_loss[0], **common,
         ),
-        held_out=kind(parts[1], sizes[1], masks=weights[1], **common),
+        held_out=kind(parts[1], sizes[1], masks=of_loss[1], **common),
     )  # fmt: skip
 
 
@@ -417,10 +417,8 @@ def fingerprint(args: argparse.Namespace, *folders: str) -> str:
 def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, prompts: list[str]) -> cache.TensorCache:
     """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only for what is missing, then dropped."""
     length = sequence_length(args, family)
-    encoders, dtype = fingerprint(args, *TEXT_FOLDERS), str(run.weight_dtype)
-    store = cache.TensorCache(
-        args.cache_dir, "text", {"encoders": encoders, "variant": args.variant, "sequence_length": length, "dtype": dtype}
-    )
+    described = {"encoders": fingerprint(args, *TEXT_FOLDERS), "variant": args.variant, "sequence_length": length}
+    store = cache.TensorCache(args.cache_dir, "text", described | {"dtype": str(run.weight_dtype)})
     if store.missing(prompts):
         encoders = family.load(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device,

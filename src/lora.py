@@ -146,10 +146,22 @@ def _attach(
         adapter_name=ADAPTER,
     )  # fmt: skip
     for _, layer in _layers(module):
+        if not use_dora:  # DoRA takes the precision of its norms from the input
+            layer._cast_input_dtype = _unless_autocast
         for parameter in _tensors(layer).values():
             parameter.data = parameter.data.float()  # peft casts them to the base's dtype, where small updates vanish
         if use_dora:  # m in full precision too, or the start would not be the base model
             layer.lora_magnitude_vector[ADAPTER].weight.data = layer.base_layer.weight.data.float().norm(dim=1)
+
+
+def _unless_autocast(x: Any, dtype: torch.dtype) -> Any:
+    """In place of peft's cast of a layer's input to the adapter's fp32, which autocast would at once undo: two passes over memory each."""
+    return x if x is None or under_autocast(x) else x.to(dtype)
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast would convert what is computed from x now."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def _layers(module: nn.Module) -> list[tuple[str, Any]]:

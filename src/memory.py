@@ -7,7 +7,7 @@ Those marked * are there under autocast alone, and are 4 bytes: fp32 copies for 
                            2 d    queries and keys before their norm (under autocast 2 d * besides)
                            4 d    queries, keys, values and the result of attention
                            4 d    input of GELU
-    a trained layer        its input, d or 4 d; queries, keys and values share theirs, but autocast makes a copy for each
+    a trained layer        its input, d or 4 d; queries, keys and values share theirs (see `speed.narrow_once`)
       with an adapter      its rank besides, between the two matrices
     trained modulation     2 d    results of the layer norms (under autocast *, instead)
                            2 d    results of attention and MLP before their gates
@@ -91,9 +91,9 @@ def _inputs(layers: dict[str, nn.Module], step: Step, *, own_result: bool) -> in
         if not _trains(layer):
             continue
         total += _rank(layer) * size
-        if name.endswith(("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")) and not _copied(step):
+        if name.endswith(("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")):
             shared = layer.in_features * size
-        elif not name.endswith("to_out.0") or own_result or (_rank(layer) and step.autocast):
+        elif not name.endswith("to_out.0") or own_result:
             total += layer.in_features * size
     return total + shared
 
@@ -155,19 +155,35 @@ def activation_bytes(transformer: nn.Module, step: Step) -> tuple[int, int]:
             kept += own
     trains_end = _trains(transformer.norm_out) or _trains(transformer.proj_out)
     kept += step.batch * step.image_tokens * d * (4 + (4 + size if trains_end else 0))  # the last norm
-    if step.wide and step.autocast:  # of every trained weight a copy in 16 bits, which the backward pass reads
-        copies = [2 * sum(p.numel() for p in block.parameters() if p.requires_grad and p.ndim > 1) for block in blocks]
-        kept, again = kept + (0 if step.checkpoint_every == 1 else sum(copies)), again + max(copies)
-    return kept, again + WORKING * tokens * d * size
+    copies = _copies(transformer, step)
+    return kept + (0 if step.checkpoint_every == 1 else sum(copies)), again + max(copies) + WORKING * tokens * d * size
 
 
-def peak_bytes(*, resident: float, gradients: float, kept: float, working: float, updating: float = 0, accumulated: bool = False) -> float:
-    """The highest point of a step: when the backward pass begins, when it ends, or while the weights are updated.
+def _copies(transformer: nn.Module, step: Step) -> list[int]:
+    """Bytes of the 16-bit copies that autocast makes of each block's trained weights, where these are fp32 as those of adapters are."""
+    return [
+        2 * sum(p.numel() for name, p in block.named_parameters() if p.requires_grad and p.ndim > 1 and (step.wide or "lora_" in name))
+        if step.autocast else 0
+        for block in transformer.transformer_blocks
+    ]  # fmt: skip
+
+
+def forward_bytes(transformer: nn.Module, step: Step) -> int:
+    """Bytes that are there at the end of a forward pass alone: autocast's copies of weights, which a checkpointed block's backward pass
+    does not keep, but which autocast remembers as long as it lasts."""
+    return sum(_copies(transformer, step)) if step.checkpoint_every == 1 else 0
+
+
+def peak_bytes(
+    *, resident: float, gradients: float, kept: float, working: float, forward: float = 0, updating: float = 0, accumulated: bool = False
+) -> float:
+    """The highest point of a step: when the forward pass ends, when the backward pass begins or ends, or while the weights are updated.
 
     Gradients grow while what was kept shrinks, so the two are not there together, unless earlier micro-batches left gradients.
 
     Args:
-        resident: weights, optimizer state, average; gradients, kept, working: bytes; updating: what the optimizer needs for a moment.
+        resident: weights, optimizer state, average; gradients, kept, working: bytes; forward: `forward_bytes`; updating: what the
+            optimizer needs for a moment.
     """
-    backward = (gradients + kept if accumulated else max(gradients, kept)) + working
-    return resident + max(backward, gradients + updating)
+    earlier = gradients if accumulated else 0
+    return resident + max(earlier + kept + forward, max(gradients, earlier + kept) + working, gradients + updating)

@@ -116,7 +116,7 @@ def show(
         ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(flops)} per step, {_total(flops * args.max_train_steps)}, at {tokens} text tokens"),
-        ("checkpoints", _checkpoints(args, trained, whole, args.max_train_steps // args.checkpointing_steps)),
+        ("checkpoints", _checkpoints(args, trained, _written(weights, whole), args.max_train_steps // args.checkpointing_steps)),
     ]
     cached = cache_bytes(args, samples, held_out, denoiser, tokens, family, subject)
     _print(rows + [_cache_row(args, name, *found) for name, found in cached.items()])
@@ -137,8 +137,11 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     transformer, counts = sd3.transformer_from_config(path, args.revision), sd3.parameter_counts(path, args.revision)
     whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
     weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision], quantized=args.quantize_base)
-    if whole:  # the reference is a frozen copy
-        weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"] * (1 + reference)
+    if whole:
+        weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"]
+    written = _written(weights, whole)
+    if whole and reference:  # a frozen copy
+        weights["transformer"] *= 2
     policy.adapt(transformer, args)
     trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
     trained_bytes = trained * (per_trained_parameter(args, whole) + EMA_BYTES * other_passes)
@@ -162,7 +165,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
         ("steps", f"{args.num_epochs * updates:,} in {args.num_epochs:,} epochs, {args.num_epochs * pictures:,} pictures"),
         ("compute", f"{_flops(each * pictures)} per epoch, {_total(each * pictures * args.num_epochs)}, at {tokens} text tokens"),
         ("  a picture", f"{each / forward:.1f} forward passes' worth; decoding and scoring come on top"),
-        ("checkpoints", _checkpoints(args, trained, whole, args.num_epochs // args.checkpointing_epochs, averages=other_passes)),
+        ("checkpoints", _checkpoints(args, trained, written, args.num_epochs // args.checkpointing_epochs, averages=other_passes)),
         _cache_row(args, "text", len(prompts), len(prompts) * (entry + ENTRY_BYTES)),
     ]  # fmt: skip
     _print(rows)
@@ -206,7 +209,7 @@ def show_reward_gradient(
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(each * batch)} per step, {_total(each * batch * args.max_train_steps)}, at {tokens} text tokens"),
         ("", "decoding and scoring come on top"),
-        ("checkpoints", _checkpoints(args, trained, whole, args.max_train_steps // args.checkpointing_steps)),
+        ("checkpoints", _checkpoints(args, trained, _written(weights, whole), args.max_train_steps // args.checkpointing_steps)),
         _cache_row(args, "text", len(texts), len(texts) * ((tokens * width + pooled) * BYTES[args.mixed_precision] + ENTRY_BYTES)),
     ]  # fmt: skip
     _print(rows)
@@ -317,8 +320,8 @@ def step_memory(
         pieces = max(p.numel() for p in transformer.parameters() if p.requires_grad) if whole.gradient == 0 else rounding.PIECE
         updating = UPDATE_BYTES * min(pieces, trained)
     peak = memory.peak_bytes(
-        resident=resident, gradients=trained * gradient, kept=kept, working=working, updating=updating,
-        accumulated=accumulated,
+        resident=resident, gradients=trained * gradient, kept=kept, working=working, forward=memory.forward_bytes(transformer, step),
+        updating=updating, accumulated=accumulated,
     )  # fmt: skip
     return StepMemory(resident, kept, working, peak)
 
@@ -354,10 +357,17 @@ def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float, s
     return f"{filling}{_size(training)} while training; activations come on top"
 
 
-def _checkpoints(args: argparse.Namespace, trained: int, whole: Whole | None, due: int, averages: int = 0) -> str:
-    """What they take on the disk; due: how many the run writes; averages: of what is trained, besides --use_ema."""
-    numbers = (whole.weight if whole else 4) + TRAINED_BYTES[args.optimizer] - 8 + EMA_BYTES * (args.use_ema + averages)
-    numbers += 0 if whole else 4 + 4 * args.use_ema  # an adapter is there once more, for other programs, and so is its average
+def _checkpoints(args: argparse.Namespace, trained: int, modules: int | None, due: int, averages: int = 0) -> str:
+    """What they take on the disk.
+
+    Args:
+        trained: number of parameters; modules: bytes of the parts that are trained themselves and written whole, with what is frozen of
+            them and their buffers; None: an adapter is trained. due: how many the run writes; averages: of what is trained, besides
+            --use_ema.
+    """
+    size = trained * (TRAINED_BYTES[args.optimizer] - 8 + EMA_BYTES * (args.use_ema + averages))  # 8: an fp32 parameter and its gradient
+    # An adapter is there twice, once more for other programs, and so is its average.
+    size += trained * (8 + 4 * args.use_ema) if modules is None else modules
     due = max(due, 1)  # a run that is told to stop writes one in any case
     kept = min(due, args.checkpoints_total_limit or due)
     most = kept + (due > kept)  # the new one is whole before the oldest goes
@@ -365,7 +375,12 @@ def _checkpoints(args: argparse.Namespace, trained: int, whole: Whole | None, du
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    return f"{_size(trained * numbers)} each, {_size(trained * numbers * most)} of the {most} there at most; {_size(free)} are free"
+    return f"{_size(size)} each, {_size(size * most)} of the {most} there at most; {_size(free)} are free"
+
+
+def _written(weights: dict[str, int], whole: Whole | None) -> int | None:
+    """Bytes of the parts that a checkpoint holds whole."""
+    return sum(weights[part] for part in whole.parts) if whole else None
 
 
 def cache_bytes(

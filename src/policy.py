@@ -33,7 +33,7 @@ def check(args: argparse.Namespace) -> None:
         lora.check_init(args.init_lora, rank=args.rank, alpha=args.lora_alpha, use_dora=args.use_dora)
     if args.full_weights:
         full.check_output(args.output_dir, args.pretrained_model_name_or_path)
-        sharding.check(os.environ, pieces=False, train_text_encoder=False, optimizer=args.optimizer)
+        sharding.check(os.environ, pieces=False, train_text_encoder=False, optimizer=args.optimizer, mixed_precision=args.mixed_precision)
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError("FSDP2 spreads weights that are trained as a whole: add --full_weights, or train the LoRA with --multi_gpu")
     else:

@@ -303,10 +303,10 @@ def _write_args(args: argparse.Namespace) -> None:
 def _settle_numerics(args: argparse.Namespace) -> None:
     """Sets the process-wide switches, both ways: an earlier run of this process may have set them otherwise."""
     torch.set_float32_matmul_precision("high" if args.allow_tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = args.allow_tf32  # torch's default is True for convolutions
+    torch.backends.cudnn.allow_tf32 = args.allow_tf32 is not False  # unset: torch's own defaults, TF32 in convolutions alone
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.enable_mem_efficient_sdp(not args.deterministic)  # its backward pass adds in no fixed order
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
 

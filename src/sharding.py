@@ -126,7 +126,7 @@ def check_whole(environ: Mapping[str, str]) -> None:
             raise ValueError(f"{name} spreads weights, which this program keeps whole on every GPU: start it with --multi_gpu instead")
 
 
-def check(environ: Mapping[str, str], *, pieces: bool, train_text_encoder: bool, optimizer: str) -> None:
+def check(environ: Mapping[str, str], *, pieces: bool, train_text_encoder: bool, optimizer: str, mixed_precision: str) -> None:
     """Refuse what cannot be sharded.
 
     Args:
@@ -144,5 +144,7 @@ def check(environ: Mapping[str, str], *, pieces: bool, train_text_encoder: bool,
         raise ValueError("--weights_dtype bf16 updates whole weights; under FSDP2 use fp32, with --mixed_precision bf16")
     if train_text_encoder:
         raise ValueError("--train_text_encoder does not work under FSDP2: leave it out or use plain data parallelism (--multi_gpu)")
+    if mixed_precision == "fp16":  # accelerate would divide the gradients by the loss scale twice
+        raise ValueError("--mixed_precision fp16 does not work under FSDP2: use bf16")
     if optimizer != "adamw":
         raise ValueError(f"--optimizer {optimizer} needs whole weights; under FSDP2 use --optimizer adamw")

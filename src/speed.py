@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from src.lora import unwrap
+from src.lora import under_autocast, unwrap
 
 # diffusers' names. Its own `set_attention_backend` changes nothing here: neither SD3's nor SD1.5's processors ask it which kernel to take.
 BACKENDS = {
@@ -41,10 +41,13 @@ def check(args: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     if args.allow_tf32 and not (cuda and torch.cuda.get_device_capability() >= (8, 0)):
         raise ValueError("--allow_tf32 has no effect here: it takes an NVIDIA GPU of the Ampere generation or later; leave it out")
+    if args.attention_backend != "native" and getattr(args, "async_rewards", False):
+        raise ValueError(f"--async_rewards does not go with --attention_backend {args.attention_backend}: torch has one such choice "
+                         "for all threads, and the scorer's would meet it too; leave one of them out")  # fmt: skip
     if args.attention_backend in NEED_CUDA and not cuda:
         raise ValueError(f"--attention_backend {args.attention_backend} needs an NVIDIA GPU; use native")
-    if args.attention_backend in NEED_CUDA and args.deterministic:
-        raise ValueError(f"--attention_backend {args.attention_backend} adds in no fixed order, as --deterministic asks; use _native_flash")
+    if args.attention_backend == "_native_cudnn" and args.deterministic:
+        raise ValueError("--attention_backend _native_cudnn adds in no fixed order, which --deterministic excludes; use _native_flash")
     if args.compile_mode == "reduce-overhead" and not cuda:
         raise ValueError("--compile_mode reduce-overhead records CUDA graphs, which needs an NVIDIA GPU; use default")
 
@@ -52,6 +55,7 @@ def check(args: argparse.Namespace) -> None:
 def apply(model: nn.Module, args: argparse.Namespace) -> None:
     """Set up the model as the flags say; after adapters were added, before `accelerator.prepare`."""
     set_attention(model, args.attention_backend)
+    narrow_once(model)
     if args.gradient_checkpointing:
         checkpoint_blocks(model, args.checkpoint_every)
     if args.compile:
@@ -86,6 +90,29 @@ def set_attention(model: nn.Module, name: str) -> None:
         if isinstance(module, Attention):
             plain = module.processor.processor if isinstance(module.processor, _Under) else module.processor
             module.set_processor(plain if backend is None else _Under(plain, backend))
+
+
+def narrow_once(model: nn.Module) -> None:
+    """Under autocast, convert what an attention reads once, instead of in each of its projections, and of their adapters.
+
+    The norms before it give fp32 there. Each of three projections and three adapters would make, and keep for the backward pass, a
+    16-bit copy of its own; the numbers are the same.
+    """
+    from diffusers.models.attention_processor import Attention
+
+    for module in unwrap(model).modules():
+        if isinstance(module, Attention) and not module.residual_connection:  # what is added later stays as it came
+            module.register_forward_pre_hook(_narrow, with_kwargs=True)
+
+
+def _narrow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def narrowed(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not under_autocast(x):
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
+
+    inputs = ("hidden_states", "encoder_hidden_states")
+    return (*map(narrowed, args[:2]), *args[2:]), {name: narrowed(x) if name in inputs else x for name, x in kwargs.items()}
 
 
 # --------------------------------------------------------------------------- gradient checkpointing

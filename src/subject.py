@@ -205,7 +205,7 @@ def _renderer(run: runtime.Run, args: argparse.Namespace, text: cache.TensorCach
             pictures = sd3.render(
                 model, model.transformer, condition(prompts), negative=negative, seeds=seeds, height=args.resolution,
                 width=args.resolution, num_inference_steps=args.class_inference_steps, guidance_scale=args.class_guidance_scale,
-                batch_size=len(prompts),
+                batch_size=len(prompts), decode_batch_size=1,  # one of 1024 px takes 1.5 GB
             )  # fmt: skip
         if not pictures.isfinite().all():  # as bytes they would be innocent black
             raise ValueError("class pictures hold NaN or infinity; try --mixed_precision bf16 or no")

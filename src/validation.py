@@ -22,7 +22,7 @@ from src.data import buckets, samples
 SIGMAS = (0.25, 0.5, 0.75, 0.95)
 FIXED_SEED = 0  # of validation noise: the same for every run, so that losses of two runs compare
 STEPS = "step-[0-9]*"  # in samples: a folder and a grid per validation
-FILM_ROWS, FILM_COLUMNS, FILM_CELL = 4, 6, 256  # of summary.png: prompts, validations, pixels a side at most
+FILM_ROWS, FILM_COLUMNS, FILM_CELL = 4, 8, 256  # of summary.png: prompts, validations, pixels a side at most
 LIGHT, DARK = "#9bb7d4", "#1f5fa8"  # curves: as measured, and smoothed
 
 

@@ -61,6 +61,17 @@ def test_processes_of_a_tiny_recipe(tmp_path, cores, gpus, given, expected):
     assert subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip() == expected
 
 
+@pytest.mark.parametrize("command", ["demo.sh", "scripts/train_refl_v1_5.sh"])
+def test_without_an_environment_one_line_says_how_to_get_one(tmp_path, command):
+    (tmp_path / "python").write_text("#!/usr/bin/env bash\nexit 1\n")  # as one that lacks torch, and as one that is not there
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": str(tmp_path / "none")}
+    refused = subprocess.run(["bash", str(ROOT / command)], env=env, capture_output=True, text=True)
+    assert refused.returncode == 1 and not refused.stdout
+    (line,) = refused.stderr.splitlines()
+    assert "no Python with PyTorch" in line and "bash scripts/quickstart.sh" in line and f"bash {ROOT / command}" in line
+
+
 @pytest.mark.slow
 def test_the_last_line_of_a_failed_run_is_its_own(tmp_path):
     """Not the launcher's: a user looks at the end of a long log."""

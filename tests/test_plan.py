@@ -163,20 +163,21 @@ def test_caches_that_are_off_are_not_planned(arguments, capsys, cheap):
 
 
 @pytest.mark.parametrize(
-    ("changes", "whole", "due", "each", "most"),
+    ("changes", "modules", "due", "each", "most"),
     [
         ({}, None, 4, "16.00 MB", 3),  # weights, two moments, weights for other programs; one more while written
         ({}, None, 2, "16.00 MB", 2),
         ({}, None, 0, "16.00 MB", 1),  # of a run that is told to stop
         ({"use_ema": True, "checkpoints_total_limit": None}, None, 4, "24.00 MB", 4),  # the average, in state.pt and for other programs
-        ({"use_ema": True}, plan.Whole(("transformer",), 4, 4), 4, "16.00 MB", 3),  # all weights: fp32, two moments, their average
-        ({"optimizer": "adamw8bit"}, plan.Whole(("transformer",), 2, 2), 4, "4.00 MB", 3),  # bf16 weights, two moments of a byte
+        # all weights: fp32, 100,000 numbers of a buffer beside them, two moments, their average
+        ({"use_ema": True}, 4_400_000, 4, "16.40 MB", 3),
+        ({"optimizer": "adamw8bit"}, 2_000_000, 4, "4.00 MB", 3),  # bf16 weights, two moments of a byte
     ],
 )
-def test_checkpoints_by_hand(arguments, changes, whole, due, each, most):
+def test_checkpoints_by_hand(arguments, changes, modules, due, each, most):
     """Of a million weights."""
     args = argparse.Namespace(**(vars(arguments(checkpoints_total_limit=2)) | changes))
-    text = plan._checkpoints(args, 1_000_000, whole, due)
+    text = plan._checkpoints(args, 1_000_000, modules, due)
     assert text.startswith(f"{each} each, {plan._size(float(each.split()[0]) * 1e6 * most)} of the {most} there at most; ")
     assert "are free" in text
 

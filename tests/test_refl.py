@@ -107,7 +107,9 @@ def test_a_jump_is_the_plain_formula(unet):
 def clean(unet, first, method="refl", eta=0.0, num_renoised=0, predict=None):
     """All that `clean_latents` yields, summed to one scalar."""
     predict = predict or predicting(unet)
-    found = list(refl.clean_latents(predict, predict, first, schedule_for(eta), drawing(), method=method, num_renoised=num_renoised))
+    schedule, draw = schedule_for(eta), drawing()
+    x_t = sd15_rollout.rollout(predict, first, schedule, draw)
+    found = list(refl.clean_latents(predict, x_t, first, schedule, draw, method=method, num_renoised=num_renoised))
     return sum(map(weigh, found)), found
 
 
@@ -130,7 +132,9 @@ def test_refls_gradient_is_that_of_the_chosen_step_with_its_input_detached(unet)
 def test_nothing_flows_through_earlier_steps(unet):
     """The rollout gets a copy of the UNet, which receives no gradient; with the whole chain open the gradient would be another."""
     early, predict = copy.deepcopy(unet), predicting(unet)
-    (found,) = refl.clean_latents(predict, predicting(early), torch.full((3,), 4), schedule_for(), drawing(), method="refl")
+    first, schedule, draw = torch.full((3,), 4), schedule_for(), drawing()
+    x_t = sd15_rollout.rollout(predicting(early), first, schedule, draw)
+    (found,) = refl.clean_latents(predict, x_t, first, schedule, draw, method="refl")
     weights = [*unet.parameters(), *early.parameters()]
     both = torch.autograd.grad(weigh(found), weights, allow_unused=True)
     count = len(weights) // 2
@@ -182,7 +186,8 @@ def test_the_gradient_agrees_with_finite_differences(unet, model, method, first)
     schedule = schedule_for()
 
     def reward():
-        found = refl.clean_latents(predicting(policy), frozen, torch.full((3,), first), schedule, draw, method=method)
+        at = torch.full((3,), first)
+        found = refl.clean_latents(predicting(policy), sd15_rollout.rollout(frozen, at, schedule, draw), at, schedule, draw, method=method)
         return torch.tanh(sd15.decode_pixels(model, next(found))).square().mean()
 
     direction = [torch.randn_like(parameter) for parameter in policy.parameters()]

@@ -135,11 +135,11 @@ def test_latest_without_a_checkpoint_and_no_resume_change_nothing(tmp_path):
 
 
 def test_switches_are_set_both_ways(tmp_path):
-    for value in (True, False):
-        runtime.start(arguments(tmp_path, allow_tf32=value, deterministic=value)).finish()
-        assert torch.get_float32_matmul_precision() == ("high" if value else "highest")
-        assert torch.backends.cudnn.allow_tf32 == value
-        assert torch.are_deterministic_algorithms_enabled() == value
+    for tf32, deterministic in ((True, True), (False, False), (None, False)):  # None: in convolutions alone, as torch has it
+        runtime.start(arguments(tmp_path, allow_tf32=tf32, deterministic=deterministic)).finish()
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cudnn.allow_tf32 == (tf32 is not False)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 

@@ -159,6 +159,51 @@ def test_diffusers_own_switch_changes_nothing_here(model):
         model.reset_attention_backend()
 
 
+# --------------------------------------------------------------------------- conversions under autocast
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "LoRA"])
+def test_inputs_are_converted_once_and_no_number_changes(model, adapted):
+    """Against autocast's own conversion in every projection, and peft's back to fp32 before it: bit for bit, with fewer copies kept."""
+    if adapted:
+        attention = "attn" if hasattr(model, "transformer_blocks") else "attn1"
+        lora.add(model, rank=2, layers=",".join(f"{attention}.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")))
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+    model.requires_grad_(not adapted)
+    for weight in lora.parameters(model):
+        weight.requires_grad_(True)
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), Operations() as seen:
+                value = forward(model)
+            return value, gradients(model), seen.counts["_to_copy"], saved_bytes(model)
+
+    narrow_layers = [layer for _, layer in lora._layers(model)]
+    ours = {layer: layer.__dict__.pop("_cast_input_dtype") for layer in narrow_layers}
+    value, want, copies, kept = run()
+    for layer, cast in ours.items():
+        layer._cast_input_dtype = cast
+    speed.narrow_once(model)
+    found, gradient, fewer, less = run()
+    assert torch.equal(found, value) and gradient.keys() == want.keys() and len(want) > 4
+    for name in want:
+        assert torch.equal(gradient[name], want[name]), name
+    if adapted or not hasattr(model, "transformer_blocks"):
+        assert fewer < copies and less < kept
+    else:  # SD3's norms give 16 bits on a CPU; tests/test_memory.py counts what a GPU's would
+        assert (fewer, less) == (copies, kept)
+
+
+def test_without_autocast_nothing_is_converted(model):
+    want = gradients(model)
+    speed.narrow_once(model)
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, want[name]), name
+
+
 # --------------------------------------------------------------------------- compiling
 
 
@@ -189,6 +234,7 @@ def test_equal_blocks_share_their_code_and_nothing_stays_uncompiled():
 
     transformer = geometry.build(TRANSFORMER | {"num_layers": 6}, device="cpu")
     lora.add(transformer, rank=2, layers="attn.to_q")  # each adapter takes seconds to trace
+    speed.narrow_once(transformer)
     speed.compile_blocks(transformer.train(), backend=backend, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         forward(transformer).mean().backward()
@@ -210,7 +256,7 @@ def test_equal_blocks_share_their_code_and_nothing_stays_uncompiled():
 
 
 def arguments(**changes):
-    flags = dict(dry_run=False, allow_tf32=False, attention_backend="native", compile_mode="default", deterministic=False,
+    flags = dict(dry_run=False, allow_tf32=None, attention_backend="native", compile_mode="default", deterministic=False,
                  gradient_checkpointing=False, checkpoint_every=1, compile=False)  # fmt: skip
     return argparse.Namespace(**(flags | changes))
 
@@ -249,6 +295,16 @@ def test_what_is_drawn_beside_training_is_not_compiled():
     with speed.as_written(arguments()):
         layer(torch.ones(3, 2))
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("flags", [{}, {"attention_backend": "_native_math"}, {"async_rewards": True}])
+def test_one_of_a_kernel_and_a_thread_of_rewards_is_fine(flags):
+    speed.check(arguments(**flags))
+
+
+def test_a_kernel_would_be_that_of_the_rewards_thread_too():
+    with pytest.raises(ValueError, match="--async_rewards does not go with --attention_backend _native_math"):
+        speed.check(arguments(async_rewards=True, attention_backend="_native_math"))
 
 
 def test_flags_take_effect(model, monkeypatch):

@@ -1,6 +1,6 @@
 """Rollouts of a policy on SD3: `sample` denoises with noise in a window of steps and remembers them, `replay` scores them again.
 
-One picture is one trajectory x_0 .. x_T of T denoising steps (here the index counts steps: x_0 is noise, x_T the picture). Only steps of
+One picture is one trajectory z_0 .. z_T of T denoising steps: z_0 is noise, z_T the picture (elsewhere x_0 is the picture). Only steps of
 the window are stochastic (see `transitions`) and can be trained; the others follow the ODE, the last one always.
 
 Shapes: b pictures, T denoising steps, W steps of the window, h w latent side (pixels / 8).

@@ -117,6 +117,8 @@ def load(
         raise ValueError(f"--pretrained_model_name_or_path {path}: cannot be loaded ({error}); download the model again") from error
     if lora_path:
         _add_lora(pipeline, lora_path, lora_scale)
+    if device != "cpu":
+        pipeline.vae.enable_slicing()  # one picture of 1024 px takes 1.5 GB to decode
     if cpu_offload:
         pipeline.enable_model_cpu_offload()
     else:

@@ -17,7 +17,7 @@ RIGHT_ALIGNED = ("before", "after", "seconds", "memory")
 
 # The picture, in pixels.
 CELL, GAP, MARGIN, SIDE = 128, 4, 28, 300  # a picture, between before and after, around and between, the column of words
-FRAME = 4
+FRAME, BADGE = 4, 18
 INK, GREY, PAPER, LINE = (30, 34, 40), (110, 116, 124), (255, 255, 255), (225, 228, 232)
 RIGHT, WRONG = (46, 160, 84), (214, 96, 82)
 LEGEND = "of each pair: left before, right after training, from the same noise"
@@ -148,7 +148,8 @@ def _legend(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: int)
     for color, words in ((None, LEGEND), (RIGHT, "drawn as asked"), (WRONG, "not as asked")):
         if color:
             draw.rectangle([(x, MARGIN), (x + 14, MARGIN + 14)], outline=color, width=FRAME)
-            x += 22
+            _badge(draw, (x + 22, MARGIN - 1), color == RIGHT)
+            x += 22 + BADGE + 6
         draw.text((x, MARGIN - 2), words, fill=GREY, font=font)
         x += font.getlength(words) + 24
 
@@ -169,6 +170,16 @@ def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, file: Path, corner: tu
     x, y = corner
     draw.rectangle([(x, y), (x + CELL - 1, y + CELL - 1)], outline=RIGHT if right else WRONG, width=FRAME)
     sheet.paste(cell, (x + FRAME, y + FRAME))
+    _badge(draw, (x + CELL - BADGE, y), right)
+
+
+def _badge(draw: ImageDraw.ImageDraw, corner: tuple[int, int], right: bool) -> None:
+    """A tick or a cross on a small square: what the frame's colour says, for those who cannot tell green from red."""
+    x, y = corner
+    draw.rectangle([(x, y), (x + BADGE - 1, y + BADGE - 1)], fill=RIGHT if right else WRONG)
+    strokes = [((4, 9), (7, 13), (14, 5))] if right else [((5, 5), (12, 12)), ((12, 5), (5, 12))]
+    for stroke in strokes:
+        draw.line([(x + dx, y + dy) for dx, dy in stroke], fill="white", width=2)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, room: float) -> list[str]:
