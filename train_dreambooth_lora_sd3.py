@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
                                     write_weights=lambda folder: save_weights(modules, folder, average))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)
-    panels = {"loss of the subject": "instance_loss", "loss of its class": "prior_loss"} if prior else None
+    panels = {"loss of the subject": "instance_loss", "loss of its class": "prior_loss", "validation loss": "val_loss"} if prior else None
     validator = validation.Validator(run, args, data, model, log, loss=flow_matching_loss, panels=panels, average=average)
     if first_step == 0:
         validator.run(0)

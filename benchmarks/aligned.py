@@ -217,6 +217,8 @@ class RewardGradientLoop(UNetLoop):
 
     def beside(self, run: Any, args: Any) -> None:
         self.parts.vae = sd15.load(args.pretrained_model_name_or_path, device=run.device, parts=("vae",)).vae
+        if args.gradient_checkpointing:
+            self.parts.vae.enable_gradient_checkpointing()
 
     def draw(self, batch: int) -> None:
         seeds.seed_everything(0, "batch")

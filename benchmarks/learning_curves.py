@@ -39,7 +39,7 @@ class Panel:
     metric: str
     settings: dict[str, str]  # setting -> label
     percent: bool = False
-    goals: dict[float, str] = field(default_factory=dict)  # dashed lines, and what they are
+    dashed: dict[float, str] = field(default_factory=dict)  # heights of lines, and what they are
     bottom: float | None = None  # of the axis: where a small change is not to look like a large one
 
 
@@ -237,7 +237,7 @@ def _draw(axis, results: dict[str, dict[str, Any]], panel: Panel, colors: dict[s
         for number, run in enumerate(runs_of(results, setting)):
             points = [(scores["seconds"] / 60, scores[panel.metric] * (100 if panel.percent else 1)) for scores in run["evaluations"]]
             axis.plot(*zip(*points, strict=True), color=colors[setting], linewidth=1.6, marker=".", label=None if number else label)
-    for goal, meaning in panel.goals.items():
+    for goal, meaning in panel.dashed.items():
         height = goal * (100 if panel.percent else 1)
         axis.axhline(height, color="#888888", linewidth=0.9, linestyle="--")
         axis.text(axis.get_xlim()[1], height, meaning, color="#666666", fontsize=8, ha="right", va="bottom")

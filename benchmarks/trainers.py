@@ -37,7 +37,7 @@ class Trainer:
     loop: Callable[[Setting], Loop]
     planned: Planned | None = None
     checked: tuple[str, ...] = ()
-    as_fp32: tuple[str, ...] = ("--mixed_precision", "no")
+    as_fp32: tuple[str, ...] = ("--mixed_precision", "no", "--no-allow_tf32")
 
 
 # --------------------------------------------------------------------------- what they should need
@@ -83,7 +83,7 @@ def planned_rollouts(setting: Setting, args: argparse.Namespace) -> plan.StepMem
 TRAINERS = {
     "lora": Trainer(train_text_to_image_lora_sd3, loops.lora_sd3, planned_lora_sd3),
     "full": Trainer(train_full_finetuning_sd3, loops.full_sd3, planned_full_sd3, checked=("--weights_dtype", "bf16"),
-                    as_fp32=("--mixed_precision", "no", "--weights_dtype", "fp32")),
+                    as_fp32=("--mixed_precision", "no", "--no-allow_tf32", "--weights_dtype", "fp32")),
     "dreambooth": Trainer(train_dreambooth_lora_sd3, loops.dreambooth_sd3, planned_lora_sd3, checked=loops.PRIOR),
     "grpo": Trainer(train_grpo_sd3, aligned.grpo_sd3, planned_rollouts),
     "ddpo": Trainer(train_ddpo_sd3, aligned.ddpo_sd3, planned_rollouts),

@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 VENV=${VENV:-.venv}
 if [ -x "$VENV/bin/python" ]; then export PATH="$(cd "$VENV" && pwd)/bin:$PATH"; fi
 
-# Whether the Python that is active has what requirements.txt lists; it would end in a traceback otherwise.
+# Stops with one line where Python would end in a traceback: without torch nothing of requirements.txt is there.
 require_torch() {
   python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' 2>/dev/null && return
   echo "error: no Python with PyTorch is active, and there is none in $VENV. bash scripts/quickstart.sh makes the environment; or name yours: VENV=/path/to/environment bash $0" >&2

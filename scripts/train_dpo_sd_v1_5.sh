@@ -6,7 +6,7 @@
 #   24 GB     add --optimizer adamw8bit --gradient_checkpointing, or --use_lora
 #   override  any argument:  bash scripts/train_dpo_sd_v1_5.sh --dataset_name datas/mine --chosen_column good --rejected_column bad
 #   paper     Pick-a-Pic, 322 GB (bash scripts/download.sh pickapic; the original is gone from the Hub, this is a copy), 2048 pairs a step:
-#             --dataset_name datas/pickapic --gradient_accumulation_steps 512 --max_train_steps 2000 --learning_rate 2e-5 
+#             --dataset_name datas/pickapic --gradient_accumulation_steps 512 --max_train_steps 2000 --learning_rate 2e-5
 #             --beta_dpo 5000
 #   try it    TINY=1 bash scripts/train_dpo_sd_v1_5.sh      the same thing on the shipped tiny model, on a CPU, in three minutes
 #   plan it   bash scripts/train_dpo_sd_v1_5.sh --dry_run      it counts the pairs, so a data set of the Hub is downloaded for it

@@ -514,8 +514,8 @@ def add_refl_args(parser: Parser) -> None:
     )
     g.add_argument(
         "--grad_scale", type=positive_float,
-        help="weight of the reward's loss beside the pre-training loss (unset: 1e-3 with one, as published, else 1: Adam divides it out, "
-        "unless gradients so small meet its epsilon)",
+        help="weight of the reward's loss beside the pre-training loss (unset: 1e-3 with one, as published, else 1); alone it decides "
+        "only how --max_grad_norm and --adam_epsilon act",
     )
     g.add_argument("--decode_batch_size", type=positive_int, default=1, help="pictures that are decoded at once, with gradient")
 

@@ -339,7 +339,7 @@ def assemble(
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     each = len(pictures[0]) // len(parts[0])  # pictures of a sample
     sizes = [[buckets.assign(one.width, one.height, shapes) for one in part.records[::each]] for part in pictures]
-    of_loss = [masks(part, part_sizes) if masks else None for part, part_sizes in zip(pictures, sizes, strict=True)]
+    loss_masks = [masks(part, part_sizes) if masks else None for part, part_sizes in zip(pictures, sizes, strict=True)]
     order = "order" if first_position == 0 else "second order"
     plan = buckets.Plan(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed, order)
     run.print(
@@ -355,9 +355,9 @@ def assemble(
         first_position=first_position,
         training=kind(
             parts[0], sizes[0], caption_dropout=args.caption_dropout, random_crop=args.random_crop, flip=not args.no_hflip,
-            masks=of_loss[0], **common,
+            masks=loss_masks[0], **common,
         ),
-        held_out=kind(parts[1], sizes[1], masks=of_loss[1], **common),
+        held_out=kind(parts[1], sizes[1], masks=loss_masks[1], **common),
     )  # fmt: skip
 
 

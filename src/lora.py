@@ -146,7 +146,7 @@ def _attach(
         adapter_name=ADAPTER,
     )  # fmt: skip
     for _, layer in _layers(module):
-        if not use_dora:  # DoRA takes the precision of its norms from the input
+        if not use_dora and not dropout:  # DoRA takes the precision of its norms from the input; dropout scales in fp32
             layer._cast_input_dtype = _unless_autocast
         for parameter in _tensors(layer).values():
             parameter.data = parameter.data.float()  # peft casts them to the base's dtype, where small updates vanish

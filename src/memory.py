@@ -7,7 +7,8 @@ Those marked * are there under autocast alone, and are 4 bytes: fp32 copies for 
                            2 d    queries and keys before their norm (under autocast 2 d * besides)
                            4 d    queries, keys, values and the result of attention
                            4 d    input of GELU
-    a trained layer        its input, d or 4 d; queries, keys and values share theirs (see `speed.narrow_once`)
+    a trained layer        its input, d or 4 d; queries, keys and values share theirs (see `speed.narrow_once`), unless an adapter has
+                           dropout: then each has its own, and a byte for each number of it
       with an adapter      its rank besides, between the two matrices
     trained modulation     2 d    results of the layer norms (under autocast *, instead)
                            2 d    results of attention and MLP before their gates
@@ -17,7 +18,7 @@ Those marked * are there under autocast alone, and are 4 bytes: fp32 copies for 
 A compiled block keeps what it would keep without autocast, in 2 bytes: the compiler makes no copies. Nor does it keep what it can compute
 again from what is there: results of norms, and the second norm's input where the results before the gates are kept.
 
-The tests count what autograd keeps, on tensors without memory (`tests/test_memory.py`).
+What DoRA computes besides is not counted. The tests count what autograd keeps, on tensors without memory (`tests/test_memory.py`).
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ def _rank(layer: nn.Module) -> int:
     return sum(adapter.out_features for adapter in adapters.values())
 
 
+def _apart(layer: nn.Module) -> bool:
+    """Whether the layer's adapter reads an input of its own, of which dropout leaves a part."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in getattr(layer, "lora_dropout", nn.ModuleDict()).values())
+
+
 def _layers(block: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
     """Those of the linear layers that the block has; the last block has no text after its attention."""
     modules = dict(block.named_modules())
@@ -91,7 +97,9 @@ def _inputs(layers: dict[str, nn.Module], step: Step, *, own_result: bool) -> in
         if not _trains(layer):
             continue
         total += _rank(layer) * size
-        if name.endswith(("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")):
+        if _apart(layer):
+            total += layer.in_features * (size + 1)  # a byte for each number that may be dropped
+        elif name.endswith(("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")):
             shared = layer.in_features * size
         elif not name.endswith("to_out.0") or own_result:
             total += layer.in_features * size
@@ -171,7 +179,7 @@ def _copies(transformer: nn.Module, step: Step) -> list[int]:
 def forward_bytes(transformer: nn.Module, step: Step) -> int:
     """Bytes that are there at the end of a forward pass alone: autocast's copies of weights, which a checkpointed block's backward pass
     does not keep, but which autocast remembers as long as it lasts."""
-    return sum(_copies(transformer, step)) if step.checkpoint_every == 1 else 0
+    return sum(_copies(transformer, step)) if step.checkpoint_every == 1 and not step.compiled else 0
 
 
 def peak_bytes(

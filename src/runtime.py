@@ -306,7 +306,7 @@ def _settle_numerics(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = args.allow_tf32 is not False  # unset: torch's own defaults, TF32 in convolutions alone
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time: nothing here reads what it has not written
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
 

@@ -102,8 +102,7 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> tuple[n
     if not getattr(accelerator, "is_fsdp2", False):
         return accelerator.prepare(model, optimizer)
     if accelerator.mixed_precision != "no":
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy(dtype)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy(torch.bfloat16)  # fp16 was refused
         forward = model.forward
 
         def under_autocast(*args: Any, **kwargs: Any) -> Any:

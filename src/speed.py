@@ -96,7 +96,7 @@ def narrow_once(model: nn.Module) -> None:
     """Under autocast, convert what an attention reads once, instead of in each of its projections, and of their adapters.
 
     The norms before it give fp32 there. Each of three projections and three adapters would make, and keep for the backward pass, a
-    16-bit copy of its own; the numbers are the same.
+    16-bit copy of its own. The forward pass is the same to the bit; the gradients of what is shared are summed in 16 bits instead of fp32.
     """
     from diffusers.models.attention_processor import Attention
 

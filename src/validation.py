@@ -217,6 +217,7 @@ def _curves(lines: list[dict], width: int, panels: dict[str, str] | None) -> Ima
     if panels is None:
         panels = {"training loss": "loss"} | ({"validation loss, fixed noise": "val_loss"} if _points(lines, "val_loss") else {})
     levels = supervised and len(panels) == 2
+    panels = {title: name for title, name in panels.items() if _points(lines, name)} or panels  # what was not measured has none
     count = len(panels) + levels
     figure, axes = plt.subplots(1, count, figsize=(width / 100, 3.3), dpi=100, layout="constrained", squeeze=False)
     axes = list(axes[0])

@@ -129,6 +129,20 @@ def test_the_grid_of_a_long_list_is_cut_and_every_picture_is_kept(draw, monkeypa
     assert 2 * 128 < wide < 4 * 128  # label and two cells of 128
 
 
+def test_pictures_of_one_seed_stand_beside_each_other(monkeypatch):
+    """Two columns, two seeds from 7 on, one prompt: base and tuned of 7, then of 8; one picture for each is named without its seed."""
+    seen, real = [], gallery.images.grid
+    monkeypatch.setattr(gallery.images, "grid", lambda cells, **options: seen.append(options) or real(cells, **options))
+    colors = {("base", 0): "red", ("tuned", 0): "lime", ("base", 1): "blue", ("tuned", 1): "white"}
+    cells = {key: (Image.new("RGB", (128, 128), color), {}) for key, color in colors.items()}
+    sheet = gallery.sheet(cells, ["a star"], ["base", "tuned"], range(7, 9))
+    centres = [sheet.getpixel((x, sheet.height - 70)) for x in range(sheet.width - 4 * 134 + 64, sheet.width, 134)]
+    assert centres == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    assert seen[-1]["column_labels"] == ["base, seed 7", "tuned, seed 7", "base, seed 8", "tuned, seed 8"]
+    gallery.sheet(cells, ["a star"], ["base", "tuned"], range(7, 8))
+    assert seen[-1]["column_labels"] == ["base", "tuned"]
+
+
 # ---------------------------------------------------------------------------------------------- scores
 
 

@@ -94,7 +94,7 @@ def test_a_page_and_a_picture(monkeypatch, tmp_path):
     learning_curves.write_into(page, learning_curves.table(results, Table("page.md", SCORE, (0.6,), {"nft": "NFT"})))
     assert page.read_text().startswith("above\n") and page.read_text().endswith("below\n")
     assert "| NFT | 10.0 |" in page.read_text() and "old" not in page.read_text()
-    learning_curves.draw(results, [Panel("strict", SCORE, {"nft": "NFT"}, percent=True, goals={0.6: "half"})], tmp_path / "curve.png")
+    learning_curves.draw(results, [Panel("strict", SCORE, {"nft": "NFT"}, percent=True, dashed={0.6: "half"})], tmp_path / "curve.png")
     from PIL import Image
 
     assert Image.open(tmp_path / "curve.png").width > 400

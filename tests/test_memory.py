@@ -17,6 +17,7 @@ TINY = MEDIUM | {
 STEP = memory.Step(batch=1, image_tokens=64, text_tokens=20)  # 128 px
 ADAPT = {
     "LoRA": lambda model: lora.add(model, rank=16),
+    "LoRA, dropout": lambda model: lora.add(model, rank=16, dropout=0.1),
     "LoRA, MLP too": lambda model: lora.add(model, rank=4, layers="attn.to_q,attn2.to_v,attn.to_out.0,ff.net.0.proj,ff.net.2"),
     "full": full.select,
     "some blocks": lambda model: full.select(model, blocks="1"),
@@ -133,6 +134,7 @@ def test_a_compiled_block_by_hand(adapt, dual, each):
 KINDS = [
     pytest.param("LoRA", {}, id="LoRA"),
     pytest.param("LoRA", {"autocast": False}, id="LoRA, fp32", marks=pytest.mark.slow),
+    pytest.param("LoRA, dropout", {}, id="LoRA, dropout", marks=pytest.mark.slow),
     pytest.param("LoRA, MLP too", {}, id="LoRA on other layers", marks=pytest.mark.slow),
     pytest.param("full", {}, id="full"),
     pytest.param("full", {"wide": True}, id="full, fp32 weights", marks=pytest.mark.slow),
@@ -202,6 +204,11 @@ def test_what_a_forward_pass_holds_at_its_end_alone():
     )
     assert memory.forward_bytes(model, memory.Step(1, 64, 20, wide=True)) == 0  # they are among what is kept
     assert memory.forward_bytes(model, memory.Step(1, 64, 20, checkpoint_every=1)) == 0  # weights in 16 bits are their own copies
+    assert memory.forward_bytes(model, memory.Step(1, 64, 20, wide=True, checkpoint_every=1, compiled=True)) == 0  # its own code
+    model = geometry.build(TINY | {"num_layers": 2, "dual_attention_layers": ()})
+    lora.add(model, rank=4)
+    adapters = sum(p.numel() for p in lora.parameters(model))
+    assert memory.forward_bytes(model, memory.Step(1, 64, 20, checkpoint_every=1)) == 2 * adapters  # these are fp32 beside 16-bit weights
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """The gradient of a reward through the sampler: by hand, against plain loops, by finite differences; what it must not flow through."""
 
+import argparse
 import copy
 
 import pytest
@@ -222,6 +223,42 @@ def test_decoding_in_parts_that_are_recomputed_is_decoding(model):
     assert images.dtype == torch.float32 and images.shape == (3, 3, 64, 64)
     ours, theirs = (torch.autograd.grad(weigh(value), x0)[0] for value in (images, clamped))
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()  # rounding: the VAE saw two and one, or three; in bf16 it would be 1e-2
+
+
+def test_a_checkpointed_decoder_has_the_same_gradient_and_keeps_less_at_work(model):
+    """--gradient_checkpointing: bit for bit, though the decoder's blocks are computed once more while it is recomputed."""
+    x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    calls = []
+    hook = model.vae.decoder.up_blocks[-1].register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def run():
+        calls.clear()
+        (found,) = torch.autograd.grad(weigh(refl.decode(model, x0, 1)), x0)
+        return found, len(calls)
+
+    plain, twice = run()
+    model.vae.enable_gradient_checkpointing()
+    try:
+        checkpointed, thrice = run()
+    finally:
+        model.vae.disable_gradient_checkpointing()
+        hook.remove()
+    assert torch.equal(plain, checkpointed) and (twice, thrice) == (4, 6)
+
+
+def test_weights_cast_for_the_rollout_are_not_met_by_the_gradient(unet):
+    """bf16, all weights: autocast's copies made without gradient are gone when the step with gradient begins."""
+    policy, first, draw, schedule = copy.deepcopy(unet).train(), torch.full((3,), 4), drawing(), schedule_for()
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    run = argparse.Namespace(accelerator=argparse.Namespace(autocast=autocast))
+    condition = sd15.Conditioning(torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(5)), torch.zeros(3, 0))
+    predict = refl.predictor(run, policy, condition, None, 1.0)
+    with refl.sampling(run, policy):
+        assert not policy.training
+        x_t = sd15_rollout.rollout(predict, first, schedule, draw)
+    assert policy.training and x_t.dtype == torch.float32
+    (x0,) = refl.clean_latents(predict, x_t, first, schedule, draw, method="refl")
+    assert all(part is not None and part.any() for part in torch.autograd.grad(weigh(x0), list(policy.parameters()), allow_unused=True))
 
 
 def test_rewards_above_the_threshold_teach_nothing():

@@ -130,3 +130,13 @@ def test_the_configuration_file_is_one_that_accelerate_reads_and_shards_the_bloc
     from diffusers.models.transformers import transformer_sd3
 
     assert hasattr(transformer_sd3, settings["fsdp_transformer_layer_cls_to_wrap"])
+
+
+def test_fp16_is_refused_where_weights_are_spread():
+    """accelerate 1.15 takes the loss scale off the gradients twice there, which torch refuses at the first step."""
+    settings = dict(pieces=False, train_text_encoder=False, optimizer="adamw")
+    spread = {"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}
+    with pytest.raises(ValueError, match="--mixed_precision fp16 does not work under FSDP2: use bf16"):
+        sharding.check(spread, **settings, mixed_precision="fp16")
+    sharding.check(spread, **settings, mixed_precision="bf16")
+    sharding.check({}, **settings, mixed_precision="fp16")

@@ -197,6 +197,33 @@ def test_inputs_are_converted_once_and_no_number_changes(model, adapted):
         assert (fewer, less) == (copies, kept)
 
 
+@pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "LoRA"])
+def test_gradients_summed_in_16_bits_are_as_good(model, adapted, monkeypatch):
+    """With norms that give fp32 under autocast, as on a GPU: the same prediction, and gradients as far from those in fp32 as before."""
+    norm = torch.nn.functional.layer_norm
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs).float())
+    if adapted:
+        attention = "attn" if hasattr(model, "transformer_blocks") else "attn1"
+        lora.add(model, rank=2, layers=f"{attention}.to_q,{attention}.to_v")
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.1)
+
+    def run(**options):
+        with torch.autocast("cpu", torch.bfloat16, **options):
+            with torch.no_grad():
+                value = forward(model)
+            found = gradients(model)
+        return value, torch.cat([found[name].flatten() for name in sorted(found)])
+
+    exact = run(enabled=False)[1]
+    value, before = run()
+    speed.narrow_once(model)
+    narrowed, after = run()
+    assert torch.equal(narrowed, value)
+    assert (after - exact).norm() < 1.1 * (before - exact).norm() < 0.05 * exact.norm()
+
+
 def test_without_autocast_nothing_is_converted(model):
     want = gradients(model)
     speed.narrow_once(model)

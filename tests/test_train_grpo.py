@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import train_grpo_sd3 as script
-from src import checkpoint, ema, lora, metrics, quantize, runtime
+from src import checkpoint, ema, full, lora, metrics, quantize, runtime
 from src.pipelines import sd3, sd3_rollout
 from src.scorers import Scores
 from src.scorers.mixture import Mixture
@@ -627,6 +627,19 @@ def test_the_plan_counts_what_lies_aside_while_the_old_policy_is_asked(world, tm
     monkeypatch.setattr(script.plan, "step_memory", lambda *args, **named: counted.append(named["averages"]) or step_memory(*args, **named))
     runs.train(script, world.argv(tmp_path / "out", **(GRPO | flags), dry_run=True))
     assert counted == [copies]
+
+
+def test_the_plans_checkpoints_hold_all_weights_and_no_reference(world, tmp_path, capsys):
+    """fp32 weights with what is frozen of them, and two moments of what is trained; --kl_weight adds a copy in memory, none on the disk."""
+    rows = []
+    for kl_weight in (0.0, 0.01):
+        runs.train(script, world.argv(tmp_path / "out", group_size=4, full_weights=True, kl_weight=kl_weight, dry_run=True))
+        rows.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoints")).split(" each")[0])
+    transformer = sd3.transformer_from_config(str(world.model), None)
+    held = sum(tensor.numel() for tensor in transformer.state_dict().values()) * 4
+    full.select(transformer)
+    moments = sum(p.numel() for p in transformer.parameters() if p.requires_grad) * 8
+    assert rows[0] == rows[1] and rows[0].split(maxsplit=1)[1] == script.plan._size(held + moments)
 
 
 def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_path, capsys):
