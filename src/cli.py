@@ -40,8 +40,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         super().__init__(prog, max_help_position=40, width=118)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unset = action.default is None or action.default is False
-        return action.help if unset and not isinstance(action, argparse.BooleanOptionalAction) else super()._get_help_string(action)
+        off = action.default is False and not isinstance(action, argparse.BooleanOptionalAction)
+        return action.help if action.default is None or off else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         if action.type in (positive_int, non_negative_int, multiple_of_16):

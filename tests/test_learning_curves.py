@@ -76,6 +76,17 @@ def test_what_is_kept_of_a_run(folder, monkeypatch):
     assert two["pictures_per_step"] == 32.0 and two["processes"] == 2
 
 
+def test_the_seconds_of_a_resumed_run_are_added(folder, monkeypatch):
+    """9 s until it was stopped; the next epochs end 3 and 5 s after the new start."""
+    monkeypatch.setattr(learning_curves.rl_epoch, "step_cost", lambda args: 2.0)
+    lines = [{"step": 6, "reward": 0.5, "seconds": 3.0}, {"step": 8, "reward": 0.6, "seconds": 5.0},
+             {"step": 8, "eval_reward": 0.3, SCORE: 0.6}]  # fmt: skip
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    kept = learning_curves.record(folder, "a machine")
+    assert kept["training"]["seconds"] == [7.0, 9.0, 12.0, 14.0] and kept["evaluations"][-1]["seconds"] == 14.0
+
+
 def test_what_cannot_be_kept(folder, monkeypatch, tmp_path_factory):
     with pytest.raises(ValueError, match="output_dir of a run"):
         learning_curves.record(tmp_path_factory.mktemp("empty"), "")

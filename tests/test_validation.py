@@ -277,11 +277,11 @@ def colours(path):
 
 
 def test_the_film_strip_goes_from_first_to_last(tmp_path):
-    """7 validations, 5 prompts: 6 columns with first and last, the first 4 prompts, always the smallest seed (9 before 10)."""
-    folder = fake_run(tmp_path, range(0, 140, 20), prompts=5)
+    """9 validations, 5 prompts: 8 columns with first and last, the first 4 prompts, always the smallest seed (9 before 10)."""
+    folder = fake_run(tmp_path, range(0, 180, 20), prompts=5)
     path = validation.summary(folder, ["p"] * 5)
     shown = colours(path)
-    assert shown == {(step, 40 * row, 0) for step in (0, 20, 40, 80, 100, 120) for row in range(4)}
+    assert shown == {(step, 40 * row, 0) for step in (0, 20, 40, 60, 100, 120, 140, 160) for row in range(4)}
 
 
 def test_the_strip_of_large_pictures_stays_small(tmp_path):
