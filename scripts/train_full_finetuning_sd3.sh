@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All weights of SD3.5-medium's transformer on captioned pictures.
 #
-#   needs     one GPU of 80 GB (fp32 weights, AdamW, EMA: 46 GiB predicted), 130 GB of disk, models/stable-diffusion-3.5-medium and a captioned
+#   needs     one GPU of 80 GB (fp32 weights, AdamW, EMA: 45 GiB predicted), 130 GB of disk, models/stable-diffusion-3.5-medium and a captioned
 #             data set; without --dataset_name it takes eleven photographs, to show that it runs
 #   smaller   --config scripts/presets/full-24gb.yaml, full-16gb.yaml or full-12gb.yaml;  faster, in a longer run: --compile
 #   override  any argument:  bash scripts/train_full_finetuning_sd3.sh --dataset_name datas/mine --max_train_steps 500

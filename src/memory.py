@@ -4,7 +4,7 @@ What a block keeps, in numbers for each of its tokens; d is the width of the mod
 Those marked * are there under autocast alone, and are 4 bytes: fp32 copies for the norms.
 
     any block              2 d    inputs of the two layer norms (under autocast *, instead)
-                           2 d    queries and keys before their norm (under autocast 2 d * besides)
+                           2 d    queries and keys before their norm (`src/norms.py`)
                            4 d    queries, keys, values and the result of attention
                            4 d    input of GELU
     a trained layer        its input, d or 4 d; queries, keys and values share theirs (see `speed.narrow_once`), unless an adapter has
@@ -12,7 +12,7 @@ Those marked * are there under autocast alone, and are 4 bytes: fp32 copies for 
       with an adapter      its rank besides, between the two matrices
     trained modulation     2 d    results of the layer norms (under autocast *, instead)
                            2 d    results of attention and MLP before their gates
-    trained q and k norms  2 d    queries and keys before their weights (under autocast, if the weights are fp32: *, instead)
+    trained q and k norms  2 d    queries and keys before their weights (nothing under autocast)
     a dual block           all of this again for image tokens, but for layer norms, GELU and MLP
 
 A compiled block keeps what it would keep without autocast, in 2 bytes: the compiler makes no copies. Nor does it keep what it can compute
@@ -108,9 +108,9 @@ def _inputs(layers: dict[str, nn.Module], step: Step, *, own_result: bool) -> in
 
 def _attention(d: int, norms: nn.Module | None, step: Step) -> int:
     """Bytes per token: queries and keys before their norm, then queries, keys, values and the result."""
-    before = 0 if norms is None else 2 * (_size(step) + 4 * _copied(step))
-    normed = 2 * (4 if step.wide and _copied(step) else _size(step)) if _trains(norms) and not step.compiled else 0
-    return d * (before + 4 * _size(step) + normed)
+    before = 0 if norms is None else 2
+    normed = 2 if _trains(norms) and not (step.compiled or step.autocast) else 0
+    return d * (before + 4 + normed) * _size(step)
 
 
 def _stream(block: nn.Module, names: Sequence[str], modulation: nn.Module, norms: nn.Module | None, step: Step) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from src import norms
 from src.lora import under_autocast, unwrap
 
 # diffusers' names. Its own `set_attention_backend` changes nothing here: neither SD3's nor SD1.5's processors ask it which kernel to take.
@@ -56,6 +57,7 @@ def apply(model: nn.Module, args: argparse.Namespace) -> None:
     """Set up the model as the flags say; after adapters were added, before `accelerator.prepare`."""
     set_attention(model, args.attention_backend)
     narrow_once(model)
+    norms.lean(model)
     if args.gradient_checkpointing:
         checkpoint_blocks(model, args.checkpoint_every)
     if args.compile:

@@ -22,7 +22,7 @@ RUN_LAYER = {
 MAY_IMPORT = {
     "__init__": set(),
     "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
-    "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"},
+    "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"}, "norms": {"lora"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", *MATHS},
     "scorers": {"scorers", "images", "tiny", "cli"},  # cli: the program in __main__
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "tiny": {"tiny", "cli", "images", "flow", "seeds", "scorers"},  # scorers: the tour measures by them
     "grpo_variants": MATHS,
     **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize", "memory",
-              "rounding", "sharding", "gallery", *MATHS} - {name} for name in RUN_LAYER},
+              "rounding", "sharding", "gallery", "norms", *MATHS} - {name} for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}
 HEAVY = {

@@ -1,0 +1,124 @@
+"""RMS norms of queries and keys under autocast: against the formula in fp64, against diffusers' module, and what they keep."""
+
+import pytest
+import torch
+from diffusers.models.normalization import RMSNorm as Plain
+from torch import nn
+
+from src import norms
+
+EPS = 1e-6
+
+
+def formula(x, weight):
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def heads(dtype, scale=1.0):
+    """(pictures, heads, tokens, numbers) as an attention makes them: a view, tokens before heads in memory."""
+    return (torch.randn(2, 9, 3, 64, generator=torch.Generator().manual_seed(0)) * scale).to(dtype).transpose(1, 2)
+
+
+def value_and_gradients(function, x, weight, gradient):
+    x, weight = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    y = function(x, weight)
+    return y, *torch.autograd.grad(y, (x, weight), gradient.to(y.dtype))
+
+
+def ours(x, weight):
+    return norms.RMSNorm.apply(x, weight, EPS)
+
+
+def diffusers(x, weight):
+    module = Plain(64, eps=EPS)
+    module.weight = nn.Parameter(weight)
+    del module._parameters["weight"]
+    module.weight = weight  # the tensor itself, for its gradient
+    return module(x)
+
+
+WEIGHT = 1 + 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(1))
+GRADIENT = torch.randn(2, 3, 9, 64, generator=torch.Generator().manual_seed(2))
+
+
+def test_in_fp32_it_is_the_formula():
+    want = value_and_gradients(formula, heads(torch.float64), WEIGHT.double(), GRADIENT)
+    found = value_and_gradients(ours, heads(torch.float32), WEIGHT, GRADIENT)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, None], ids=["fp32 weights", "16-bit weights"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_it_is_as_near_to_the_formula_as_diffusers(dtype, weights):
+    """Value and gradients. Where the weights are fp32 diffusers' result is too; attention then rounds it, as here."""
+    x, weight = heads(dtype), WEIGHT.to(weights or dtype)
+    exact = value_and_gradients(formula, x.double(), weight.double(), GRADIENT.to(dtype))
+    before = value_and_gradients(lambda x, weight: diffusers(x, weight).to(dtype), x, weight, GRADIENT.to(dtype))
+    found = value_and_gradients(ours, x, weight, GRADIENT.to(dtype))
+    assert found[0].stride() == found[1].stride() == x.stride()  # whatever the gradient's layout: no copy for the projection before
+    for a, b, want in zip(found, before, exact, strict=True):
+        assert a.dtype == b.dtype
+        # a number is off by half of the last place at most: each of three roundings by a relative eps / 2
+        assert (a - want).norm() < 1.3 * (b - want).norm() and (a - want).norm() < 1.5 * torch.finfo(dtype).eps * want.norm()
+
+
+def test_fp16_does_not_overflow():
+    """Queries of 600 and a scaled gradient of 600: their product is beyond 65504, and so is a query's square."""
+    x, gradient = heads(torch.float16, 600), GRADIENT.to(torch.float16) * 600
+    exact = value_and_gradients(formula, x.double(), WEIGHT.double(), gradient)
+    for found, want in zip(value_and_gradients(ours, x, WEIGHT.half(), gradient), exact, strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), want, rtol=0.01, atol=0.01 * want.abs().max().item())
+
+
+# --------------------------------------------------------------------------- in a model
+
+
+@pytest.fixture
+def pair():
+    """A module as diffusers has it, and one that was made lean."""
+    plain, lean = Plain(64, eps=EPS).bfloat16(), nn.Sequential(Plain(64, eps=EPS).bfloat16())
+    for module in (plain, lean[0]):
+        module.weight.data.copy_(WEIGHT)
+        module.requires_grad_(False)
+    norms.lean(lean)
+    return plain, lean
+
+
+def kept(module, x):
+    """Bytes that the backward pass needs, weights aside."""
+    tensors = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensors.append(tensor) or tensor, lambda tensor: tensor):
+        module(x.detach().requires_grad_())
+    own = {weight.data_ptr() for weight in module.parameters()}
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.data_ptr() not in own}.values())
+
+
+def test_under_autocast_it_keeps_the_input_alone(pair):
+    plain, lean = pair
+    x = heads(torch.bfloat16)
+    numbers, rows = x.numel(), x.numel() // 64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept(lean, x) == 2 * numbers + 4 * rows
+        assert kept(plain, x) >= 6 * numbers  # the input, and a copy in fp32
+
+
+def test_elsewhere_it_is_diffusers_own(pair):
+    """Without autocast, in fp32, and while compiling: to the bit."""
+    plain, lean = pair
+    x = heads(torch.bfloat16)
+    assert torch.equal(lean(x), plain(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lean(x.float()), plain(x.float()))
+        graphs = []
+        compiled = torch.compile(lean, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+        assert torch.equal(compiled(x), plain(x)) and len(graphs) == 1
+        assert not any("RMSNorm" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_norms_with_a_bias_or_without_a_weight_are_left_alone():
+    for options in (dict(bias=True), dict(elementwise_affine=False)):
+        module = Plain(64, eps=EPS, **options)
+        norms.lean(nn.Sequential(module))
+        assert "forward" not in vars(module)
