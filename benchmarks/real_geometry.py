@@ -372,7 +372,7 @@ def measure(row: Row, args: argparse.Namespace, deadline: float) -> dict[str, An
     return {
         "unit": loop.unit, "batch": batch, "per_second": batch / seconds, "seconds_per_step": seconds, "steps": times * WINDOWS,
         "tflop_per_sample": flops / 1e12, "tflops": flops * batch / seconds / 1e12, "matmul_tflops": rate / 1e12,
-        "share_of_matmul": flops * batch / seconds / rate, **highest, "planned_peak": planned and planned.peak,
+        "share_of_matmul": flops * batch / seconds / rate, **highest, "planned_peak": planned.peak,
         "uncompiled": {str(size): found for size, found in tried.items()}, "compile_seconds": compiled - compiling, **passes,
     }  # fmt: skip
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 import train_ddpo_sd3
 import train_dpo_sd15
 import train_dreambooth_lora_sd3
@@ -18,8 +20,8 @@ import train_refl_sd15
 import train_text_to_image_lora_sd3
 from benchmarks import aligned, loops
 from benchmarks.loops import Loop, Setting, arguments
-from src import full, lora, plan, policy
-from src.pipelines import geometry
+from src import full, lora, plan, policy, unet
+from src.pipelines import geometry, sd15
 
 Planned = Callable[[Setting, argparse.Namespace], plan.StepMemory]
 
@@ -29,13 +31,15 @@ class Trainer:
     """A training script and how its step is measured.
 
     Attributes:
-        loop: sets the step up; planned: its memory as --dry_run plans it, of the parts that the loop holds (None: there is no plan yet).
+        loop: sets the step up; planned: its memory as --dry_run plans it, of the parts that the loop holds.
+        model: a key of geometry.MODELS, for scripts whose flags depend on their model's configuration files.
         checked: flags of the check that its numbers are right; as_fp32: flags that make it compute in fp32 throughout.
     """
 
     script: ModuleType
     loop: Callable[[Setting], Loop]
-    planned: Planned | None = None
+    planned: Planned
+    model: str | None = None
     checked: tuple[str, ...] = ()
     as_fp32: tuple[str, ...] = ("--mixed_precision", "no", "--no-allow_tf32")
 
@@ -78,6 +82,32 @@ def planned_rollouts(setting: Setting, args: argparse.Namespace) -> plan.StepMem
                             accumulated=True)  # fmt: skip
 
 
+def planned_unet(setting: Setting, args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
+    """The UNet on the meta device, with what is trained, and what `plan.unet_memory` has to know of it."""
+    module = geometry.build(setting.config("sd1.5", "unet"))
+    whole = None if args.use_lora else plan.Whole(("unet",), weight=4, gradient=4)
+    number = whole.weight if whole else plan.BYTES[args.mixed_precision]
+    weights = plan.weight_bytes({"unet": sum(p.numel() for p in module.parameters())}, module, number, "unet")
+    unet.adapt(module, args)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return module, dict(weights=weights, trained=trained, tokens=aligned.CLIP_TOKENS, whole=whole, family=sd15)
+
+
+def planned_pairs(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+    module, known = planned_unet(setting, args)
+    return plan.unet_memory(args, module, **known, batch=2 * args.train_batch_size, frozen_copy=not args.use_lora)
+
+
+def planned_reward_gradient(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+    module, known = planned_unet(setting, args)
+    vae = geometry.build(setting.config("sd1.5", "vae"))
+    known["weights"]["vae"] = 4 * sum(p.numel() for p in vae.parameters())
+    passes = 2 if args.guidance_scale > 1 else 1
+    several = args.gradient_accumulation_steps > 1 or (args.method == "draft_lv" and args.num_renoised > 0)
+    return plan.unet_memory(args, module, **known, batch=passes * args.train_batch_size, after=plan.decoding_bytes(args, vae, sd15),
+                            chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
+
+
 # --------------------------------------------------------------------------- the list
 
 TRAINERS = {
@@ -87,8 +117,8 @@ TRAINERS = {
     "dreambooth": Trainer(train_dreambooth_lora_sd3, loops.dreambooth_sd3, planned_lora_sd3, checked=loops.PRIOR),
     "grpo": Trainer(train_grpo_sd3, aligned.grpo_sd3, planned_rollouts),
     "ddpo": Trainer(train_ddpo_sd3, aligned.ddpo_sd3, planned_rollouts),
-    "dpo": Trainer(train_dpo_sd15, aligned.PreferenceLoop),
-    "refl": Trainer(train_refl_sd15, aligned.RewardGradientLoop),
+    "dpo": Trainer(train_dpo_sd15, aligned.PreferenceLoop, planned_pairs, model="sd1.5"),
+    "refl": Trainer(train_refl_sd15, aligned.RewardGradientLoop, planned_reward_gradient, model="sd1.5"),
 }  # fmt: skip
 
 
@@ -96,11 +126,14 @@ def make(setting: Setting) -> Loop:
     return TRAINERS[setting.trainer].loop(setting)
 
 
-def planned(setting: Setting, batch: int) -> plan.StepMemory | None:
-    """The memory of a step of `batch` samples; None for a trainer that has no plan yet. Nothing is built but on the meta device."""
+def planned(setting: Setting, batch: int | None = None) -> plan.StepMemory:
+    """The memory of a step of `batch` samples, None: as the flags say. Nothing is built but on the meta device."""
     trainer = TRAINERS[setting.trainer]
-    if trainer.planned is None:
-        return None
-    args = arguments(trainer.script, setting, Path(tempfile.gettempdir()) / "planned", dry_run=True)
-    args.train_batch_size = batch
-    return trainer.planned(setting, args)
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model" if trainer.model else None
+        if model:
+            geometry.write_configs({part: setting.config(trainer.model, part) for part in geometry.MODELS[trainer.model]}, model)
+        args = arguments(trainer.script, setting, Path(folder) / "planned", model, dry_run=True)
+        if batch is not None:
+            args.train_batch_size = batch
+        return trainer.planned(setting, args)

@@ -1,8 +1,8 @@
 """RMS norm of queries and keys under autocast, in fewer passes through memory, keeping 16-bit inputs alone for the backward pass.
 
 diffusers' `RMSNorm` is written for clarity: uncompiled, each norm goes through memory a dozen times and keeps an fp32 copy of its input, a
-quarter of all that a LoRA of SD3.5-medium keeps. Here products are computed in fp32 and stored in 16 bits by the same pass (`out=`). torch's
-own fused norm (`torch.nn.functional.rms_norm`) gives each row a block of threads of its own; here a row is the 64 numbers of a head.
+quarter of all that a LoRA of SD3.5-medium keeps. Here products are computed in fp32 and stored in 16 bits by the same pass (`out=`).
+torch's own fused norm (`torch.nn.functional.rms_norm`) gives each row a block of threads; here a row is the 64 numbers of a head.
 """
 
 from __future__ import annotations

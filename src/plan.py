@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import inputs, lora, memory, optim, policy, quantize, rewards, rounding, speed
+from src import activations, inputs, lora, memory, optim, policy, quantize, rewards, rounding, speed
 from src.data import buckets, captions
 from src.pipelines import sd3
 
@@ -23,7 +24,8 @@ BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number
 TRAINED_BYTES = {"adamw": 16, "adamw8bit": 10, "prodigy": 24, "adafactor": 9}
 EMA_BYTES = 4  # per trained parameter with --use_ema
 RATE = 300e12  # FLOP/s: about half of what an H100's matrix multiplications reach in bf16, a good training step on it
-UPDATE_BYTES = 16  # per bf16 weight that is being updated: fp32 copies of it and of its gradient, its random bits, the sum
+UPDATE_BYTES = 8  # per bf16 weight of a piece that is being updated: fp32 copies of it and of its gradient
+ROUNDING_BYTES = 4  # per bf16 weight of the tensor that is being rounded: its random bits
 ENTRY_BYTES = 256  # of a cache file besides its tensors: names, shapes and key
 
 
@@ -103,14 +105,20 @@ def show(
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     flops = sample_flops(family, denoiser, args, tokens, preference) * batch * (2 if subject and subject.class_images else 1)
     twice = True if subject and subject.class_images else None  # gradients of the subject wait for those of the class
-    step = step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, accumulated=twice) if family is sd3 else None
+    if family is sd3:
+        step = step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, accumulated=twice)
+    else:
+        together = args.train_batch_size * (2 if preference and preference.reference else 1)
+        step = unet_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
+                           frozen_copy=reference > 0)  # fmt: skip
 
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
     if reference:
         rows.insert(-1, ("  reference", f"{counts[family.DENOISER]:>15,} parameters  {_size(reference):>9}"))
     kind, epochs = "pairs" if preference else "pictures", args.max_train_steps * batch / len(samples)
-    rows += _activation_rows(step, f"{args.train_batch_size} picture(s)") + [
-        ("memory", _memory(args, weights, trained_bytes + reference, step)),
+    rows += [
+        _activation_row(args, step, f"{args.train_batch_size} {kind[:-1]}(s)"),
+        ("memory", _memory(args, weights, step)),
         (kind, _samples(samples, held_out)),
         *(subject.rows if subject else []),
         ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
@@ -156,8 +164,9 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
     prompts = {"", args.negative_prompt, *found.texts}
     entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
-    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + _activation_rows(peak, f"{together} picture(s)") + [
-        ("memory", _memory(args, weights, trained_bytes, peak) + "; scorers come on top"),
+    rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
+        _activation_row(args, peak, f"{together} picture(s)"),
+        ("memory", _memory(args, weights, peak) + "; scorers come on top"),
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
         ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
         ("  sampling", f"{pictures * args.num_inference_steps * passes:,} forward passes"),
@@ -195,13 +204,19 @@ def show_reward_gradient(
     trained_bytes = trained * per_trained_parameter(args, whole)
 
     passes = 2 if args.guidance_scale > 1 else 1
+    several = args.gradient_accumulation_steps > 1 or pretraining is not None or (trained_steps > 1 and not recomputed)
+    decoding = decoding_bytes(args, family.vae_from_config(path, args.revision), family)
+    peak = unet_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family,
+                       batch=passes * args.train_batch_size, after=decoding, chained=recomputed, accumulated=several)  # fmt: skip
     step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
     forward = _passes(denoiser, args.resolution, tokens, family)[0]
     each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
     rate, texts = optim.learning_rate(args.learning_rate, args.scale_lr, batch), {"", *found.texts}
     width, pooled = family.text_width(denoiser.config)
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
-        ("memory", _memory(args, weights, trained_bytes) + "; scorers, too"),
+        _activation_row(args, peak, f"{args.train_batch_size} picture(s)"),
+        ("  decoding", f"{_size(decoding)}, {min(args.decode_batch_size, args.train_batch_size)} picture(s) at a time"),
+        ("memory", _memory(args, weights, peak) + "; scorers come on top"),
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_steps} steps"),
         ("pictures", f"{len(pretraining or []):,} for the pre-training loss"),
         ("steps", f"{args.max_train_steps:,} of {batch} drawn picture(s), one process"),
@@ -284,13 +299,14 @@ class StepMemory:
 
     Attributes:
         resident: weights, optimizer state and average; kept: activations when the backward pass begins; working: what that pass needs
-            besides; peak: the most of all at any time.
+            besides; peak: the most of all at any time; uncompiled: though the run compiles, which keeps less.
     """
 
     resident: float
     kept: int
     working: int
     peak: float
+    uncompiled: bool = False
 
 
 def step_memory(
@@ -313,17 +329,80 @@ def step_memory(
     )  # fmt: skip
     kept, working = memory.activation_bytes(transformer, step)
     gradient = whole.gradient if whole else 4
-    stays = [size for part, size in weights.items() if not _leaves(args, part)]
-    resident = sum(stays) + trained * (per_trained_parameter(args, whole) - gradient + EMA_BYTES * averages)
+    resident = _resident(args, weights, trained, whole) + trained * EMA_BYTES * averages
     updating = 0
     if whole and whole.weight == 2:
-        pieces = max(p.numel() for p in transformer.parameters() if p.requires_grad) if whole.gradient == 0 else rounding.PIECE
-        updating = UPDATE_BYTES * min(pieces, trained)
+        largest = max(p.numel() for p in transformer.parameters() if p.requires_grad)
+        updating = UPDATE_BYTES * (largest if whole.gradient == 0 else min(rounding.PIECE, trained)) + ROUNDING_BYTES * largest
     peak = memory.peak_bytes(
         resident=resident, gradients=trained * gradient, kept=kept, working=working, forward=memory.forward_bytes(transformer, step),
         updating=updating, accumulated=accumulated,
     )  # fmt: skip
     return StepMemory(resident, kept, working, peak)
+
+
+def unet_memory(
+    args: argparse.Namespace, unet: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None,
+    family: ModuleType, batch: int, frozen_copy: bool = False, after: int = 0, chained: bool = False,
+    accumulated: bool | None = None,
+) -> StepMemory:  # fmt: skip
+    """What a step of SD1.5 will hold, from a forward pass without memory (`src/activations.py`).
+
+    Args:
+        unet: on the meta device, with adapters or selected weights; weights, trained, tokens, accumulated: as above.
+        batch: pictures in a forward pass with gradient; frozen_copy: of the weights, which is asked afterwards, without gradient;
+            after: bytes that are needed for a moment between that pass and its backward pass; chained: several such passes follow each
+            other, of which all but the last are computed again, when the others have left gradients.
+    """
+    autocast = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
+    frozen, side = autocast or torch.float32, args.resolution // family.VAE_SCALE
+    unet = copy.deepcopy(unet).train()
+    for weight in unet.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(frozen)
+    speed.narrow_once(unet)
+
+    def forward(module: nn.Module) -> Any:
+        given = family.example_inputs(unet.config, side, tokens, batch)
+        return module(**given | {"encoder_hidden_states": given["encoder_hidden_states"].to(frozen)}, return_dict=False)[0]
+
+    def recomputed(module: nn.Module) -> list[nn.Module]:
+        return speed.blocks(module)[:: args.checkpoint_every] if args.gradient_checkpointing else []
+
+    found = activations.count(unet, forward, autocast=autocast, units=recomputed)
+    copied = 2 * sum(p.numel() for p in unet.parameters() if p.ndim > 1) if frozen_copy and autocast else 0
+    resident = _resident(args, weights, trained, whole) + (weights[family.DENOISER] if frozen_copy else 0)
+    working = found.again + found.largest
+    accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
+    peak = memory.peak_bytes(resident=resident, gradients=4 * trained, kept=found.total, working=working,
+                             forward=max(found.copies, copied, after), accumulated=accumulated)  # fmt: skip
+    if chained:
+        peak = max(peak, resident + 4 * trained + found.total + working)
+    return StepMemory(resident, found.total, working, peak, uncompiled=args.compile)
+
+
+def decoding_bytes(args: argparse.Namespace, vae: nn.Module, family: ModuleType) -> int:
+    """The most that decoding with a gradient holds: in fp32, --decode_batch_size pictures at a time, again in the backward pass.
+
+    Args:
+        vae: on the meta device.
+    """
+    side, pictures = args.resolution // family.VAE_SCALE, min(args.decode_batch_size, args.train_batch_size)
+
+    def forward(module: nn.Module) -> Any:
+        return module.decode(torch.empty(pictures, vae.config.latent_channels, side, side, requires_grad=True), return_dict=False)[0]
+
+    def recomputed(module: nn.Module) -> list[nn.Module]:
+        return [module.decoder.mid_block, *module.decoder.up_blocks] if args.gradient_checkpointing else []
+
+    found = activations.count(vae.requires_grad_(False), forward, units=recomputed)
+    return found.total + found.again + found.largest
+
+
+def _resident(args: argparse.Namespace, weights: dict[str, int], trained: int, whole: Whole | None) -> float:
+    """Bytes that are there all the time: weights, optimizer state and average."""
+    stays = [size for part, size in weights.items() if not _leaves(args, part)]
+    return sum(stays) + trained * (per_trained_parameter(args, whole) - (whole.gradient if whole else 4))
 
 
 def _state(args: argparse.Namespace, whole: Whole | None) -> str:
@@ -342,19 +421,16 @@ def _residence(args: argparse.Namespace, part: str) -> str:
     return "only while the text cache is filled" if _leaves(args, part) else ""
 
 
-def _activation_rows(step: StepMemory | None, what: str) -> list[tuple[str, str]]:
-    """None where there is no account of them."""
-    return [("activations", f"{_size(step.kept)} kept of {what}, {_size(step.working)} more in the backward pass")] if step else []
+def _activation_row(args: argparse.Namespace, step: StepMemory, what: str) -> tuple[str, str]:
+    less = ", uncompiled" if step.uncompiled else ""
+    return "activations", f"{_size(step.kept)} kept of {what}, {_size(step.working)} more in the backward pass{less}"
 
 
-def _memory(args: argparse.Namespace, weights: dict[str, int], trained: float, step: StepMemory | None = None) -> str:
-    """The two high points, of tensors alone: CUDA itself takes about half a gigabyte more. Without `step`, what is certain of them."""
+def _memory(args: argparse.Namespace, weights: dict[str, int], step: StepMemory) -> str:
+    """The two high points, of tensors alone: CUDA itself takes about half a gigabyte more."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
     filling = f"{_size(text)} while the text cache is filled, " if any(_leaves(args, part) for part in weights) else ""
-    if step is not None:
-        return f"{filling}{_size(step.peak)} ({step.peak / 2**30:.1f} GiB) at the peak of a step"
-    training = sum(size for part, size in weights.items() if not _leaves(args, part)) + trained
-    return f"{filling}{_size(training)} while training; activations come on top"
+    return f"{filling}{_size(step.peak)} ({step.peak / 2**30:.1f} GiB) at the peak of a step"
 
 
 def _checkpoints(args: argparse.Namespace, trained: int, modules: int | None, due: int, averages: int = 0) -> str:

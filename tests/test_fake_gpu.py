@@ -4,6 +4,7 @@ By hand, since it takes minutes: bash scripts/test.sh -m long tests/test_fake_gp
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -49,6 +50,80 @@ def on_the_fake_gpu(*words: str) -> subprocess.CompletedProcess:
     environment = runs.environment(**fake_gpu.environment())
     environment["PYTHONPATH"] += os.pathsep + str(runs.ROOT)
     return subprocess.run([sys.executable, *words], cwd=runs.ROOT, env=environment, capture_output=True, text=True)
+
+
+# Loops of the benchmark at a small width, on pictures large enough that activations count.
+PEAKS = """
+import gc, sys, tempfile
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks import loops, trainers
+from src.pipelines import geometry
+
+SD3, SD15 = (dict(geometry.MODELS[name]) for name in ("sd3.5-medium", "sd1.5"))
+SD3["transformer"] |= {"num_layers": 6, "num_attention_heads": 8, "caption_projection_dim": 512, "joint_attention_dim": 256,
+                       "pooled_projection_dim": 128, "dual_attention_layers": (0, 1, 2)}
+SD3["vae"] |= {"block_out_channels": (32, 32, 32, 32)}
+SD15["unet"] |= {"block_out_channels": (64, 128, 256, 256)}
+SD15["vae"] |= {"block_out_channels": (64, 128, 128, 128)}
+
+
+class Fused(torch.autograd.Function):  # keeps what a GPU's kernel does
+    @staticmethod
+    def forward(ctx, *tensors):
+        result = torch.zeros_like(tensors[0])
+        ctx.save_for_backward(*tensors, result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def fused(query, key, value, **_):
+    narrow = torch.is_autocast_enabled("cuda")
+    return Fused.apply(*(tensor.bfloat16() if narrow else tensor for tensor in (query, key, value)))
+
+
+if __name__ == "__main__":
+    trainer, batch, *flags = sys.argv[1:]
+    folder = Path(tempfile.mkdtemp())
+    geometry.write_configs(SD15 if trainer in ("dpo", "refl") else SD3, folder)
+    setting = loops.Setting(trainer, 256, ("--mixed_precision", "bf16", *flags), source=str(folder))
+    planned = trainers.planned(setting, int(batch)).peak
+    F.scaled_dot_product_attention = fused
+    loop = trainers.make(setting)
+    loop.draw(int(batch))
+    loop.step()  # makes the optimizer's state
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    loop.step()
+    print("planned", planned, "seen", torch.cuda.max_memory_allocated())
+"""
+ROLLOUT = "--num_inference_steps 4 --window_range 0 3 --window_size 2"
+PLANNED = [
+    "lora 2", "lora 2 --gradient_checkpointing", "lora 2 --gradient_checkpointing --checkpoint_every 2", "lora 2 --lora_dropout 0.1",
+    "full 2", "full 2 --gradient_checkpointing", "full 2 --weights_dtype bf16",
+    "full 2 --weights_dtype bf16 --gradient_checkpointing --fused_backward --max_grad_norm 0",
+    "dreambooth 2 --with_prior_preservation --class_prompt dog", f"grpo 4 {ROLLOUT}", f"ddpo 4 {ROLLOUT}",
+    "dpo 2", "dpo 2 --gradient_checkpointing", "dpo 2 --use_lora", "dpo 2 --use_lora --gradient_checkpointing --checkpoint_every 2",
+    "refl 2 --num_inference_steps 4 --mid_range 1 2", "refl 2 --num_inference_steps 4 --mid_range 1 2 --gradient_checkpointing",
+    "refl 2 --num_inference_steps 4 --mid_range 1 2 --use_lora --gradient_checkpointing",
+    "refl 2 --num_inference_steps 4 --method draft --draft_k 2 --use_lora",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", PLANNED)
+def test_memory_is_what_the_plan_says(words, tmp_path):
+    """The peak of a whole step, of tensors, by the counters of torch's own allocator; no workspace of real kernels is among them."""
+    (tmp_path / "peaks.py").write_text(PEAKS)
+    done = on_the_fake_gpu(str(tmp_path / "peaks.py"), *words.split())
+    assert done.returncode == 0, done.stderr[-3000:]
+    planned, seen = map(float, re.search(r"planned (\S+) seen (\S+)", done.stdout).groups())
+    assert planned == pytest.approx(seen, rel=0.07)
 
 
 def test_it_is_as_strict_as_a_gpu():

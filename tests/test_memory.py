@@ -1,12 +1,9 @@
-"""Activation memory: the arithmetic against what autograd keeps, counted on tensors that have a device, a size and no memory."""
-
-import contextlib
+"""Activation memory: the arithmetic against what autograd keeps, counted on tensors without memory."""
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from src import full, lora, memory, norms, speed
+from src import activations, full, lora, memory, norms, speed
 from src.pipelines import geometry, sd3
 
 MEDIUM = geometry.MODELS["sd3.5-medium"]["transformer"]
@@ -24,67 +21,22 @@ ADAPT = {
 }
 
 
-def flash(*tensors, **_):
-    """The kernel that a GPU takes, in autocast's dtype: it keeps its inputs and its result. The one that is chosen for tensors without
-    memory would keep every product."""
-    narrow = [tensor.to(torch.bfloat16) for tensor in tensors] if torch.is_autocast_enabled("cuda") else tensors
-    return torch.ops.aten._scaled_dot_product_flash_attention(*narrow)[0]
-
-
-@contextlib.contextmanager
-def cuda_autocast(enabled):
-    """What torch.autocast("cuda") does, which without a GPU does nothing."""
-    torch.set_autocast_enabled("cuda", enabled)
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", False)
-
-
-def on_cuda(model):
-    """The same modules with weights that claim to be on a GPU; under FakeTensorMode."""
-    for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                empty = torch.empty(weight.shape, dtype=weight.dtype, device="cuda")
-                module._parameters[name] = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
-    return model
-
-
 def counted(config, adapt, step, side):
-    """Bytes of everything that the graph of one forward pass keeps, weights aside, each storage once; per picture of `side` px."""
-    dtype = torch.bfloat16 if step.autocast and not step.wide else torch.float32
-    model = geometry.build(config, dtype=dtype)
+    """Bytes of everything that the graph of one forward pass keeps, weights aside; of pictures of `side` px."""
+    model = geometry.build(config, dtype=torch.bfloat16 if step.autocast and not step.wide else torch.float32)
     adapt(model)
-    model.train()
-    speed.narrow_once(model)
+    speed.narrow_once(model.train())
     norms.lean(model)
-    if step.checkpoint_every:
-        speed.checkpoint_blocks(model, step.checkpoint_every)
-    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", flash)
-        on_cuda(model)
-        own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        number = torch.bfloat16 if step.autocast else torch.float32
-        text = torch.empty(step.batch, step.text_tokens, config["joint_attention_dim"], device="cuda", dtype=number)
-        condition = sd3.Conditioning(text, torch.empty(step.batch, config["pooled_projection_dim"], device="cuda", dtype=number))
-        latents = torch.empty(step.batch, 16, side // 8, side // 8, device="cuda")
-        kept = {}
+    number = torch.bfloat16 if step.autocast else torch.float32
 
-        def keep(tensor):
-            if tensor.untyped_storage()._cdata not in own:
-                kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # alive, so that no other takes its place
-            return tensor
+    def forward(model):
+        if step.checkpoint_every:
+            speed.checkpoint_blocks(model, step.checkpoint_every)
+        text = torch.empty(step.batch, step.text_tokens, config["joint_attention_dim"], dtype=number)
+        condition = sd3.Conditioning(text, torch.empty(step.batch, config["pooled_projection_dim"], dtype=number))
+        return sd3.velocity(model, torch.empty(step.batch, 16, side // 8, side // 8), torch.empty(step.batch), condition)
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), cuda_autocast(step.autocast):
-            sd3.velocity(model, latents, torch.empty(step.batch, device="cuda"), condition)
-        return sum(storage.nbytes() for storage in kept.values())
+    return activations.count(model, forward, autocast=number if step.autocast else None).total
 
 
 def planned(config, adapt, step):

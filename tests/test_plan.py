@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import train_text_to_image_lora_sd3 as script
-from src import cli, inputs, lora, optim, plan, runtime
-from src.pipelines import sd3
+from src import activations, cli, inputs, lora, optim, plan, runtime
+from src.pipelines import sd3, sd15
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_memory_counts_what_stays(arguments, monkeypatch):
     def planned(**changes):
         args = argparse.Namespace(**(vars(arguments(use_ema=True, rank=2)) | changes))
         step = plan.step_memory(args, torch.nn.Identity(), weights, trained=100_000_000, tokens=32)
-        return step.resident / 1e9, step.peak / 1e9, plan._memory(args, weights, 0, step), plan._residence(args, "text_encoder_3")
+        return step.resident / 1e9, step.peak / 1e9, plan._memory(args, weights, step), plan._residence(args, "text_encoder_3")
 
     assert plan.per_trained_parameter(arguments(use_ema=True, rank=2)) == 20
     resident, peak, text, residence = planned()
@@ -122,6 +122,35 @@ def test_memory_counts_what_stays(arguments, monkeypatch):
     assert planned(gradient_accumulation_steps=2)[:2] == pytest.approx((6.1, 6.1 + 0.4 + 3 + 1))
     resident, _, _, residence = planned(train_text_encoder=True)  # both CLIPs have to stay, T5's part is cached
     assert resident == pytest.approx(6.1 + 1) and residence == "only while the text cache is filled"
+
+
+def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
+    """3.4 GB of fp32 weights, all trained: gradients 3.4, AdamW's moments 6.8. 2 GB kept, 0.5 and 0.1 at work; 0.7 of copies at the end.
+
+    DPO's reference takes 3.4 more, and what it converts while it is asked (2 bytes for each number of a matrix); ReFL's decoder 6. Of
+    several steps in a row all but the last are computed again beside the gradients.
+    """
+    monkeypatch.setattr(plan.activations, "count", lambda *_, **__: activations.Kept(2 * 10**9, 5 * 10**8, 7 * 10**8, 10**8))
+    unet = torch.nn.Linear(850_000, 1000, device="meta")  # 850 million and a bias
+    unet.config = {}
+    args = argparse.Namespace(mixed_precision="bf16", resolution=512, train_batch_size=2, gradient_accumulation_steps=1, optimizer="adamw",
+                              gradient_checkpointing=True, checkpoint_every=1, use_ema=False, compile=False)  # fmt: skip
+
+    def peak(weights=4, **options):
+        whole = plan.Whole(("unet",), weight=4, gradient=4)
+        weights = {"unet": unet.weight.numel() * weights, "text_encoder": 10**9}  # gone when training begins
+        found = plan.unet_memory(args, unet, weights, trained=unet.weight.numel(), tokens=77, whole=whole, family=sd15, batch=4, **options)
+        assert (found.kept, found.working, found.uncompiled) == (2 * 10**9, 6 * 10**8, args.compile)
+        return found.peak / 1e9
+
+    assert peak() == pytest.approx(10.2 + 3.4 + 0.6)  # the end of the backward pass
+    assert peak(accumulated=True) == pytest.approx(10.2 + 3.4 + 2 + 0.7)
+    assert peak(frozen_copy=True) == pytest.approx(10.2 + 3.4 + 3.4 + 0.6)
+    assert peak(frozen_copy=True, accumulated=True) == pytest.approx(10.2 + 3.4 + 3.4 + 2 + 1.7)
+    assert peak(after=6 * 10**9) == pytest.approx(10.2 + 2 + 6)
+    assert peak(chained=True) == pytest.approx(10.2 + 3.4 + 2 + 0.6)
+    args.compile = True
+    assert peak() == pytest.approx(10.2 + 3.4 + 0.6)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -295,6 +295,7 @@ def test_dry_run_counts_pairs_and_the_reference(world, tmp_path, capsys):
     said = capsys.readouterr().out
     count = sum(tensor.numel() for tensor in saved(world.model).values())
     assert said.count(f"{count:,} parameters") == 3  # UNet, reference, trained
+    assert "pair(s), " in said and "more in the backward pass" in said and "at the peak of a step" in said
     assert "8 to train on, 0 held out, 0 skipped, 0 ties dropped" in said and "32 entries" in said and not (tmp_path / "out").exists()
 
 

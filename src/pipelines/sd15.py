@@ -362,13 +362,11 @@ def denoiser_from_config(source: str | Path | dict[str, Any], revision: str | No
 
 def parameter_counts(path: str | Path, revision: str | None = None) -> dict[str, int]:
     """Parameters of each part that the model has, by its name in model_index.json; reads configs only, never weights."""
-    from diffusers import AutoencoderKL
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     index = read_config(path, "model_index.json", revision)
-    parts = {"unet": denoiser_from_config(path, revision)}
+    parts = {"unet": denoiser_from_config(path, revision), "vae": vae_from_config(path, revision)}
     with torch.device("meta"):
-        parts["vae"] = AutoencoderKL.from_config(read_config(path, "vae/config.json", revision))
         for name, kind in zip(_ENCODERS, (CLIPTextModel, CLIPTextModelWithProjection), strict=True):
             if has_part(index, name):
                 parts[name] = kind(CLIPTextConfig.from_dict(read_config(path, f"{name}/config.json", revision)))
@@ -387,9 +385,17 @@ def text_width(config: dict[str, Any]) -> tuple[int, int]:
     return config["cross_attention_dim"], config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
 
 
-def example_inputs(config: dict[str, Any], side: int, tokens: int) -> dict[str, Any]:
-    """Empty inputs of one picture of latents (side, side) with L = `tokens`, on the default device: for counting FLOPs."""
+def vae_from_config(path: str | Path, revision: str | None = None) -> nn.Module:
+    """The VAE on the meta device, without weights."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(read_config(path, "vae/config.json", revision))
+
+
+def example_inputs(config: dict[str, Any], side: int, tokens: int, pictures: int = 1) -> dict[str, Any]:
+    """Empty inputs of pictures of latents (side, side) with L = `tokens`, on the default device: for counting FLOPs and memory."""
     width, pooled = text_width(config)
-    added = {"text_embeds": torch.empty(1, pooled), "time_ids": torch.empty(1, 6)} if pooled else None
-    return dict(sample=torch.empty(1, config["in_channels"], side, side), timestep=torch.empty(1),
-                encoder_hidden_states=torch.empty(1, tokens, width), added_cond_kwargs=added)  # fmt: skip
+    added = {"text_embeds": torch.empty(pictures, pooled), "time_ids": torch.empty(pictures, 6)} if pooled else None
+    return dict(sample=torch.empty(pictures, config["in_channels"], side, side), timestep=torch.empty(pictures),
+                encoder_hidden_states=torch.empty(pictures, tokens, width), added_cond_kwargs=added)  # fmt: skip

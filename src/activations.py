@@ -1,0 +1,134 @@
+"""What a forward pass keeps for the backward one, of any model: counted in a pass as on a GPU, over tensors that have no memory.
+
+`src/memory.py` has the same for SD3's transformer by arithmetic. Kernels that are too young to be known here, and the workspace of
+convolutions, are not counted; nor is what torch.compile saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes.
+
+    Attributes:
+        total: of all that the graph keeps, weights aside; of units that are computed again their inputs alone.
+        again: the most that one such unit keeps while its own backward pass runs; 0 if there is none.
+        copies: in 16 bits, of weights in such units, made by autocast: still there when the forward pass ends, but not kept.
+        largest: one tensor of these; the backward pass holds about as much for a moment.
+    """
+
+    total: int
+    again: int
+    copies: int
+    largest: int
+
+
+def count(
+    model: nn.Module, forward: Callable[[Any], Any], *, autocast: torch.dtype | None = None,
+    units: Callable[[Any], Sequence[nn.Module]] = lambda _: (),
+) -> Kept:  # fmt: skip
+    """Run `forward` on a copy of the model.
+
+    Args:
+        model: on the meta device, in the mode and with the dtypes in which it is trained; what is trained needs a gradient.
+        forward: takes the copy, makes its inputs on torch's default device, and returns what the backward pass starts from.
+        autocast: 16-bit dtype; None: none.
+        units: of the copy: modules that gradient checkpointing computes again in the backward pass.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = copy.deepcopy(model)
+    with FakeTensorMode(), torch.device("cuda"), _FusedAttention(), _autocast(autocast):
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        again = units(model)
+        book = _Book(model, again)
+        with torch.autograd.graph.saved_tensors_hooks(book.keep, lambda tensor: tensor):
+            forward(model)
+    inside = [weight for unit in again for weight in unit.parameters() if autocast]
+    converted = [w for w in inside if w.requires_grad and w.ndim > 1 and w.dtype != autocast]  # autocast remembers no others
+    return Kept(
+        total=sum(size for unit, size in book.entries if unit is None), again=max(book.by_unit().values(), default=0),
+        copies=sum(2 * weight.numel() for weight in converted), largest=max((size for _, size in book.entries), default=0),
+    )  # fmt: skip
+
+
+class _Book:
+    """Every storage that the graph keeps, once: the unit inside which it was met first (None: outside of all), and its bytes."""
+
+    def __init__(self, model: nn.Module, units: Sequence[nn.Module]):
+        self.entries: list[tuple[nn.Module | None, int]] = []
+        self._known = {tensor.untyped_storage()._cdata: tensor for tensor in (*model.parameters(), *model.buffers())}
+        self._inside: nn.Module | None = None
+        for unit in units:
+            unit.register_forward_pre_hook(self._enter, with_kwargs=True)
+            unit.register_forward_hook(self._leave)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = tensor  # alive, so that no other takes its address
+            self.entries.append((self._inside, storage.nbytes()))
+        return tensor
+
+    def by_unit(self) -> dict[nn.Module, int]:
+        found: dict[nn.Module, int] = {}
+        for unit, size in self.entries:
+            if unit is not None:
+                found[unit] = found.get(unit, 0) + size
+        return found
+
+    def _enter(self, unit: nn.Module, given: tuple, named: dict[str, Any]) -> None:
+        for value in (*given, *named.values()):
+            if isinstance(value, Tensor):
+                self.keep(value)
+        self._inside = unit
+
+    def _leave(self, *_: Any) -> None:
+        self._inside = None
+
+
+class _FusedAttention(TorchFunctionMode):
+    """The kernel that a GPU takes, in autocast's dtype: it keeps its inputs and its result. The one that torch chooses for tensors without
+    memory would keep every product."""
+
+    def __torch_function__(self, function: Any, types: Any, given: tuple = (), named: dict[str, Any] | None = None) -> Any:
+        named = named or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*given, **named)
+        tensors = [*given[:3], *(named[name] for name in ("query", "key", "value")[len(given) :])]
+        if torch.is_autocast_enabled("cuda"):
+            tensors = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in tensors]
+        return torch.ops.aten._scaled_dot_product_flash_attention(*tensors)[0]
+
+
+@contextlib.contextmanager
+def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """What torch.autocast("cuda") does, which does nothing on a machine without a GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before[1])
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
