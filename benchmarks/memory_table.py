@@ -74,7 +74,7 @@ def line(name: str, trainer: str, resolution: int, flags: tuple[str, ...], resul
     one, two = (trainers.planned(setting, batch).peak for batch in (1, 2))
     compiled = trainers.planned(loops.Setting(trainer, resolution, (*flags, "--compile")), 1)
     seen = measured(results, trainer, resolution, flags)
-    cells = [f"{one / 2**30:.1f}", f"{(two - one) / 2**30:.2f}", "less" if compiled.uncompiled else f"{compiled.peak / 2**30:.1f}",
+    cells = [f"{one / 2**30:.1f}", f"{(two - one) / 2**30:.2f}", "not counted" if compiled.uncompiled else f"{compiled.peak / 2**30:.1f}",
              "not measured" if seen is None else f"{seen / 2**30:.1f} ({100 * (seen / one - 1):+.0f} %)"]  # fmt: skip
     return f"| {name} | {resolution}² | {' | '.join(cells)} |"
 

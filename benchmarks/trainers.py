@@ -83,7 +83,7 @@ def planned_rollouts(setting: Setting, args: argparse.Namespace) -> plan.StepMem
 
 
 def planned_unet(setting: Setting, args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
-    """The UNet on the meta device, with what is trained, and what `plan.unet_memory` has to know of it."""
+    """The UNet on the meta device, with what is trained, and what `plan.counted_memory` has to know of it."""
     module = geometry.build(setting.config("sd1.5", "unet"))
     whole = None if args.use_lora else plan.Whole(("unet",), weight=4, gradient=4)
     number = whole.weight if whole else plan.BYTES[args.mixed_precision]
@@ -95,17 +95,15 @@ def planned_unet(setting: Setting, args: argparse.Namespace) -> tuple[torch.nn.M
 
 def planned_pairs(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
     module, known = planned_unet(setting, args)
-    return plan.unet_memory(args, module, **known, batch=2 * args.train_batch_size, frozen_copy=not args.use_lora)
+    pictures = args.train_batch_size * (1 if args.sft else 2)
+    return plan.counted_memory(args, module, **known, batch=pictures, frozen_copy=not (args.use_lora or args.sft))
 
 
 def planned_reward_gradient(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
     module, known = planned_unet(setting, args)
     vae = geometry.build(setting.config("sd1.5", "vae"))
     known["weights"]["vae"] = 4 * sum(p.numel() for p in vae.parameters())
-    passes = 2 if args.guidance_scale > 1 else 1
-    several = args.gradient_accumulation_steps > 1 or (args.method == "draft_lv" and args.num_renoised > 0)
-    return plan.unet_memory(args, module, **known, batch=passes * args.train_batch_size, after=plan.decoding_bytes(args, vae, sd15),
-                            chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
+    return plan.reward_gradient_memory(args, module, vae, **known)[0]
 
 
 # --------------------------------------------------------------------------- the list

@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -61,38 +62,36 @@ def count(
         book = _Book(model, again)
         with torch.autograd.graph.saved_tensors_hooks(book.keep, lambda tensor: tensor):
             forward(model)
-    inside = [weight for unit in again for weight in unit.parameters() if autocast]
-    converted = [w for w in inside if w.requires_grad and w.ndim > 1 and w.dtype != autocast]  # autocast remembers no others
+    outside, inside = book.sizes()
+    weights = [weight for unit in again for weight in unit.parameters() if autocast]
+    converted = [w for w in weights if w.requires_grad and w.ndim > 1 and w.dtype != autocast]  # autocast remembers no others
     return Kept(
-        total=sum(size for unit, size in book.entries if unit is None), again=max(book.by_unit().values(), default=0),
-        copies=sum(2 * weight.numel() for weight in converted), largest=max((size for _, size in book.entries), default=0),
+        total=sum(outside), again=max(map(sum, inside), default=0), copies=sum(2 * weight.numel() for weight in converted),
+        largest=max(chain(outside, *inside), default=0),
     )  # fmt: skip
 
 
 class _Book:
-    """Every storage that the graph keeps, once: the unit inside which it was met first (None: outside of all), and its bytes."""
+    """The storages that the graph keeps, by address: outside of all units, and in each of them."""
 
     def __init__(self, model: nn.Module, units: Sequence[nn.Module]):
-        self.entries: list[tuple[nn.Module | None, int]] = []
-        self._known = {tensor.untyped_storage()._cdata: tensor for tensor in (*model.parameters(), *model.buffers())}
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._kept: dict[nn.Module | None, dict[int, Tensor]] = {None: {}, **{unit: {} for unit in units}}
         self._inside: nn.Module | None = None
         for unit in units:
             unit.register_forward_pre_hook(self._enter, with_kwargs=True)
             unit.register_forward_hook(self._leave)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._known[storage._cdata] = tensor  # alive, so that no other takes its address
-            self.entries.append((self._inside, storage.nbytes()))
+        address = tensor.untyped_storage()._cdata
+        if address not in self._own:
+            self._kept[self._inside][address] = tensor  # alive, so that no other storage takes the address
         return tensor
 
-    def by_unit(self) -> dict[nn.Module, int]:
-        found: dict[nn.Module, int] = {}
-        for unit, size in self.entries:
-            if unit is not None:
-                found[unit] = found.get(unit, 0) + size
-        return found
+    def sizes(self) -> tuple[list[int], list[list[int]]]:
+        """Bytes of each, outside; and of each that a unit keeps besides, by unit."""
+        outside, *units = self._kept.values()
+        return list(map(_bytes, outside.values())), [[_bytes(unit[key]) for key in unit.keys() - outside.keys()] for unit in units]
 
     def _enter(self, unit: nn.Module, given: tuple, named: dict[str, Any]) -> None:
         for value in (*given, *named.values()):
@@ -102,6 +101,10 @@ class _Book:
 
     def _leave(self, *_: Any) -> None:
         self._inside = None
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 class _FusedAttention(TorchFunctionMode):

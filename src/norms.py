@@ -48,7 +48,7 @@ class RMSNorm(torch.autograd.Function):
             for_x = torch.addcmul(g, x, along, value=-1, out=torch.empty_like(x))
         if ctx.needs_input_grad[1]:
             torch.mul(x, inverse, out=between).mul_(gradient)
-            for_weight = between.flatten(0, -2).sum(0, dtype=torch.float32).to(weight.dtype)
+            for_weight = between.sum(tuple(range(x.ndim - 1)), dtype=torch.float32).to(weight.dtype)
         return for_x, for_weight, None
 
 
@@ -58,10 +58,10 @@ def lean(model: nn.Module) -> None:
 
     for module in unwrap(model).modules():
         if isinstance(module, Plain) and module.weight is not None and module.bias is None:
-            module.forward = functools.partial(_forward, module, module.forward)
+            module.forward = functools.partial(_forward, module)  # not a bound method: the compiler would tell blocks apart by it
 
 
-def _forward(module: nn.Module, plain: Any, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not under_autocast(x) or x.dtype == torch.float32:
-        return plain(x)  # the compiler fuses; in fp32 there are no copies
+def _forward(module: nn.Module, x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not under_autocast(x) or x.element_size() != 2:
+        return type(module).forward(module, x)  # the compiler fuses; in fp32 there are no copies
     return RMSNorm.apply(x, module.weight, module.eps)

@@ -6,7 +6,7 @@ import argparse
 import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import activations, inputs, lora, memory, optim, policy, quantize, rewards, rounding, speed
+from src import activations, inputs, lora, memory, norms, optim, policy, quantize, rewards, rounding, speed
 from src.data import buckets, captions
-from src.pipelines import sd3
+from src.pipelines import sd3, sd15
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number, by --mixed_precision
 # fp32 weight, gradient and optimizer state: bytes per trained parameter. AdamW keeps two fp32 moments, 8-bit AdamW two of one byte,
@@ -109,7 +109,7 @@ def show(
         step = step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, accumulated=twice)
     else:
         together = args.train_batch_size * (2 if preference and preference.reference else 1)
-        step = unet_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
+        step = counted_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
                            frozen_copy=reference > 0)  # fmt: skip
 
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
@@ -204,17 +204,15 @@ def show_reward_gradient(
     trained_bytes = trained * per_trained_parameter(args, whole)
 
     passes = 2 if args.guidance_scale > 1 else 1
-    several = args.gradient_accumulation_steps > 1 or pretraining is not None or (trained_steps > 1 and not recomputed)
-    decoding = decoding_bytes(args, family.vae_from_config(path, args.revision), family)
-    peak = unet_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family,
-                       batch=passes * args.train_batch_size, after=decoding, chained=recomputed, accumulated=several)  # fmt: skip
+    known = dict(weights=weights, trained=trained, tokens=tokens, whole=whole, family=family)
+    peak, decoding = reward_gradient_memory(args, denoiser, sd15.vae_from_config(path, args.revision), **known)
     step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
     forward = _passes(denoiser, args.resolution, tokens, family)[0]
     each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
     rate, texts = optim.learning_rate(args.learning_rate, args.scale_lr, batch), {"", *found.texts}
     width, pooled = family.text_width(denoiser.config)
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
-        _activation_row(args, peak, f"{args.train_batch_size} picture(s)"),
+        _activation_row(args, peak, f"{passes * args.train_batch_size} picture(s)"),
         ("  decoding", f"{_size(decoding)}, {min(args.decode_batch_size, args.train_batch_size)} picture(s) at a time"),
         ("memory", _memory(args, weights, peak) + "; scorers come on top"),
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_steps} steps"),
@@ -330,55 +328,78 @@ def step_memory(
     kept, working = memory.activation_bytes(transformer, step)
     gradient = whole.gradient if whole else 4
     resident = _resident(args, weights, trained, whole) + trained * EMA_BYTES * averages
-    updating = 0
-    if whole and whole.weight == 2:
-        largest = max(p.numel() for p in transformer.parameters() if p.requires_grad)
-        updating = UPDATE_BYTES * (largest if whole.gradient == 0 else min(rounding.PIECE, trained)) + ROUNDING_BYTES * largest
     peak = memory.peak_bytes(
         resident=resident, gradients=trained * gradient, kept=kept, working=working, forward=memory.forward_bytes(transformer, step),
-        updating=updating, accumulated=accumulated,
+        updating=_updating(transformer, trained, whole), accumulated=accumulated,
     )  # fmt: skip
     return StepMemory(resident, kept, working, peak)
 
 
-def unet_memory(
-    args: argparse.Namespace, unet: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None,
+def counted_memory(
+    args: argparse.Namespace, denoiser: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None,
     family: ModuleType, batch: int, frozen_copy: bool = False, after: int = 0, chained: bool = False,
     accumulated: bool | None = None,
 ) -> StepMemory:  # fmt: skip
-    """What a step of SD1.5 will hold, from a forward pass without memory (`src/activations.py`).
+    """What a step of a model other than SD3 will hold, from a forward pass without memory (`src/activations.py`).
 
     Args:
-        unet: on the meta device, with adapters or selected weights; weights, trained, tokens, accumulated: as above.
+        denoiser: on the meta device, with adapters or selected weights; weights, trained, tokens, accumulated: as above.
         batch: pictures in a forward pass with gradient; frozen_copy: of the weights, which is asked afterwards, without gradient;
             after: bytes that are needed for a moment between that pass and its backward pass; chained: several such passes follow each
             other, of which all but the last are computed again, when the others have left gradients.
     """
     autocast = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
     frozen, side = autocast or torch.float32, args.resolution // family.VAE_SCALE
-    unet = copy.deepcopy(unet).train()
-    for weight in unet.parameters():
-        if not weight.requires_grad:
+    denoiser = copy.deepcopy(denoiser).train()
+    for weight in denoiser.parameters():
+        if not weight.requires_grad or (whole and whole.weight == 2):
             weight.data = weight.data.to(frozen)
-    speed.narrow_once(unet)
+    speed.narrow_once(denoiser)
+    norms.lean(denoiser)
 
     def forward(module: nn.Module) -> Any:
-        given = family.example_inputs(unet.config, side, tokens, batch)
+        given = family.example_inputs(denoiser.config, side, tokens, batch)
         return module(**given | {"encoder_hidden_states": given["encoder_hidden_states"].to(frozen)}, return_dict=False)[0]
 
     def recomputed(module: nn.Module) -> list[nn.Module]:
         return speed.blocks(module)[:: args.checkpoint_every] if args.gradient_checkpointing else []
 
-    found = activations.count(unet, forward, autocast=autocast, units=recomputed)
-    copied = 2 * sum(p.numel() for p in unet.parameters() if p.ndim > 1) if frozen_copy and autocast else 0
+    found = activations.count(denoiser, forward, autocast=autocast, units=recomputed)
+    copied = 2 * sum(p.numel() for p in denoiser.parameters() if p.ndim > 1) if frozen_copy and autocast else 0
     resident = _resident(args, weights, trained, whole) + (weights[family.DENOISER] if frozen_copy else 0)
-    working = found.again + found.largest
+    gradients, working = trained * (whole.gradient if whole else 4), found.again + found.largest
     accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
-    peak = memory.peak_bytes(resident=resident, gradients=4 * trained, kept=found.total, working=working,
-                             forward=max(found.copies, copied, after), accumulated=accumulated)  # fmt: skip
+    peak = memory.peak_bytes(
+        resident=resident, gradients=gradients, kept=found.total, working=working, forward=max(found.copies, copied, after),
+        updating=_updating(denoiser, trained, whole), accumulated=accumulated,
+    )  # fmt: skip
     if chained:
-        peak = max(peak, resident + 4 * trained + found.total + working)
+        peak = max(peak, resident + gradients + found.total + working)
     return StepMemory(resident, found.total, working, peak, uncompiled=args.compile)
+
+
+def _updating(denoiser: nn.Module, trained: int, whole: Whole | None) -> int:
+    """Bytes that an optimizer step needs for a moment: for weights in bf16, which are updated in fp32."""
+    if whole is None or whole.weight != 2:
+        return 0
+    largest = max(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    return UPDATE_BYTES * (largest if whole.gradient == 0 else min(rounding.PIECE, trained)) + ROUNDING_BYTES * largest
+
+
+def reward_gradient_memory(
+    args: argparse.Namespace, unet: nn.Module, vae: nn.Module, *, weights: dict[str, int], trained: int, tokens: int, whole: Whole | None,
+    family: ModuleType,
+) -> tuple[StepMemory, int]:  # fmt: skip
+    """What a step of ReFL or DRaFT will hold, and how much of it for decoding. Arguments as above; vae: on the meta device."""
+    known = dict(weights=weights, trained=trained, tokens=tokens, whole=whole, family=family)
+    decoding, passes = decoding_bytes(args, vae, family), 2 if args.guidance_scale > 1 else 1
+    several = args.gradient_accumulation_steps > 1 or (args.method == "draft_lv" and args.num_renoised > 0)
+    found = counted_memory(args, unet, **known, batch=passes * args.train_batch_size, after=decoding,
+                        chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
+    if args.pretrain_dataset_name:  # its pass comes after the reward's, unguided
+        after = counted_memory(args, unet, **known, batch=args.train_batch_size, accumulated=True)
+        found = replace(found, peak=max(found.peak, after.peak))
+    return found, decoding
 
 
 def decoding_bytes(args: argparse.Namespace, vae: nn.Module, family: ModuleType) -> int:
@@ -396,7 +417,7 @@ def decoding_bytes(args: argparse.Namespace, vae: nn.Module, family: ModuleType)
         return [module.decoder.mid_block, *module.decoder.up_blocks] if args.gradient_checkpointing else []
 
     found = activations.count(vae.requires_grad_(False), forward, units=recomputed)
-    return found.total + found.again + found.largest
+    return found.total + max(found.again, found.largest)
 
 
 def _resident(args: argparse.Namespace, weights: dict[str, int], trained: int, whole: Whole | None) -> float:
@@ -422,15 +443,15 @@ def _residence(args: argparse.Namespace, part: str) -> str:
 
 
 def _activation_row(args: argparse.Namespace, step: StepMemory, what: str) -> tuple[str, str]:
-    less = ", uncompiled" if step.uncompiled else ""
-    return "activations", f"{_size(step.kept)} kept of {what}, {_size(step.working)} more in the backward pass{less}"
+    math = "; products of attention, which _native_math keeps, come on top" if args.attention_backend == "_native_math" else ""
+    return "activations", f"{_size(step.kept)} kept of {what}, {_size(step.working)} more in the backward pass{math}"
 
 
 def _memory(args: argparse.Namespace, weights: dict[str, int], step: StepMemory) -> str:
     """The two high points, of tensors alone: CUDA itself takes about half a gigabyte more."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
     filling = f"{_size(text)} while the text cache is filled, " if any(_leaves(args, part) for part in weights) else ""
-    return f"{filling}{_size(step.peak)} ({step.peak / 2**30:.1f} GiB) at the peak of a step"
+    return f"{filling}{_size(step.peak)} ({step.peak / 2**30:.1f} GiB) at the peak of a step{', uncompiled' if step.uncompiled else ''}"
 
 
 def _checkpoints(args: argparse.Namespace, trained: int, modules: int | None, due: int, averages: int = 0) -> str:

@@ -74,6 +74,14 @@ def test_of_units_that_are_computed_again_the_input_is_kept():
     assert without.copies == 0
 
 
+def test_what_a_unit_reads_is_kept_though_the_unit_before_keeps_it_too():
+    """ReLU's result, 10 x 8, ends the first unit and begins the second; without units it is kept once."""
+    model = meta(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Sequential(nn.Linear(8, 8)))
+    kept = count(model, (10, 8), gradient=True, autocast=None, units=lambda copy: list(copy))
+    assert kept.total == 4 * (10 * 8 + 10 * 8) and kept.again == 0
+    assert count(model, (10, 8), gradient=True, autocast=None).total == kept.total
+
+
 def test_dropout_keeps_its_mask():
     model = meta(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).requires_grad_(False)
     assert count(model, (10, 8), gradient=True, autocast=None).total == 10 * 8  # a byte for each number

@@ -32,7 +32,7 @@ def test_a_line_by_hand(monkeypatch):
     assert line == "| LoRA | 1024² | 10.0 | 3.00 | 8.0 | 9.0 (-10 %) |"
     assert memory_table.line("LoRA", "lora", 512, (), []).endswith("| not measured |")
     monkeypatch.setattr(trainers, "planned", lambda setting, batch: Plan(10, uncompiled="--compile" in setting.flags))
-    assert memory_table.line("DPO", "dpo", 512, (), []) == "| DPO | 512² | 10.0 | 0.00 | less | not measured |"
+    assert memory_table.line("DPO", "dpo", 512, (), []) == "| DPO | 512² | 10.0 | 0.00 | not counted | not measured |"
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """RMS norms of queries and keys under autocast: against the formula in fp64, against diffusers' module, and what they keep."""
 
+import copy
+
 import pytest
 import torch
 from diffusers.models.normalization import RMSNorm as Plain
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from src import norms
 
@@ -72,6 +75,17 @@ def test_fp16_does_not_overflow():
         torch.testing.assert_close(found.double(), want, rtol=0.01, atol=0.01 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+def test_a_gradient_that_nobody_needs_is_not_computed(wanted):
+    x, weight = heads(torch.bfloat16), WEIGHT.bfloat16().clone()
+    whole = dict(zip(("x", "weight"), value_and_gradients(ours, x, weight, GRADIENT.bfloat16())[1:], strict=True))
+    {"x": x, "weight": weight}[wanted].requires_grad_()
+    y = ours(x, weight)
+    assert y.grad_fn.next_functions[wanted == "x"][0] is None
+    y.backward(GRADIENT.bfloat16())
+    assert torch.equal({"x": x, "weight": weight}[wanted].grad, whole[wanted])
+
+
 # --------------------------------------------------------------------------- in a model
 
 
@@ -102,6 +116,21 @@ def test_under_autocast_it_keeps_the_input_alone(pair):
     with torch.autocast("cpu", torch.bfloat16):
         assert kept(lean, x) == 2 * numbers + 4 * rows
         assert kept(plain, x) >= 6 * numbers  # the input, and a copy in fp32
+
+
+def test_computed_again_and_copied_it_is_the_same(pair):
+    """Under gradient checkpointing; and a copy of the model has norms of its own."""
+    _, lean = pair
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for run in (lean, lambda x: checkpoint(lean, x, use_reentrant=False)):
+            x = heads(torch.bfloat16).requires_grad_()
+            run(x).square().sum().backward()
+            found.append(x.grad)
+        assert torch.equal(*found)
+        twin, before = copy.deepcopy(lean), lean(x)
+        twin[0].weight.data.mul_(2)
+        assert torch.equal(lean(x), before) and torch.equal(twin(x), 2 * before)
 
 
 def test_elsewhere_it_is_diffusers_own(pair):

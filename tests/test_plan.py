@@ -8,9 +8,10 @@ import runs
 import torch
 from safetensors.torch import load_file
 
+import train_refl_sd15
 import train_text_to_image_lora_sd3 as script
 from src import activations, cli, inputs, lora, optim, plan, runtime
-from src.pipelines import sd3, sd15
+from src.pipelines import geometry, sd3, sd15
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,8 @@ def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
     def peak(weights=4, **options):
         whole = plan.Whole(("unet",), weight=4, gradient=4)
         weights = {"unet": unet.weight.numel() * weights, "text_encoder": 10**9}  # gone when training begins
-        found = plan.unet_memory(args, unet, weights, trained=unet.weight.numel(), tokens=77, whole=whole, family=sd15, batch=4, **options)
+        found = plan.counted_memory(args, unet, weights, trained=unet.weight.numel(), tokens=77, whole=whole, family=sd15, batch=4,
+                                    **options)  # fmt: skip
         assert (found.kept, found.working, found.uncompiled) == (2 * 10**9, 6 * 10**8, args.compile)
         return found.peak / 1e9
 
@@ -151,6 +153,33 @@ def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
     assert peak(chained=True) == pytest.approx(10.2 + 3.4 + 2 + 0.6)
     args.compile = True
     assert peak() == pytest.approx(10.2 + 3.4 + 0.6)
+
+
+REFL = ["--pretrained_model_name_or_path", "models/tiny-sd15", "--resolution", "64", "--mixed_precision", "bf16", "--train_batch_size", "2"]
+
+
+def reward_gradient(*flags):
+    """Plan of a step of a small SD1.5 at 64 px, all weights: bytes at the peak, and of decoding."""
+    small = {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "layers_per_block": 1}  # fmt: skip
+    unet = geometry.build(geometry.MODELS["sd1.5"]["unet"] | small).requires_grad_(True)
+    vae = geometry.build(geometry.MODELS["sd1.5"]["vae"] | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1})
+    args = cli.parse(train_refl_sd15.build_parser(), [*REFL, *flags], checks=())
+    trained = sum(p.numel() for p in unet.parameters())
+    found, decoding = plan.reward_gradient_memory(args, unet, vae, weights={"unet": 4 * trained}, trained=trained, tokens=77,
+                                                  whole=plan.Whole(("unet",), 4, 4), family=sd15)  # fmt: skip
+    return found.peak, decoding, 4 * trained
+
+
+def test_memory_of_a_reward_gradient():
+    """Decoding is the peak, without gradients of the weights beside it unless micro-batches, or a picture's copies, have left some."""
+    peak, decoding, gradients = reward_gradient()
+    assert decoding > gradients
+    assert reward_gradient("--decode_batch_size", "2")[1] == pytest.approx(2 * decoding, rel=0.05)
+    assert reward_gradient("--gradient_checkpointing")[1] < 0.7 * decoding
+    assert reward_gradient("--pretrain_dataset_name", "pictures")[0] == peak  # its pass is smaller, gradients included
+    for flags in (("--gradient_accumulation_steps", "2"), ("--method", "draft_lv", "--num_renoised", "1")):
+        assert reward_gradient(*flags)[0] == peak + gradients
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])

@@ -6,9 +6,10 @@ import importlib
 import pytest
 import runs
 import torch
+from diffusers.models.attention_processor import Attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src import cli, lora, speed
+from src import cli, lora, norms, speed
 from src.pipelines import geometry, sd3
 
 TRANSFORMER = geometry.MODELS["sd3.5-medium"]["transformer"] | {
@@ -262,6 +263,7 @@ def test_equal_blocks_share_their_code_and_nothing_stays_uncompiled():
     transformer = geometry.build(TRANSFORMER | {"num_layers": 6}, device="cpu")
     lora.add(transformer, rank=2, layers="attn.to_q")  # each adapter takes seconds to trace
     speed.narrow_once(transformer)
+    norms.lean(transformer)
     speed.compile_blocks(transformer.train(), backend=backend, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         forward(transformer).mean().backward()
@@ -339,6 +341,10 @@ def test_flags_take_effect(model, monkeypatch):
     monkeypatch.setattr(speed, "compile_blocks", lambda model, mode: compiled.append(mode))
     speed.apply(model, arguments())
     assert not compiled and not model.is_gradient_checkpointing
+    read = [module for module in model.modules() if isinstance(module, Attention) and not module.residual_connection]
+    normed = [norm for module in read for norm in (module.norm_q, module.norm_k, module.norm_added_q, module.norm_added_k) if norm]
+    assert read and all(module._forward_pre_hooks for module in read) and all("forward" in vars(norm) for norm in normed)
+    assert bool(normed) == hasattr(model, "transformer_blocks")
     speed.apply(model, arguments(compile=True, compile_mode="max-autotune-no-cudagraphs", gradient_checkpointing=True,
                                  attention_backend="_native_math"))  # fmt: skip
     assert compiled == ["max-autotune-no-cudagraphs"] and model.is_gradient_checkpointing

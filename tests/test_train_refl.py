@@ -292,7 +292,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
     plan = capsys.readouterr().out
     count = sum(tensor.numel() for tensor in saved(world.model).values())
     for part in (f"{count:,} parameters", "6 of ", "2 evaluated every 100 steps", "8 for the pre-training loss", "3 of 2 drawn picture(s)",
-                 "3 denoising steps without gradient, 1 with, 2 pass(es) each", "text cache", "kept of 2 picture(s)",
+                 "3 denoising steps without gradient, 1 with, 2 pass(es) each", "text cache", "kept of 4 picture(s)",
                  "decoding  ", "1 picture(s) at a time", "at the peak of a step; scorers come on top"):  # fmt: skip
         assert part in plan, plan
     assert not (tmp_path / "out").exists()

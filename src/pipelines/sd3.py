@@ -415,11 +415,11 @@ def text_width(config: dict[str, Any]) -> tuple[int, int]:
     return config["joint_attention_dim"], config["pooled_projection_dim"]
 
 
-def example_inputs(config: dict[str, Any], side: int, tokens: int) -> dict[str, Tensor]:
-    """Empty inputs of one picture of latents (side, side) with L = `tokens`, on the default device: for counting FLOPs."""
+def example_inputs(config: dict[str, Any], side: int, tokens: int, pictures: int = 1) -> dict[str, Tensor]:
+    """Empty inputs of pictures of latents (side, side) with L = `tokens`, on the default device: for counting FLOPs and memory."""
     width, pooled = text_width(config)
-    return dict(hidden_states=torch.empty(1, config["in_channels"], side, side), timestep=torch.empty(1),
-                encoder_hidden_states=torch.empty(1, tokens, width), pooled_projections=torch.empty(1, pooled))  # fmt: skip
+    return dict(hidden_states=torch.empty(pictures, config["in_channels"], side, side), timestep=torch.empty(pictures),
+                encoder_hidden_states=torch.empty(pictures, tokens, width), pooled_projections=torch.empty(pictures, pooled))  # fmt: skip
 
 
 def forward_flops(transformer: nn.Module, height: int, width: int, text_tokens: int) -> int:
