@@ -230,13 +230,40 @@ def test_what_killed_writers_left_is_removed_but_not_what_is_being_written(tmp_p
 # --------------------------------------------------------------------------- filling
 
 
-def test_fill_computes_each_missing_key_once_in_batches(tmp_path):
+def test_fill_computes_batches_of_all_keys_in_which_one_is_missing(tmp_path):
     cache = make(tmp_path)
-    cache.write("b", entry("b"))
-    calls = []
-    done = fill(cache, list("abcade"), lambda keys: calls.append(keys) or compute(keys), batch_size=3, description="x", progress=False)
-    assert calls == [["a", "c", "d"], ["e"]] and done == 4
-    assert fill(cache, list("abcde"), pytest.fail, batch_size=3, description="x", progress=False) == 0  # all is there
+    for key in "bef":
+        cache.write(key, entry(key))
+    before, calls = cache.file("b").stat().st_mtime_ns, []
+    done = fill(cache, list("abcadefg"), lambda keys: calls.append(keys) or compute(keys), batch_size=2, description="x", progress=False)
+    assert calls == [["a", "b"], ["c", "d"], ["g"]] and done == 4
+    assert cache.file("b").stat().st_mtime_ns == before  # what is there stays
+    assert fill(cache, list("abcdefg"), pytest.fail, batch_size=3, description="x", progress=False) == 0  # all is there
+
+
+@pytest.mark.parametrize("written", range(1, 7))
+def test_an_interrupted_filling_ends_with_the_same_entries(tmp_path, written, monkeypatch):
+    """Values that depend on the batch, as those of real kernels do in their last bits; stopped after 1 to 6 of 7 entries."""
+    def compute(keys):
+        return [{"mean": torch.tensor([float(len(keys)), float(ord(key))])} for key in keys]
+
+    def finish(folder):
+        fill(make(folder), list("abcdefg"), compute, batch_size=3, description="x", progress=False)
+        return {key: make(folder).read(key)["mean"].tolist() for key in "abcdefg"}
+
+    write, left = TensorCache.write, iter([True] * written)
+
+    def write_or_stop(cache, key, tensors):
+        if not next(left, False):
+            raise KeyboardInterrupt
+        write(cache, key, tensors)
+
+    whole = finish(tmp_path / "whole")
+    monkeypatch.setattr(TensorCache, "write", write_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path / "stopped")
+    monkeypatch.undo()
+    assert finish(tmp_path / "stopped") == whole
 
 
 def test_batches_keep_groups_apart(tmp_path):
@@ -345,7 +372,7 @@ def test_killed_while_filling_it_computes_only_the_rest(tmp_path):
         return [{"mean": torch.full((10,), float(key[1:]))} for key in batch]
 
     fill(cache, keys[:60], quick, batch_size=4, description="x", progress=False)
-    assert rest == [key for key in keys[:60] if key not in there]
+    assert rest == keys[len(there) // 4 * 4 : 60]  # from the batch on in which it was killed
     assert all(torch.equal(cache.read(key)["mean"], torch.full((size,), float(key[1:]))) for key in there[:5])
 
 

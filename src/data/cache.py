@@ -199,7 +199,9 @@ def fill(
 ) -> int:
     """Computes and writes what is missing of `keys`; returns how many entries this process computed.
 
-    Each entry is on disk as soon as its batch is done: stopped at any moment and called again, it computes the rest.
+    Each entry is on disk as soon as its batch is done: stopped at any moment and called again, it computes the rest. Batches are cut from
+    all keys, and one of which an entry is missing is computed whole: kernels round by the size of a batch, and so an entry has the same
+    bits whether the filling was interrupted or not.
     Several processes share the work by `rank` and `world`; all must wait for each other before they read.
 
     Args:
@@ -216,19 +218,20 @@ def fill(
     parts: dict[Hashable, list[str]] = {}
     for key in dict.fromkeys(keys):
         parts.setdefault(together(key) if together else key, []).append(key)
-    missing = cache.missing(itertools.chain.from_iterable(list(parts.values())[rank::world]))
-    if group is not None:
-        order = {name: number for number, name in enumerate(dict.fromkeys(map(group, missing)))}
-        missing.sort(key=lambda key: order[group(key)])  # stable: within a group the order stays
+    groups: dict[Hashable, list[str]] = {}
+    for key in itertools.chain.from_iterable(list(parts.values())[rank::world]):
+        groups.setdefault(group(key) if group else None, []).append(key)
+    missing = set(cache.missing(itertools.chain.from_iterable(groups.values())))
     with tqdm(total=len(missing), desc=description, unit="", disable=not progress or not missing) as bar:
-        for _, members in itertools.groupby(missing, key=group or (lambda key: None)):
-            members = list(members)
+        for members in groups.values():
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
-                for key, tensors in zip(batch, compute(batch), strict=True):
-                    _check_finite(key, tensors)
-                    cache.write(key, tensors)
-                bar.update(len(batch))
+                wanted = missing.intersection(batch)
+                for key, tensors in zip(batch, compute(batch), strict=True) if wanted else ():
+                    if key in wanted:
+                        _check_finite(key, tensors)
+                        cache.write(key, tensors)
+                bar.update(len(wanted))
     return len(missing)
 
 
