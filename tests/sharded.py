@@ -1,6 +1,7 @@
-"""Runs of FSDP2 on the CPU, for test_sharding.py: torchrun --nproc_per_node 2 tests/sharded.py MODEL OUTPUT,FIRST_STEP,LAST_STEP,DTYPE ...
+"""Runs of FSDP2 on the CPU, for test_sharding.py: torchrun --nproc_per_node 2 tests/sharded.py MODEL OUTPUT,FIRST_STEP,LAST_STEP,KIND ...
 
-Each process trains on its part of one global batch of four; without torchrun one process, unsharded, does the same on the whole batch.
+KIND is fp32, bf16 under autocast, or compiled, in fp32 by a backend that needs no compiler. Each process trains on its part of one global
+batch of four; without torchrun one process, unsharded, does the same on the whole batch.
 """
 
 import os
@@ -12,17 +13,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from src import checkpoint, ema, flow, full, seeds, sharding
+from src import checkpoint, ema, flow, full, seeds, sharding, speed
 from src.pipelines import sd3
 
 
-def load(model: str, world: int, compute_dtype: torch.dtype | None) -> torch.nn.Module:
+def load(model: str, world: int, kind: str) -> torch.nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
 
     transformer = sd3.load(model, parts=("transformer",)).transformer
     full.select(transformer)
+    if kind == "compiled":
+        speed.compile_blocks(transformer.train(), backend="aot_eager")
     if world > 1:
         blocks = list(transformer.transformer_blocks)
+        compute_dtype = torch.bfloat16 if kind == "bf16" else None
         sharding.shard(transformer, blocks, compute_dtype=compute_dtype, mesh=init_device_mesh("cpu", (world,)))
     return transformer
 
@@ -50,10 +54,10 @@ def check_sharded(transformer: torch.nn.Module, optimizer: torch.optim.Optimizer
     assert 0.4 * whole < local < 0.6 * whole, (local, whole)
 
 
-def train(model: str, output: str, first: int, last: int, dtype: str) -> None:
+def train(model: str, output: str, first: int, last: int, kind: str) -> None:
     """Steps `first` to `last`, with a checkpoint after every second one; from checkpoint-FIRST in the output folder unless that is 0."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    transformer = load(model, world, {"fp32": None, "bf16": torch.bfloat16}[dtype])
+    transformer = load(model, world, kind)
     weights = full.parameters(transformer)
     optimizer = torch.optim.AdamW(weights, lr=1e-2, eps=1e-2)
     average = ema.Ema(weights, 0.9)
@@ -74,7 +78,7 @@ def train(model: str, output: str, first: int, last: int, dtype: str) -> None:
     transformer.time_text_embed.register_forward_pre_hook(lambda _, inputs: timesteps.append(inputs[0].dtype))
     share = 4 // world
     for step in range(first, last):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
             with torch.no_grad(), average.applied():  # evaluating the average leaves nothing behind: what was gathered is gathered anew
                 loss_of(transformer, step, range(rank * share, (rank + 1) * share))
             loss_of(transformer, step, range(rank * share, (rank + 1) * share)).mean().backward()
@@ -98,6 +102,6 @@ def train(model: str, output: str, first: int, last: int, dtype: str) -> None:
 if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     for job in sys.argv[2:]:
-        output, first, last, dtype = job.split(",")
-        train(sys.argv[1], output, int(first), int(last), dtype)
+        output, first, last, kind = job.split(",")
+        train(sys.argv[1], output, int(first), int(last), kind)
     torch.distributed.destroy_process_group()

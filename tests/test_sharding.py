@@ -45,15 +45,18 @@ def whole(tiny_sd3_folder, tmp_path_factory):
 @pytest.mark.slow
 def test_two_sharded_processes_train_as_one_and_each_continues_the_other(tiny_sd3_folder, whole, tmp_path):
     """Weights, moments and average are DTensors (asserted in there); checkpoints hold whole tensors and move between the two."""
-    for name in ("two", "again", "spread", "bf16"):
+    for name in ("two", "again", "spread", "bf16", "compiled"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text("{}")
     (tmp_path / "again/checkpoint-2").symlink_to(tmp_path / "two/checkpoint-2")
     (tmp_path / "spread/checkpoint-2").symlink_to(whole / "checkpoint-2")
-    jobs = [f"{tmp_path}/{job}" for job in ("two,0,4,fp32", "again,2,4,fp32", "spread,2,4,fp32", "bf16,0,4,bf16")]
+    jobs = [f"{tmp_path}/{job}" for job in ("two,0,4,fp32", "again,2,4,fp32", "spread,2,4,fp32", "bf16,0,4,bf16", "compiled,0,2,compiled")]
     log = tmp_path / "log"
     runs.finish(runs.fork(["tests/sharded.py", tiny_sd3_folder, *jobs], log, ranks=2), log, seconds=300)
     assert_close(tmp_path / "two", whole)
+    compiled, plain = weights(tmp_path / "compiled"), weights(tmp_path / "two/checkpoint-2")
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=1e-5)
 
     for part in ("transformer", "ema/transformer"):
         name = f"{part}/diffusion_pytorch_model.safetensors"
