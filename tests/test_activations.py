@@ -110,6 +110,7 @@ def really_kept(module, run):
     return sum(storage.nbytes() for storage in found.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "LoRA"])
 def test_a_unet_in_fp32_keeps_what_a_cpu_does(adapted):
     """Without autocast both take the same kernels, but for attention, whose CPU kernel keeps the same as a GPU's."""

@@ -171,6 +171,7 @@ def reward_gradient(*flags):
     return found.peak, decoding, 4 * trained
 
 
+@pytest.mark.slow
 def test_memory_of_a_reward_gradient():
     """Decoding is the peak, without gradients of the weights beside it unless micro-batches, or a picture's copies, have left some."""
     peak, decoding, gradients = reward_gradient()
