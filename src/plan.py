@@ -110,7 +110,7 @@ def show(
     else:
         together = args.train_batch_size * (2 if preference and preference.reference else 1)
         step = counted_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
-                           frozen_copy=reference > 0)  # fmt: skip
+                              frozen_copy=reference > 0)  # fmt: skip
 
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
     if reference:
@@ -395,7 +395,7 @@ def reward_gradient_memory(
     decoding, passes = decoding_bytes(args, vae, family), 2 if args.guidance_scale > 1 else 1
     several = args.gradient_accumulation_steps > 1 or (args.method == "draft_lv" and args.num_renoised > 0)
     found = counted_memory(args, unet, **known, batch=passes * args.train_batch_size, after=decoding,
-                        chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
+                           chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
     if args.pretrain_dataset_name:  # its pass comes after the reward's, unguided
         after = counted_memory(args, unet, **known, batch=args.train_batch_size, accumulated=True)
         found = replace(found, peak=max(found.peak, after.peak))
