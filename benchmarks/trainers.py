@@ -104,7 +104,7 @@ def planned_reward_gradient(setting: Setting, args: argparse.Namespace) -> plan.
     vae = geometry.build(setting.config("sd1.5", "vae"))
     known["weights"]["vae"] = 4 * sum(p.numel() for p in vae.parameters())
     return plan.reward_gradient_memory(args, module, vae, **known)[0]
-                                       
+
 
 # --------------------------------------------------------------------------- the list
 

@@ -1,7 +1,7 @@
 """What a forward pass keeps for the backward one, of any model: counted in a pass as on a GPU, over tensors that have no memory.
 
-`src/memory.py` has the same for SD3's transformer by arithmetic. Kernels that are too young to be known here, and the workspace of
-convolutions, are not counted; nor is what torch.compile saves.
+`src/memory.py` has the same for SD3's transformer by arithmetic, compiled blocks included. Here neither what torch.compile saves nor the
+workspace of kernels is counted.
 """
 
 from __future__ import annotations

@@ -227,7 +227,9 @@ def fill(
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
                 wanted = missing.intersection(batch)
-                for key, tensors in zip(batch, compute(batch), strict=True) if wanted else ():
+                if not wanted:
+                    continue
+                for key, tensors in zip(batch, compute(batch), strict=True):
                     if key in wanted:
                         _check_finite(key, tensors)
                         cache.write(key, tensors)
