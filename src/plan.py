@@ -311,7 +311,7 @@ def step_memory(
     args: argparse.Namespace, transformer: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None = None,
     batch: int | None = None, accumulated: bool | None = None, averages: int = 0,
 ) -> StepMemory:  # fmt: skip
-    """What a step of SD3 will hold, by the arithmetic of `src/memory.py`.
+    """What a step of SD3 will hold, by the arithmetic of `src/memory.py`; with DoRA, of which that knows nothing, counted.
 
     Args:
         transformer: on the meta device, with adapters or selected weights; weights: bytes of the parts; trained: number of parameters;
@@ -320,6 +320,9 @@ def step_memory(
         averages: of what is trained, besides --use_ema.
     """
     accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
+    if vars(args).get("use_dora"):
+        return counted_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, family=sd3, averages=averages,
+                              batch=batch or args.train_batch_size, accumulated=accumulated)  # fmt: skip
     step = memory.Step(
         batch=batch or args.train_batch_size, image_tokens=(args.resolution // (sd3.VAE_SCALE * sd3.PATCH)) ** 2, text_tokens=tokens,
         autocast=args.mixed_precision != "no", wide=(whole.weight if whole else BYTES[args.mixed_precision]) == 4,
@@ -338,12 +341,13 @@ def step_memory(
 def counted_memory(
     args: argparse.Namespace, denoiser: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None,
     family: ModuleType, batch: int, frozen_copy: bool = False, after: int = 0, chained: bool = False,
-    accumulated: bool | None = None,
+    accumulated: bool | None = None, averages: int = 0,
 ) -> StepMemory:  # fmt: skip
-    """What a step of a model other than SD3 will hold, from a forward pass without memory (`src/activations.py`).
+    """What a step will hold of a model other than SD3, or with DoRA, from a forward pass without memory (`src/activations.py`).
 
     Args:
-        denoiser: on the meta device, with adapters or selected weights; weights, trained, tokens, accumulated: as above.
+        denoiser: on the meta device, with adapters or selected weights; weights, trained, tokens, accumulated, averages: as
+            above.
         batch: pictures in a forward pass with gradient; frozen_copy: of the weights, which is asked afterwards, without gradient;
             after: bytes that are needed for a moment between that pass and its backward pass; chained: several such passes follow each
             other, of which all but the last are computed again, when the others have left gradients.
@@ -367,6 +371,7 @@ def counted_memory(
     found = activations.count(denoiser, forward, autocast=autocast, units=recomputed)
     copied = 2 * sum(p.numel() for p in denoiser.parameters() if p.ndim > 1) if frozen_copy and autocast else 0
     resident = _resident(args, weights, trained, whole) + (weights[family.DENOISER] if frozen_copy else 0)
+    resident += trained * EMA_BYTES * averages
     gradients, working = trained * (whole.gradient if whole else 4), found.again + found.largest
     accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
     peak = memory.peak_bytes(
