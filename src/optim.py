@@ -46,7 +46,8 @@ def build(
 
     adamw is fused on CUDA (one kernel per step). adamw8bit keeps both moments in 8 bits for tensors of at least 4096 numbers.
     prodigy estimates its step size, `learning_rate` only scales it: leave it at 1. adafactor keeps a row and a column of
-    second moments and no first one: `betas` and `epsilon` do not apply.
+    second moments and no first one: `betas` and `epsilon` do not apply. Its step is `learning_rate`, as Adam's; torch's own also
+    multiplies by the root mean square of the weights, which of a LoRA's B is 0.
 
     Raises:
         ValueError: see `check`; or nothing to train.
@@ -68,7 +69,9 @@ def build(
         with contextlib.redirect_stdout(io.StringIO()):  # it prints a line on every rank
             # both switches as its authors advise for diffusion models: a warm-up must not inflate the estimate
             return Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **adam)
-    return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay)
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
 
 
 def _adamw8bit() -> type[Optimizer]:

@@ -79,6 +79,15 @@ def test_adamw_first_step_by_hand():
     assert p.item() == pytest.approx(2 * 0.99 - 0.1, abs=1e-6)
 
 
+def test_adafactor_moves_a_weight_of_zero_by_the_learning_rate():
+    """As a LoRA's B starts. The gradient is an outer product, so its row and its column give its square back: g / sqrt(g^2) = 1."""
+    p = torch.nn.Parameter(torch.zeros(3, 4))
+    optimizer = optim.build([p], name="adafactor", learning_rate=1e-4, device=CPU)
+    p.grad = torch.outer(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([5.0, 6.0, 7.0, 8.0]))
+    optimizer.step()
+    assert torch.allclose(p, -1e-4 * p.grad.sign(), rtol=1e-5, atol=0)
+
+
 def test_betas_epsilon_and_decay_reach_the_optimizer():
     for name in ("adamw", "adamw8bit", "prodigy"):
         if optim.PACKAGES[name]:
