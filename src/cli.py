@@ -100,6 +100,14 @@ def non_negative_int(text: str) -> int:
     return _whole(text, 0)
 
 
+def t5_length(text: str) -> int:
+    """1 to 512 tokens of T5, what diffusers' pipeline takes; the model was trained with 256."""
+    value = _whole(text, 1)
+    if value > 512:
+        raise argparse.ArgumentTypeError(f"is more than the pipeline takes, got {text}; try 512 or less")
+    return value
+
+
 def seed(text: str) -> int:
     """0 to 2**63 - 1, what a random generator takes, and room for the seeds of the pictures that follow."""
     value = _whole(text, 0)
@@ -254,7 +262,7 @@ def add_text_args(parser: Parser) -> None:
     """SD3's T5 sequence (SD1.5 has none)."""
     g = parser.add_argument_group("text")
     g.add_argument(
-        "--max_sequence_length", type=positive_int,
+        "--max_sequence_length", type=t5_length,
         help="T5 tokens in training, validation and demo alike (unset: what the model's own tokenizer says, at most 256)",
     )
 

@@ -404,10 +404,14 @@ def encode_texts(run: runtime.Run, args: argparse.Namespace, prompts: list[str],
 
 
 def fingerprint(args: argparse.Namespace, *folders: str) -> str:
-    """What identifies these parts of the base model: their content, wherever the folder lies, or a Hub id with its commit."""
+    """What identifies these parts of the base model: their content, wherever the folder lies, or a Hub id with its commit.
+
+    A part that model_index.json leaves out, as T5 often is, is not loaded though its folder may be there.
+    """
     path = Path(args.pretrained_model_name_or_path)
     if path.is_dir():
-        return cache.folder_fingerprint(path, [folder for folder in folders if (path / folder).is_dir()])
+        index = common.read_config(path, "model_index.json")
+        return cache.folder_fingerprint(path, [folder for folder in folders if common.has_part(index, folder)])
     from huggingface_hub import snapshot_download
 
     snapshot = snapshot_download(str(path), revision=args.revision, allow_patterns="model_index.json")  # .../snapshots/COMMIT

@@ -18,7 +18,8 @@ Those marked * are there under autocast alone, and are 4 bytes: fp32 copies for 
 A compiled block keeps what it would keep without autocast, in 2 bytes: the compiler makes no copies. Nor does it keep what it can compute
 again from what is there: results of norms, and the second norm's input where the results before the gates are kept.
 
-What DoRA computes besides is not among this; `plan.step_memory` counts it. The tests count what autograd keeps, on tensors without memory (`tests/test_memory.py`).
+What DoRA computes besides is not among this; `plan.step_memory` counts it. The tests count what autograd keeps, on tensors without
+memory (`tests/test_memory.py`).
 """
 
 from __future__ import annotations

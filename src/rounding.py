@@ -28,7 +28,7 @@ def stochastic_round_(target: Tensor, values: Tensor, generator: torch.Generator
     """Write fp32 `values` into the bf16 `target` (same shape), rounded up or down at random so that the mean is exact.
 
     bf16 is fp32 without its last 16 bits: a uniform 16-bit number is added to those before they are cut off, so the carry happens with
-    probability (last 16 bits) / 2^16. Infinities and NaN pass through.
+    probability (last 16 bits) / 2^16. Infinities and NaN pass through: the carry would make a number of some NaN.
 
     Args:
         generator: on the device of `target`.
@@ -36,7 +36,8 @@ def stochastic_round_(target: Tensor, values: Tensor, generator: torch.Generator
     assert target.dtype == torch.bfloat16 and values.dtype == torch.float32, f"fp32 -> bf16, not {values.dtype} -> {target.dtype}"
     bits = values.contiguous().view(torch.int32)
     noise = torch.empty_like(bits).random_(0, 1 << 16, generator=generator)
-    target.copy_(noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32))  # exact: the last 16 bits are zero
+    rounded = noise.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32)  # the last 16 bits are zero, so the copy is exact
+    target.copy_(torch.where(values.isfinite(), rounded, values))
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,11 @@ def _check_captions(args: argparse.Namespace) -> None:
         return
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     rows = sources.open_source(args.dataset_name, **columns, cache_dir=args.cache_dir, captioned=False).rows
-    without = [row.name for row in rows if captions.caption_text(row.caption) is None]
+    without = [row.name for row in rows if captions.caption_text(row.caption) is None and not row.unreadable]
     where = f"{_flag(args)} {args.dataset_name}"
     if without and not args.instance_prompt:
         raise ValueError(f"{where}: {len(without)} of {len(rows)} pictures have no caption, such as {without[0]}; give --instance_prompt")
-    if not without and args.instance_prompt:
+    if not without and args.instance_prompt and not any(row.unreadable for row in rows):
         raise ValueError(f"--instance_prompt has no effect: every picture of {where} has a caption of its own; leave it out")
     if args.mask_data_dir:
         dreambooth.mask_files(args.mask_data_dir, [row.name for row in rows])

@@ -115,6 +115,22 @@ def test_without_a_caption_a_picture_is_skipped_and_named(tmp_path, nothing, cap
         load(folder, tmp_path, strict=True)
 
 
+def test_a_default_prompt_stands_in_for_a_missing_caption_not_for_an_unreadable_one(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    (folder / "0.txt").write_text("zero")
+    (folder / "2.txt").write_bytes("狗".encode("gbk"))
+    images = load(folder, tmp_path, default_prompt="a thing")
+    assert shown(images) == [("zero", 0), ("a thing", 1)] and images.skipped == ["2.png: 2.txt is not UTF-8 text"]
+    with pytest.raises(ValueError, match="--strict_data: 2.png: 2.txt is not UTF-8 text"):
+        load(folder, tmp_path, default_prompt="a thing", strict=True)
+    tar = make_tar(tmp_path / "d.tar", {"0.png": picture(0), "0.json": b"{broken", "1.png": picture(1)})
+    images = load(tar, tmp_path, default_prompt="a thing")
+    assert shown(images) == [("a thing", 1)] and images.skipped == ["d.tar:0.png: its .json cannot be read"]
+
+
 @pytest.mark.parametrize("broken", ["a smile \ud83d", ["", "\udc80"]])
 def test_half_a_surrogate_pair_is_no_caption(tmp_path, broken, capsys):
     """JSON can write one, as "\\ud83d"; it has no place in UTF-8, nor in a tokenizer. A default prompt does not stand in for it."""

@@ -308,7 +308,7 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
     (["--resolution", "500"], "--resolution: must be a multiple of 16 (8x VAE, 2x2 patches), got 500; try 496"),
     (["--resolution", "64", "--height", "64", "--width", "64"], "--resolution has no effect beside"),
     (["--resolution", "4096"], "the position embeddings of"),
-    (["--max_sequence_length", "600"], "--max_sequence_length 600 is more than the pipeline takes"),
+    (["--max_sequence_length", "600"], "--max_sequence_length: is more than the pipeline takes, got 600"),
     (["--prompts_file", "nowhere"], "--prompts_file: no such file: nowhere"),
     (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     (["--promt", "x"], "unknown flag --promt; did you mean --prompt?"),

@@ -315,6 +315,23 @@ def test_a_mask_that_cannot_be_used_is_refused(tmp_path, how, words):
         masks_of(tmp_path / "dog", tmp_path, (32, 32), folder=folder)
 
 
+def test_two_pictures_of_one_name_in_different_folders_share_no_mask(tmp_path):
+    (tmp_path / "masks").mkdir()
+    Image.new("L", (32, 32), 255).save(tmp_path / "masks/1.png")
+    with pytest.raises(ValueError, match="--mask_data_dir .*beach/1.png and sofa/1.png would share one mask"):
+        dreambooth.mask_files(tmp_path / "masks", ["beach/1.png", "sofa/1.png"])
+    assert dreambooth.mask_files(tmp_path / "masks", ["1.jpg", "1.jpg"]) == {"1.jpg": tmp_path / "masks/1.png"}  # --repeats
+
+
+def test_a_picture_that_is_repeated_has_its_mask_read_once(tmp_path, monkeypatch):
+    (tmp_path / "dog").mkdir()
+    cut_out((32, 32), (0, 0, 9, 9)).save(tmp_path / "dog/0.png")
+    found, reads, open_mask = opened(tmp_path / "dog", tmp_path, default_prompt="sks").subset([0, 0, 0]), [], images.open_mask
+    monkeypatch.setattr(images, "open_mask", lambda *given: reads.append(given) or open_mask(*given))
+    masks = dreambooth.masks(found, [(32, 32), (32, 32), (16, 16)])
+    assert len(reads) == 2 and torch.equal(masks[0], masks[1]) and [mask.shape[-1] for mask in masks] == [4, 4, 2]
+
+
 def test_what_counts_is_the_opacity_or_else_the_brightness():
     translucent = Image.new("RGBA", (2, 2), (255, 255, 255, 51))
     mask, opacity = images.open_mask(translucent)

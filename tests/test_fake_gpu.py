@@ -105,8 +105,8 @@ if __name__ == "__main__":
 """
 ROLLOUT = "--num_inference_steps 4 --window_range 0 3 --window_size 2"
 PLANNED = [
-    "lora 2", "lora 2 --gradient_checkpointing", "lora 2 --gradient_checkpointing --checkpoint_every 2", "lora 2 --lora_dropout 0.1", "lora 2 --use_dora",
-    "lora 2 --use_dora --gradient_checkpointing",
+    "lora 2", "lora 2 --gradient_checkpointing", "lora 2 --gradient_checkpointing --checkpoint_every 2", "lora 2 --lora_dropout 0.1",
+    "lora 2 --use_dora", "lora 2 --use_dora --gradient_checkpointing",
     "full 2", "full 2 --gradient_checkpointing", "full 2 --weights_dtype bf16",
     "full 2 --weights_dtype bf16 --gradient_checkpointing --fused_backward --max_grad_norm 0",
     "dreambooth 2 --with_prior_preservation --class_prompt dog", f"grpo 4 {ROLLOUT}", f"ddpo 4 {ROLLOUT}",

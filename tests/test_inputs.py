@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -100,6 +101,23 @@ def test_what_the_main_process_refuses_all_refuse(tmp_path):
     for is_main in (True, False):
         with pytest.raises(ValueError, match="--dataset_name .*nowhere.* does not exist"):
             inputs.prepare(Process(sent, is_main), arguments(tmp_path / "nowhere", tmp_path))
+
+
+def test_a_part_that_is_not_loaded_does_not_name_the_cache(tiny_sd3_folder, tmp_path):
+    """[null, null] in model_index.json switches T5 off, and its embeddings with it, whether or not its folder is still there."""
+    model = shutil.copytree(tiny_sd3_folder, tmp_path / "model")
+    args, file = Namespace(pretrained_model_name_or_path=str(model)), model / "model_index.json"
+
+    def found():
+        return inputs.fingerprint(args, *inputs.TEXT_FOLDERS)
+
+    complete, index = found(), json.loads(file.read_text())
+    file.write_text(json.dumps(index | {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}))
+    without = found()
+    assert without != complete
+    for name in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(model / name)
+    assert found() == without
 
 
 # --------------------------------------------------------------------------- another data set than that of the checkpoint

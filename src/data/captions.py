@@ -186,7 +186,7 @@ def _inspect(source: Source, number: int, memo: Memo, default_prompt: str | None
 
     row: Row = source.rows[number]
     prompt, problem = caption_text(row.caption), caption_problem(row.caption)
-    if problem == NO_CAPTION and default_prompt is not None:
+    if problem == NO_CAPTION and default_prompt is not None and not row.unreadable:
         prompt, problem = default_prompt, ""
     if problem:
         return f"{row.name}: {row.problem or problem}"

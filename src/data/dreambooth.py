@@ -8,8 +8,8 @@ interruptions; generated.json says what they were rendered with, and pictures of
 from __future__ import annotations
 
 import json
-import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ def class_folder(folder: Path, count: int, prompts: Sequence[str]) -> ClassFolde
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{flag} is a file; give a folder of pictures, or one to render them into")
     own = [row for row in rows if not _GENERATED.fullmatch(row.name)][:count]
-    bare = [row.name for row in own if captions.caption_text(row.caption) is None]
+    bare = [row.name for row in own if captions.caption_text(row.caption) is None and not row.unreadable]
     if bare and len(prompts) != 1:
         given = "--class_prompt is not given" if not prompts else f"there are {len(prompts)} class prompts to choose from"
         raise ValueError(f"{flag}: {len(bare)} picture(s), such as {bare[0]}, have no caption, and {given}; write a .txt beside each")
@@ -168,7 +168,7 @@ def render_missing(
 
 def _put(path: Path, data: bytes) -> None:
     """Whole or not at all, also if the process is killed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # processes on two machines may have one number
     temporary.write_bytes(data)
     temporary.replace(path)
 
@@ -180,13 +180,17 @@ def mask_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     """The mask of each picture: the file of the same stem, whatever its format.
 
     Raises:
-        ValueError: naming --mask_data_dir, if it is no folder, or the first picture without a mask.
+        ValueError: naming --mask_data_dir, if it is no folder; the first picture without a mask, or two of one stem.
     """
     flag = f"--mask_data_dir {folder}"
     if not folder.is_dir():
         raise ValueError(f"{flag}: no such folder; it should hold one black and white picture for each of the subject's")
     by_stem = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in sources.PICTURES}
     found = {name: by_stem.get(Path(name).stem) for name in names}
+    owners: dict[str, str] = {}
+    for name in found:
+        if owners.setdefault(Path(name).stem, name) != name:
+            raise ValueError(f"{flag}: {owners[Path(name).stem]} and {name} would share one mask; rename one of the pictures")
     without = [name for name, file in found.items() if file is None]
     if without:
         raise ValueError(f"{flag}: has no mask for {len(without)} picture(s), such as {Path(without[0]).stem}.png for {without[0]}")
@@ -208,9 +212,11 @@ def masks(
     Raises:
         ValueError: a picture without a mask, a mask of another shape than its picture, or one in which nothing is left of the subject.
     """
-    records, found = pictures.records, []
+    records, found = pictures.records, {}
     files = mask_files(folder, (record.name for record in records)) if folder else {}
     for index, (record, size) in enumerate(zip(records, sizes, strict=True)):
+        if (record.name, size) in found:  # --repeats
+            continue
         flag = f"--mask_data_dir {folder}: the mask of {record.name}" if folder else f"--mask_from_alpha: {record.name}"
         mask, opacity = images.open_mask(files[record.name] if folder else pictures.read(index), record.name)
         if folder is None and not opacity:
@@ -221,5 +227,5 @@ def masks(
         weights = torch.nn.functional.avg_pool2d(pixels, factor)  # (1, h, w)
         if not weights.any():
             raise ValueError(f"{flag} shows nothing of the subject after the cut to {size[1]}x{size[0]}; white or opaque is the subject")
-        found.append(weights)
-    return found
+        found[record.name, size] = weights
+    return [found[record.name, size] for record, size in zip(records, sizes, strict=True)]

@@ -46,6 +46,7 @@ class Row:
     where: Any
     caption: Any
     problem: str = ""  # why there is no caption, where a better reason than "no caption" is known
+    unreadable: bool = False  # there is one, which no other may stand in for
 
 
 class Source(Protocol):
@@ -206,7 +207,7 @@ def _open_txt(at: Located) -> Folder:
         except FileNotFoundError:
             rows.append(Row(picture.name, picture, None, f"no {beside.name} beside it"))
         except UnicodeDecodeError:
-            rows.append(Row(picture.name, picture, None, f"{beside.name} is not UTF-8 text"))
+            rows.append(Row(picture.name, picture, None, f"{beside.name} is not UTF-8 text", unreadable=True))
     used = {file for picture in at.files for file in (picture, picture.with_suffix(".txt"))}
     return Folder(rows, ["text"], sum(file.is_file() and file not in used for file in at.path.iterdir()))
 
@@ -289,7 +290,8 @@ def _tar_rows(files: tuple[Path, ...], image_column: str, caption_column: str) -
             pictures = [image_column] if image_column in places else pictures
             caption, columns, problem = _tar_caption(texts, caption_column)
             name = f"{path.name}:{key}"
-            row = Row(f"{name}.{pictures[0]}", (str(path), *places[pictures[0]]), caption, problem) if pictures else None
+            where = (str(path), *places[pictures[0]]) if pictures else None
+            row = Row(f"{name}.{pictures[0]}", where, caption, problem, unreadable=bool(problem)) if pictures else None
             yield row, pictures + columns
 
 
