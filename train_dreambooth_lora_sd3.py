@@ -98,12 +98,9 @@ def add_text_lora(encoder: torch.nn.Module, args: argparse.Namespace) -> None:
 
 
 def save_weights(modules: dict[str, torch.nn.Module], folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
-    """Write the LoRA of all modules to `folder` as one file, and its moving average, if one is kept, to `folder`/ema."""
+    """Write the LoRA of all modules to `folder` as one file: their average, if one is kept, and the weights as trained to `folder`/raw."""
     transformer, encoders = modules["transformer"], {name: modules[name] for name in lora.TEXT_PARTS if name in modules}
-    lora.save(transformer, folder, export_format, encoders=encoders)
-    if average:
-        with average.applied():
-            lora.save(transformer, folder / "ema", export_format, encoders=encoders)
+    ema.save(folder, average, lambda place: lora.save(transformer, place, export_format, encoders=encoders))
 
 
 # --------------------------------------------------------------------------- training
@@ -155,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
     parts = {name: lora.State(module) for name, module in modules.items()} | {"optimizer": optimizer, "schedule": schedule, "log": log}
     parts |= {"data": data.identity} | ({"ema": average} if average else {})
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
-                                    write_weights=lambda folder: save_weights(modules, folder, average))  # fmt: skip
+                                    write_weights=lambda folder: save_weights(modules, folder, average, args.export_format))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)
     panels = {"loss of the subject": "instance_loss", "loss of its class": "prior_loss", "validation loss": "val_loss"} if prior else None
     validator = validation.Validator(run, args, data, model, log, loss=flow_matching_loss, panels=panels, average=average)
@@ -212,7 +209,8 @@ def main(args: argparse.Namespace) -> None:
     if run.is_main:
         save_weights(modules, args.output_dir, average, args.export_format)
         if args.export_merged:
-            lora.export_merged(transformer, args.output_dir / "merged_transformer")
+            with ema.applied(average):
+                lora.export_merged(transformer, args.output_dir / "merged_transformer")
     pictures = len(data.training) // args.repeats
     card.write(run, args, kind="DreamBooth LoRA", images=pictures, prompt=data.training.images.records[0].prompt)
     run.finish(f"done: {args.output_dir}")

@@ -102,11 +102,8 @@ def make_optimizer(groups: list[dict], args: argparse.Namespace, device: torch.d
 
 
 def save_weights(modules: dict[str, torch.nn.Module], folder: Path, average: ema.Ema | None, write: bool) -> None:
-    """Write the trained modules to `folder`, and their moving average, if one is kept, to `folder`/ema; called on every process."""
-    full.save(modules, folder, write=write)
-    if average:
-        with average.applied():
-            full.save(modules, folder / "ema", write=write)
+    """Write the trained modules to `folder`: their average, if one is kept, and they themselves to `folder`/raw; on every process."""
+    ema.save(folder, average, lambda place: full.save(modules, place, write=write))
 
 
 # --------------------------------------------------------------------------- training

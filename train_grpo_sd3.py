@@ -15,7 +15,6 @@ scripts/presets/flow_grpo.yaml has the paper's settings. --loss guard is GRPO-Gu
 """
 
 import argparse
-import contextlib
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -225,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
         batches, trajectories, values, rollouts, passes = sampler.batches(epoch), [], defaultdict(list), (), ()  # frees the last epoch's
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
             # 1. rollout
-            with old.applied() if old else contextlib.nullcontext():
+            with ema.applied(old):
                 trajectory = sd3_rollout.sample(
                     actor.transformer, texts.condition(batch.texts), negative=negative, seed=args.seed, epoch=epoch,
                     positions=batch.positions, sigmas=sigmas, height=args.resolution, width=args.resolution,

@@ -85,11 +85,8 @@ def add_lora(transformer: torch.nn.Module, args: argparse.Namespace) -> None:
 
 
 def save_weights(transformer: torch.nn.Module, folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
-    """Write the LoRA to `folder`, and its moving average, if one is kept, to `folder`/ema."""
-    lora.save(transformer, folder, export_format)
-    if average:
-        with average.applied():
-            lora.save(transformer, folder / "ema", export_format)
+    """Write the LoRA to `folder`; with a moving average this is what goes there, and the weights as trained to `folder`/raw."""
+    ema.save(folder, average, lambda place: lora.save(transformer, place, export_format))
 
 
 # --------------------------------------------------------------------------- training
@@ -133,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
     parts = {"lora": lora.State(transformer), "optimizer": optimizer, "schedule": schedule, "log": log, "data": data.identity}
     parts |= {"ema": average} if average else {}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
-                                    write_weights=lambda folder: save_weights(transformer, folder, average))  # fmt: skip
+                                    write_weights=lambda to: save_weights(transformer, to, average, args.export_format))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)
     validator = validation.Validator(run, args, data, model, log, loss=flow_matching_loss, average=average)
     if first_step == 0:
@@ -184,7 +181,8 @@ def main(args: argparse.Namespace) -> None:
     if run.is_main:
         save_weights(transformer, args.output_dir, average, args.export_format)
         if args.export_merged:
-            lora.export_merged(transformer, args.output_dir / "merged_transformer")
+            with ema.applied(average):
+                lora.export_merged(transformer, args.output_dir / "merged_transformer")
     card.write(run, args, kind="LoRA", images=len(data.training), prompt=data.training.images.records[0].prompt)
     run.finish(f"done: {args.output_dir}")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
-from src import metrics, runtime
+from src import ema, lora, metrics, runtime
 
 # What the Hub keeps of a run: not the checkpoints, which are for resuming. A `*` matches slashes too.
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "*.tmp"]
@@ -82,7 +83,7 @@ def check(push_to_hub: bool) -> None:
 def write(
     run: runtime.Run, args: argparse.Namespace, *, kind: str, prompt: str, images: int | None = None, trained_on: str | None = None
 ) -> None:  # fmt: skip
-    """Write README.md, and upload the folder with --push_to_hub.
+    """Write README.md, remove results of an earlier run that this one did not replace, and upload the folder with --push_to_hub.
 
     Args:
         kind: a key of LOADING, what was trained.
@@ -97,6 +98,7 @@ def write(
     folder = Path(args.output_dir)
     where = (args.hub_model_id or folder.name) if args.push_to_hub else str(folder)
     readme = folder / "README.md"
+    remove_stale(args)
     trained_on = trained_on or f"{images} pictures of `{getattr(args, 'dataset_name', '')}`, {args.max_train_steps} optimizer steps"
     if run.world > 1:  # args.json says what each of them did
         trained_on += f", on {run.world} processes"
@@ -117,6 +119,17 @@ def write(
     run.print(f"uploaded to {repository}")
 
 
+def remove_stale(args: argparse.Namespace) -> None:
+    """Delete what an earlier run left in --output_dir in forms that this run does not write: they would pass for its results."""
+    written = {lora.KOHYA_NAME: vars(args).get("export_format") == "kohya", ema.RAW: args.use_ema}
+    written |= dict.fromkeys(("merged_transformer", "merged_unet"), vars(args).get("export_merged", False))
+    for path in (Path(args.output_dir) / name for name, ours in written.items() if not ours):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, where: str) -> str:
     """The card: YAML for the Hub, a picture, how to load, what was measured, how to repeat it, under which licence."""
     folder, base = Path(args.output_dir), hub_name(args.pretrained_model_name_or_path)
@@ -130,12 +143,13 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
     grids = sorted((folder / "samples").glob("step-*.png"))
     picture = f"\n![validation pictures, before and after](samples/{grids[-1].name})\n" if grids else ""
     curves = "\n![curves and samples from first to last](summary.png)\n" if (folder / "summary.png").exists() else ""
+    average = ", a moving average of the weights: those of the last step are in `raw/`" if args.use_ema else ""
     command = f" It was started with\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```" if sys.argv[0].endswith(".py") else ""
     return f"""---
 {front_matter(args, kind)}---
 # {kind} of {base}
 
-{trained_on}, seed {args.seed}.
+{trained_on}, seed {args.seed}{average}.
 {picture}
 ```python
 {LOADING[kind].format(base=base, where=where, prompt=prompt, drawn=as_evaluated(args))}

@@ -396,7 +396,7 @@ def add_optimization_args(
     g.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="floor of the denominator")
     g.add_argument("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the global gradient norm to this; 0: no clipping")
     g.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=False,
-                   help="keep a moving average of the trained weights; it is validated, and saved under ema/")  # fmt: skip
+                   help="validate and save a moving average of the trained weights; they themselves go to raw/")  # fmt: skip
     g.add_argument("--ema_decay", type=decay, default=ema_decay, help="decay of that average per optimizer step")
 
     def usual(args: argparse.Namespace) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch.nn import Parameter
 
 from src.sharding import placed, sharded
+
+RAW = "raw"  # folder of the weights as they were trained, beside their average
 
 
 @contextmanager
@@ -33,6 +36,19 @@ def _fill(parameters: list[Parameter], values: list[torch.Tensor]) -> None:
         return
     for parameter, value in zip(parameters, values, strict=True):  # foreach knows no sharded tensors
         parameter.copy_(value)
+
+
+def applied(average: Ema | None) -> AbstractContextManager[None]:
+    """Inside, the model holds the average, if there is one: what is validated, evaluated, and left as the result."""
+    return average.applied() if average else nullcontext()
+
+
+def save(folder: Path, average: Ema | None, write: Callable[[Path], None]) -> None:
+    """`write(folder)`, of the average if there is one; then the weights as they were trained go to `folder`/raw besides."""
+    with applied(average):
+        write(folder)
+    if average:
+        write(folder / RAW)
 
 
 class Ema:

@@ -148,7 +148,7 @@ class Policy:
         return parts | ({"reference": self._start} if self._start else {})
 
     def save(self, folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
-        """Write the weights to `folder`, and their moving average, if one is kept, to `folder`/ema; every process calls it."""
+        """Write the weights to `folder`: their moving average, if one is kept, and they themselves to `folder`/raw; on every process."""
 
         def write(where: Path) -> None:
             if self.args.full_weights:
@@ -156,14 +156,11 @@ class Policy:
             elif self.run.is_main:
                 lora.save(self.transformer, where, export_format)
 
-        write(folder)
-        if average:
-            with average.applied():
-                write(folder / "ema")
+        ema.save(folder, average, write)
 
     def writer(self, average: ema.Ema | None) -> Callable[[Path], None] | None:
         """What adds the weights to a checkpoint in the format of other programs; whole weights are there already."""
-        return None if self.args.full_weights else lambda folder: self.save(folder, average)
+        return None if self.args.full_weights else lambda folder: self.save(folder, average, self.args.export_format)
 
     def save_result(self, average: ema.Ema | None) -> None:
         """The run's result in its folder, in every format that was asked for; with --full_weights a whole pipeline."""
@@ -172,7 +169,8 @@ class Policy:
         if args.full_weights and self.run.is_main:
             full.complete_pipeline(self.model.path, args.output_dir, trained=["transformer"], revision=args.revision, variant=args.variant)
         if args.export_merged and self.run.is_main:
-            lora.export_merged(self.transformer, args.output_dir / "merged_transformer")
+            with ema.applied(average):
+                lora.export_merged(self.transformer, args.output_dir / "merged_transformer")
 
 
 class Pace:

@@ -216,7 +216,7 @@ class Evaluator:
     @torch.no_grad()
     def run(self, step: int) -> None:
         """Pictures and their scores at this optimizer step; every process calls it."""
-        with speed.as_written(self.args), self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
+        with speed.as_written(self.args), self.log.untimed(), ema.applied(self.average):
             scores, pictures = self._draw_and_score()
             means = {f"eval/{name}": values.nanmean().item() for name, values in scores.items() if name != "reward"}
             self.log.record(step, eval_reward=scores["reward"].nanmean().item(), **means)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,14 +109,12 @@ def checkpoint_files(unet: nn.Module, average: ema.Ema | None, args: argparse.Na
 
 
 def save(unet: nn.Module, folder: Path, average: ema.Ema | None, args: argparse.Namespace) -> None:
-    """Write the LoRA, or the UNet as part of a pipeline, to `folder`, and its moving average, if one is kept, to `folder`/ema."""
+    """Write the LoRA, or the UNet as part of a pipeline, to `folder`: the average, if one is kept, and what was trained to `folder`/raw."""
+
     def write(place: Path) -> None:
         lora.save(unet, place) if args.use_lora else full.save({"unet": unet}, place)
 
-    write(folder)
-    with average.applied() if average else contextlib.nullcontext():
-        if average:
-            write(folder / "ema")
+    ema.save(folder, average, write)
 
 
 def save_result(model: sd15.SD15, average: ema.Ema | None, args: argparse.Namespace) -> None:
@@ -126,4 +123,5 @@ def save_result(model: sd15.SD15, average: ema.Ema | None, args: argparse.Namesp
     if not args.use_lora:
         full.complete_pipeline(model.path, args.output_dir, trained=["unet"], revision=args.revision, variant=args.variant)
     elif args.export_merged:
-        lora.export_merged(model.unet, args.output_dir / "merged_unet")
+        with ema.applied(average):
+            lora.export_merged(model.unet, args.output_dir / "merged_unet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import shutil
 from collections.abc import Callable
@@ -61,7 +60,7 @@ class Validator:
         training = self.denoiser.training
         self.denoiser.eval()
         try:
-            with speed.as_written(self.args), self.log.untimed(), self.average.applied() if self.average else contextlib.nullcontext():
+            with speed.as_written(self.args), self.log.untimed(), ema.applied(self.average):
                 if len(self.data.held_out):
                     self.log.record(step, **self.measure())
                 if self.prompts:

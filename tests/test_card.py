@@ -35,7 +35,7 @@ def folder(tmp_path):
 
 def arguments(folder, **changes):
     base = dict(output_dir=folder, pretrained_model_name_or_path="models/stable-diffusion-3.5-medium", dataset_name="datas/photos", seed=7,
-                max_train_steps=10, push_to_hub=False, hub_model_id=None, validation_prompt=[NASTY])  # fmt: skip
+                max_train_steps=10, push_to_hub=False, hub_model_id=None, validation_prompt=[NASTY], use_ema=False)  # fmt: skip
     return argparse.Namespace(**(base | changes))
 
 
@@ -160,6 +160,28 @@ def test_the_command_is_quoted_for_a_shell(folder, monkeypatch):
     assert "python train.py --validation_prompt 'a red; rm -rf $HOME'\n" in written(folder)
     monkeypatch.setattr("sys.argv", ["-c"])
     assert "It was started with" not in written(folder)
+
+
+def test_an_average_is_called_one(folder):
+    assert "seed 7, a moving average of the weights: those of the last step are in `raw/`." in written(folder, use_ema=True)
+    assert "seed 7.\n" in written(folder)
+
+
+STALE = ("pytorch_lora_weights_kohya.safetensors", "raw/x.safetensors", "merged_transformer/x.safetensors", "merged_unet/x.safetensors")
+
+
+@pytest.mark.parametrize(("flags", "kept"), [
+    ({}, []), (dict(export_format="diffusers", export_merged=False), []), (dict(export_format="kohya"), [0]),
+    (dict(use_ema=True), [1]), (dict(export_merged=True), [2, 3]),
+])  # fmt: skip
+def test_what_an_earlier_run_left_in_forms_that_this_one_does_not_write_is_removed(folder, flags, kept):
+    for name in (*STALE, "pytorch_lora_weights.safetensors", "checkpoint-4/state.pt", "transformer/mine"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    written(folder, **flags)
+    assert [i for i, name in enumerate(STALE) if (folder / name).exists()] == kept
+    for name in ("pytorch_lora_weights.safetensors", "checkpoint-4/state.pt", "transformer/mine"):
+        assert (folder / name).exists()
 
 
 def test_only_the_main_process_writes(tmp_path):

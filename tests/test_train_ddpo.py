@@ -208,7 +208,7 @@ def test_resumed_it_ends_like_an_uninterrupted_run(train, monkeypatch):
     cut = train("cut", resume_from_checkpoint="latest", **flags)
     runs.assert_identical(runs.state(whole / "checkpoint-16"), runs.state(cut / "checkpoint-16"))
     assert runs.lines(whole) == runs.lines(cut)
-    for folder in (".", "ema"):
+    for folder in (".", "raw"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(cut / folder))
 
 

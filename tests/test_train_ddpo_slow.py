@@ -50,7 +50,7 @@ def step_of(out: Path) -> int:
 def assert_same_run(one: Path, other: Path) -> None:
     for number in (40, 48):  # 12 epochs of 4 updates, the last two checkpoints
         runs.assert_identical(runs.state(one / f"checkpoint-{number}"), runs.state(other / f"checkpoint-{number}"))
-    for folder in (".", "ema"):
+    for folder in (".", "raw"):
         runs.assert_identical(runs.saved(one / folder), runs.saved(other / folder))
     assert runs.lines(one) == runs.lines(other)
     assert (other / "summary.png").is_file()

@@ -111,7 +111,7 @@ def test_a_full_run_trains_every_weight_and_leaves_a_pipeline(finished, world):
     for part in ("vae", "text_encoder"):  # the very files, not another copy in another precision
         (one,), (other,) = ((folder / part).glob("*.safetensors") for folder in (finished, world.model))
         assert one.stat().st_ino == other.stat().st_ino
-    assert (finished / "summary.png").exists() and (finished / "ema/unet").is_dir() and not list(finished.rglob("*.tmp"))
+    assert (finished / "summary.png").exists() and (finished / "raw/unet").is_dir() and not list(finished.rglob("*.tmp"))
     assert "DiffusionPipeline.from_pretrained" in (finished / "README.md").read_text()
     assert "6 preference pairs" in (finished / "README.md").read_text()
 
@@ -136,10 +136,10 @@ def test_the_learning_rate_that_results_is_printed(train, capsys):
 
 
 def test_stock_diffusers_draws_the_validation_pictures(finished, world):
-    """Validation shows the average where one is kept; the raw weights are those of the pipeline folder."""
+    """Validation shows the average where one is kept, and the pipeline folder holds it."""
     assert np.abs(shown(finished, 0) - draw(world.model)).max() <= 1  # one grey level of rounding
-    assert np.abs(shown(finished, 4) - draw(world.model, unet=finished / "ema")).max() <= 1
-    assert np.abs(draw(finished) - draw(world.model)).mean() > 0.1
+    assert np.abs(shown(finished, 4) - draw(finished)).max() <= 1
+    assert np.abs(draw(world.model, unet=finished / "raw") - draw(world.model)).mean() > 0.1
 
 
 def test_a_lora_run_trains_the_adapter_alone_and_stock_diffusers_reads_it(train, world):
@@ -279,7 +279,7 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, way):
         train("parts", **flags)
     parts = train("parts", **flags, resume_from_checkpoint="latest")
     runs.assert_identical(runs.state(whole / "checkpoint-4"), runs.state(parts / "checkpoint-4"))
-    for folder in (whole, whole / "ema", whole / "checkpoint-4"):
+    for folder in (whole, whole / "raw", whole / "checkpoint-4"):
         other = parts / folder.relative_to(whole)
         runs.assert_identical(*((runs.saved(one)[0] if way == "lora" else saved(one)) for one in (folder, other)))
     assert contents(whole / "samples") == contents(parts / "samples")
@@ -366,5 +366,5 @@ def test_a_checkpoint_serves_as_a_unet(finished):
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_pretrained(finished / "checkpoint-4", subfolder="unet")
-    runs.assert_identical(dict(unet.state_dict()), saved(finished))
+    runs.assert_identical(dict(unet.state_dict()), saved(finished / "raw"))
     assert (finished / "checkpoint-4/unet" / full.WEIGHTS_NAME).exists()

@@ -50,7 +50,7 @@ def test_killed_at_a_random_moment_it_ends_like_an_uninterrupted_run(world, tmp_
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (out / "unet").exists()
     runs.finish(launch(world, out, "resumed", **LONG, resume_from_checkpoint="latest"), out.with_suffix(".resumed"))
-    for folder in ("", "ema", "checkpoint-40"):
+    for folder in ("", "raw", "checkpoint-40"):
         runs.assert_identical(saved(whole / folder), saved(out / folder))
     runs.assert_identical(runs.state(whole / "checkpoint-40"), runs.state(out / "checkpoint-40"))
     assert runs.lines(whole) == runs.lines(out) and not list(out.glob("*.tmp"))

@@ -206,12 +206,12 @@ def draw(world, weights: Path | None = None) -> np.ndarray:
 def test_stock_diffusers_draws_the_last_validation_picture(finished, world, tmp_path):
     """One file for transformer and text encoders, alpha and ranks included; validation shows the average where one is kept."""
     ours = {step: np.asarray(Image.open(finished / f"samples/step-{step:06d}/00-7.png")).astype(int) for step in (0, 4)}
-    assert np.abs(ours[4] - draw(world, finished / "ema")).max() <= 1  # one grey level of rounding
+    assert np.abs(ours[4] - draw(world, finished)).max() <= 1  # one grey level of rounding
     assert np.abs(ours[0] - draw(world)).max() <= 1
-    assert np.abs(ours[4] - ours[0]).mean() > 1 and np.abs(ours[4] - draw(world, finished)).mean() > 1
+    assert np.abs(ours[4] - ours[0]).mean() > 1 and np.abs(ours[4] - draw(world, finished / "raw")).mean() > 1
     from safetensors.torch import save_file
 
-    tensors, metadata = runs.saved(finished / "ema")
+    tensors, metadata = runs.saved(finished)
     save_file({k: v for k, v in tensors.items() if k.startswith("transformer.")}, tmp_path / runs.WEIGHTS, metadata)
     assert np.abs(ours[4] - draw(world, tmp_path)).max() > 1  # the text encoders' part shows
 
@@ -221,7 +221,7 @@ def test_a_run_leaves_its_card_and_metrics(finished):
     assert "# DreamBooth LoRA of" in card and "4 pictures of" in card and SUBJECT in card and "| `prior_loss` |" in card
     assert "- dreambooth\n- lora\n" in card
     assert {"instance_loss", "prior_loss", "loss"} <= runs.lines(finished)[-1].keys()
-    assert (finished / "samples/step-000004.png").is_file() and (finished / "ema" / runs.WEIGHTS).is_file()
+    assert (finished / "samples/step-000004.png").is_file() and (finished / "raw" / runs.WEIGHTS).is_file()
 
 
 def test_kohyas_file_holds_the_text_encoders_under_its_names(finished):
@@ -406,7 +406,7 @@ def test_resumed_equals_uninterrupted(train, monkeypatch):
     ended = runs.state(whole / "checkpoint-4")
     assert ended.keys() == {"step", "kinds", "transformer", "text_encoder", "text_encoder_2", "optimizer", "ema", "schedule", "log"}
     runs.assert_identical(ended, runs.state(parts / "checkpoint-4"))
-    for folder in (".", "ema", "checkpoint-4", "checkpoint-4/ema"):
+    for folder in (".", "raw", "checkpoint-4", "checkpoint-4/raw"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))
     assert (whole / "samples/step-000005/00-7.png").read_bytes() == (parts / "samples/step-000005/00-7.png").read_bytes()
     assert runs.lines(whole) == runs.lines(parts)

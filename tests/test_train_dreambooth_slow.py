@@ -84,7 +84,7 @@ def test_killed_twice_at_random_moments_it_ends_like_an_uninterrupted_run(world,
         left.unlink()
     assert contents(tmp_path / "class") == contents(tmp_path / "whole class")
     runs.assert_identical(runs.state(whole / "checkpoint-40"), runs.state(out / "checkpoint-40"))
-    for folder in (".", "ema"):
+    for folder in (".", "raw"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(out / folder))
     assert runs.lines(whole) == runs.lines(out)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-35", "checkpoint-40"]

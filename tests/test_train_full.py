@@ -69,11 +69,11 @@ def unchanged(out: Path, base: Path, part: str = "transformer") -> set[str]:
     return {name for name in ours if torch.equal(ours[name], theirs[name])}
 
 
-def draw(model: Path, ema: Path | None = None) -> np.ndarray:
+def draw(model: Path, other: Path | None = None) -> np.ndarray:
     """(32, 32, 3) integers, by the stock pipeline with the settings of SHOWN."""
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    parts = {"transformer": SD3Transformer2DModel.from_pretrained(ema, subfolder="transformer")} if ema else {}
+    parts = {"transformer": SD3Transformer2DModel.from_pretrained(other, subfolder="transformer")} if other else {}
     pipeline = StableDiffusion3Pipeline.from_pretrained(model, torch_dtype=torch.float32, **parts)
     pipeline.set_progress_bar_config(disable=True)
     settings = dict(prompt=PROMPT, height=32, width=32, num_inference_steps=3, guidance_scale=4.0, max_sequence_length=16)
@@ -119,11 +119,11 @@ def test_the_text_encoders_are_trained_and_saved(train, world):
         assert 1e-3 < moved < 6e-3  # Adam moves by about the learning rate: at most 4 steps of 1e-3, and the other rate is 1e-2
     assert (out / "text_encoder_3/model.safetensors").stat().st_ino == (world.model / "text_encoder_3/model.safetensors").stat().st_ino
     for part in ("text_encoder", "text_encoder_2", "transformer"):
-        assert runs.files(out / "ema" / part) == runs.files(out / part)
+        assert runs.files(out / "raw" / part) == runs.files(out / part)
 
 
 def test_a_run_leaves_a_pipeline_and_its_average(finished, world):
-    for name in ("model_index.json", "transformer", "vae", "scheduler", "text_encoder_3", "tokenizer_3", "ema/transformer", "summary.png"):
+    for name in ("model_index.json", "transformer", "vae", "scheduler", "text_encoder_3", "tokenizer_3", "raw/transformer", "summary.png"):
         assert (finished / name).exists(), name
     for part in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):  # the very files, not another copy in another precision
         (ours,), (theirs,) = ((folder / part).glob("*.safetensors") for folder in (finished, world.model))
@@ -132,23 +132,23 @@ def test_a_run_leaves_a_pipeline_and_its_average(finished, world):
     assert runs.files(finished / "checkpoint-4") == [
         "args.json", "data.json", "state.pt", "transformer", "transformer/config.json", f"transformer/{full.WEIGHTS_NAME}",
     ]  # fmt: skip
-    runs.assert_identical(saved(finished / "checkpoint-4"), saved(finished))
+    runs.assert_identical(saved(finished / "checkpoint-4"), saved(finished / "raw"))
     assert "StableDiffusion3Pipeline.from_pretrained" in (finished / "README.md").read_text()
 
 
 def test_stock_diffusers_draws_the_last_validation_picture(finished, world):
-    """Validation shows the average where one is kept; the raw weights are those of the pipeline folder."""
+    """Validation shows the average where one is kept, and the pipeline folder holds it; the weights as trained are beside it."""
     ours = {step: np.asarray(Image.open(finished / f"samples/step-{step:06d}/00-7.png")).astype(int) for step in (0, 4)}
-    assert np.abs(ours[4] - draw(finished, finished / "ema")).max() <= 1  # one grey level of rounding
+    assert np.abs(ours[4] - draw(finished)).max() <= 1  # one grey level of rounding
     assert np.abs(ours[0] - draw(world.model)).max() <= 1
-    assert np.abs(ours[4] - draw(finished)).mean() > 1 and np.abs(ours[4] - ours[0]).mean() > 1
+    assert np.abs(ours[4] - draw(finished, finished / "raw")).mean() > 1 and np.abs(ours[4] - ours[0]).mean() > 1
 
 
 @pytest.mark.slow
 def test_the_raw_weights_alone_are_drawn_without_an_average(train):
     out = train(max_train_steps=2, **SHOWN)
     shown = np.asarray(Image.open(out / "samples/step-000002/00-7.png")).astype(int)
-    assert np.abs(shown - draw(out)).max() <= 1 and not (out / "ema").exists()
+    assert np.abs(shown - draw(out)).max() <= 1 and not (out / "raw").exists()
 
 
 @pytest.mark.slow
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_and_where_the_average_lies_change_nothing(train)
     one = train("plain", use_ema=True, max_train_steps=2, **FUSED)
     other = train("other", use_ema=True, max_train_steps=2, ema_device="cpu", gradient_checkpointing=True, **FUSED)
     runs.assert_identical(saved(one), saved(other))
-    runs.assert_identical(saved(one / "ema"), saved(other / "ema"))
+    runs.assert_identical(saved(one / "raw"), saved(other / "raw"))
 
 
 def test_one_batch_of_four_equals_four_accumulated(train, world):
@@ -245,7 +245,7 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, way):
     parts = train("parts", **flags, resume_from_checkpoint="latest")
     runs.assert_identical(runs.state(whole / "checkpoint-4"), runs.state(parts / "checkpoint-4"))  # optimizer, EMA, schedule, window
     trained = ("transformer", "text_encoder", "text_encoder_2") if way == "text encoders" else ("transformer",)
-    for folder in ("", "ema", "checkpoint-4"):
+    for folder in ("", "raw", "checkpoint-4"):
         for part in trained if folder else (*trained, "samples"):
             assert contents(whole / folder / part) == contents(parts / folder / part), f"{folder}/{part}"
     assert runs.lines(whole) == runs.lines(parts)
@@ -268,7 +268,7 @@ def test_a_checkpoint_serves_as_a_transformer(finished):
     from diffusers import SD3Transformer2DModel
 
     transformer = SD3Transformer2DModel.from_pretrained(finished / "checkpoint-4", subfolder="transformer")
-    runs.assert_identical(dict(transformer.state_dict()), saved(finished))
+    runs.assert_identical(dict(transformer.state_dict()), saved(finished / "raw"))
 
 
 # --------------------------------------------------------------------------- dry run, bad input

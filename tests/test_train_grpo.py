@@ -106,7 +106,7 @@ def test_a_run_leaves_what_the_outputs_page_promises(train, summaries):
     promised = re.findall(r"^\| `([^`]+)` \|", page, flags=re.M)
     for name in promised:
         assert list(out.glob(name.replace("-N", "-*").rstrip("/"))), f"outputs/README.md promises {name}"
-    assert (out / "ema" / runs.WEIGHTS).is_file() and (out / "checkpoint-4" / runs.WEIGHTS).is_file()
+    assert (out / "raw" / runs.WEIGHTS).is_file() and (out / "checkpoint-4" / runs.WEIGHTS).is_file()
     pictures = [f"step-{step:06d}/{name}" for step in (0, 2, 4) for name in ("00-0.png", "01-1.png")]
     assert sorted(name for name in runs.files(out / "samples") if "/" in name) == pictures
     assert Image.open(out / "summary.png").width > 500
@@ -405,7 +405,7 @@ def assert_same(whole, parts):
     ended = runs.state(whole / "checkpoint-8")
     assert ended.keys() == {"step", "kinds", "lora", "pace", "optimizer", "ema", "schedule", "log", "evaluator"}
     runs.assert_identical(ended, runs.state(parts / "checkpoint-8"))
-    for folder in (".", "ema", "checkpoint-8"):
+    for folder in (".", "raw", "checkpoint-8"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))
     assert (whole / "samples/step-000008.png").read_bytes() == (parts / "samples/step-000008.png").read_bytes()
     assert runs.lines(whole) == runs.lines(parts)

@@ -105,7 +105,7 @@ def test_a_run_leaves_what_the_outputs_page_promises(train, summaries):
     assert len(promised) >= 8
     for name in promised:
         assert list(out.glob(name.replace("-N", "-*").rstrip("/"))), f"outputs/README.md promises {name}"
-    assert (out / "ema" / runs.WEIGHTS).is_file() and (out / "checkpoint-4" / runs.WEIGHTS).is_file()
+    assert (out / "raw" / runs.WEIGHTS).is_file() and (out / "checkpoint-4" / runs.WEIGHTS).is_file()
     assert runs.files(out / "samples") == [
         "step-000000", "step-000000.png", "step-000000/00-7.png", "step-000002", "step-000002.png", "step-000002/00-7.png",
         "step-000004", "step-000004.png", "step-000004/00-7.png",
@@ -231,7 +231,7 @@ def test_resumed_equals_uninterrupted(train, whole, monkeypatch, step):
     ended = runs.state(whole / "checkpoint-8")
     assert ended.keys() == {"step", "kinds", "lora", "optimizer", "ema", "schedule", "log"}
     runs.assert_identical(ended, runs.state(parts / "checkpoint-8"))
-    for folder in (".", "ema", "checkpoint-8", "checkpoint-8/ema"):
+    for folder in (".", "raw", "checkpoint-8", "checkpoint-8/raw"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))
     for file in ("samples/step-000008/00-7.png", "samples/step-000008.png", "samples/step-000003.png"):
         assert (whole / file).read_bytes() == (parts / file).read_bytes(), file

@@ -62,7 +62,7 @@ def step_of(out: Path) -> int:
 def assert_same_run(one: Path, other: Path) -> None:
     for number in (55, 60):
         runs.assert_identical(runs.state(one / f"checkpoint-{number}"), runs.state(other / f"checkpoint-{number}"))
-    for folder in (".", "ema"):
+    for folder in (".", "raw"):
         runs.assert_identical(runs.saved(one / folder), runs.saved(other / folder))
     assert runs.lines(one) == runs.lines(other)
     assert [path.name for path in sorted(other.glob("checkpoint-*"))] == ["checkpoint-55", "checkpoint-60"]

@@ -126,7 +126,7 @@ def shown(out: Path, step: int) -> np.ndarray:
 
 @pytest.mark.slow
 def test_a_full_run_trains_every_weight_and_leaves_a_pipeline_that_stock_diffusers_draws_with(train, world, summaries):
-    """With everything that may be switched on; the evaluation shows the average, the folder holds the raw weights."""
+    """With everything that may be switched on; the evaluation shows the average, and the folder holds it."""
     summaries()
     out = train(use_ema=True, ema_decay=0.5, adam_weight_decay=0.0, eval_scorers="jpeg_incompressibility", eval_steps=2,
                 checkpointing_steps=3, learning_rate=1e-2, **world.pretraining)  # fmt: skip
@@ -136,8 +136,8 @@ def test_a_full_run_trains_every_weight_and_leaves_a_pipeline_that_stock_diffuse
         (one,), (other,) = ((folder / part).glob("*.safetensors") for folder in (out, world.model))
         assert one.stat().st_ino == other.stat().st_ino
     assert np.abs(shown(out, 0) - draw(world.model)).max() <= 1  # one grey level of rounding
-    assert np.abs(shown(out, 3) - draw(world.model, unet=out / "ema")).max() <= 1
-    assert np.abs(draw(out) - draw(world.model)).mean() > 0.1
+    assert np.abs(shown(out, 3) - draw(out)).max() <= 1
+    assert np.abs(draw(world.model, unet=out / "raw") - draw(world.model)).mean() > 0.1
     assert (out / "summary.png").exists() and (out / "checkpoint-3/unet").is_dir()
     card = (out / "README.md").read_text()
     assert "# ReFL of" in card and "gradient of the reward `tiny_clip`, 3 optimizer steps of 2 pictures" in card
@@ -255,7 +255,7 @@ def test_resumed_equals_uninterrupted(train, world, monkeypatch, way):
         train("parts", **flags)
     parts = train("parts", **flags, resume_from_checkpoint="latest")
     runs.assert_identical(runs.state(whole / "checkpoint-4"), runs.state(parts / "checkpoint-4"))
-    for folder in (whole, whole / "ema", whole / "checkpoint-4"):
+    for folder in (whole, whole / "raw", whole / "checkpoint-4"):
         other = parts / folder.relative_to(whole)
         runs.assert_identical(*((runs.saved(one)[0] if way == "lora" else saved(one)) for one in (folder, other)))
     assert runs.lines(whole) == runs.lines(parts)

@@ -39,7 +39,7 @@ def test_killed_while_training_it_ends_like_an_uninterrupted_run(program, tmp_pa
     process.kill()
     assert process.wait() == -signal.SIGKILL
     runs.finish(launch(program, parts, "resumed", **flags, resume_from_checkpoint="latest"), parts.with_suffix(".resumed"))
-    for folder in (".", "ema"):
+    for folder in (".", "raw"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))
     assert runs.lines(whole) == runs.lines(parts)
 
