@@ -317,9 +317,15 @@ def _prepare(
     """Encode the prompts, load what is needed after that, and `assemble`."""
     text = encode_texts(run, args, [record.prompt for part in parts for record in part.records], family)
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
-    resident = ("vae",) if text else ("vae", "text")
-    model = family.load(path, **options, dtype=run.weight_dtype, device=run.device, parts=resident)
+    model = family.load(path, **options, dtype=run.weight_dtype, device=run.device, parts=resident(args, text))
     return assemble(run, args, family, kind, parts, pictures, name, model=model, text=text)
+
+
+def resident(args: argparse.Namespace, text: cache.TensorCache | None) -> tuple[str, ...]:
+    """Parts of the model that batches are encoded by: with a text cache T5 is never needed again, and CLIP only where it is trained."""
+    if text is None:
+        return ("vae", "text")
+    return ("vae", "clip") if getattr(args, "train_text_encoder", False) else ("vae",)
 
 
 def assemble(

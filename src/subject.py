@@ -102,8 +102,7 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
     if there:
         _render_class(run, args, there, text)
         pictures = run.from_main(lambda: dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data, progress=True))
-    resident = "text" if text is None else "clip" if args.train_text_encoder else None  # with a cache T5 is never needed again
-    model = _load(run, args, tuple(part for part in ("vae", resident) if part))
+    model = _load(run, args, inputs.resident(args, text))
 
     def assemble(*parts: captions.CaptionedImages, name: str, **options: Any) -> inputs.Inputs:
         return inputs.assemble(run, args, sd3, samples.Samples, parts, parts, name, model=model, text=text, **options)

@@ -111,7 +111,7 @@ def test_frozen_blocks_stay_bit_for_bit(train, world, flags, frozen):
 
 def test_the_text_encoders_are_trained_and_saved(train, world):
     """Words that no caption has keep their embeddings, so tensors are compared whole. T5 stays what it was."""
-    out = train(train_text_encoder=True, cache_text=False, adam_weight_decay=0.0, text_encoder_learning_rate=1e-3, use_ema=True, **SHOWN)
+    out = train(train_text_encoder=True, adam_weight_decay=0.0, text_encoder_learning_rate=1e-3, use_ema=True, **SHOWN)
     for part in ("text_encoder", "text_encoder_2"):
         assert not unchanged(out, world.model, part)
         ours, theirs = saved(out, part), saved(world.model, part)
@@ -120,6 +120,16 @@ def test_the_text_encoders_are_trained_and_saved(train, world):
     assert (out / "text_encoder_3/model.safetensors").stat().st_ino == (world.model / "text_encoder_3/model.safetensors").stat().st_ino
     for part in ("text_encoder", "text_encoder_2", "transformer"):
         assert runs.files(out / "raw" / part) == runs.files(out / part)
+
+
+@pytest.mark.slow
+def test_trained_text_encoders_beside_cached_t5_give_what_encoding_at_every_step_does(train):
+    """The same losses, of training and validation, whose prompt is encoded by the trained encoders as well."""
+    flags = dict(train_text_encoder=True, text_encoder_learning_rate=1e-3, max_train_steps=4, logging_steps=1,
+                 num_validation_loss_images=1, validation_steps=2, caption_dropout=0.5)  # fmt: skip
+    cached, encoded = (train(name, cache_text=cached, **flags) for name, cached in (("cached", True), ("encoded", False)))
+    for metric in ("loss", "val_loss"):
+        assert runs.values(cached, metric) == pytest.approx(runs.values(encoded, metric), rel=1e-5)
 
 
 def test_a_run_leaves_a_pipeline_and_its_average(finished, world):
@@ -229,7 +239,7 @@ WAYS = {
     "fp32": dict(gradient_accumulation_steps=2),
     "bf16": dict(**BF16, ema_device="cpu"),
     "fused 8-bit": dict(**BF16, **FUSED, optimizer="adamw8bit"),
-    "text encoders": dict(train_text_encoder=True, cache_text=False, from_config=True),
+    "text encoders": dict(train_text_encoder=True, from_config=True),
 }
 
 
@@ -321,7 +331,6 @@ BAD = {  # what is wrong: flags, set-up, what the line must name, the cure in it
     "sharded text encoders": (dict(train_text_encoder=True, cache_text=False), fsdp, "--train_text_encoder", "--multi_gpu"),
     "sharded adafactor": (dict(optimizer="adafactor"), fsdp, "--optimizer adafactor", "adamw"),
     "DeepSpeed": ({}, deepspeed, "DeepSpeed", "scripts/accelerate/fsdp2.yaml"),
-    "text encoders from the cache": (dict(train_text_encoder=True), None, "--train_text_encoder", "--no-cache_text"),
     "text encoders trained and not saved": (
         dict(train_text_encoder=True, cache_text=False, save_transformer_only=True), None, "--save_transformer_only", "leave one out"),
     "rate of no text encoder": (dict(text_encoder_learning_rate=1e-6), None, "--text_encoder_learning_rate", "--train_text_encoder"),
