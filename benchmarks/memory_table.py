@@ -80,9 +80,12 @@ def line(name: str, trainer: str, resolution: int, flags: tuple[str, ...], resul
     return f"| {name} | {resolution}² | {' | '.join(cells)} |"
 
 
+def read_results() -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(real_geometry.RESULTS.glob("real_geometry_*.json"))]
+
+
 def table() -> str:
-    results = [json.loads(file.read_text()) for file in sorted(real_geometry.RESULTS.glob("real_geometry_*.json"))]
-    blocks = []
+    results, blocks = read_results(), []
     for model, rows, sides, compiled in TABLES:
         columns = ["predicted", "each more", *["compiled"] * compiled, "measured"]
         head = [f"| {model} | px | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]

@@ -7,7 +7,7 @@
 #       --class_prompt "a photo of a dog" --validation_prompt "sks dog on the beach"
 #
 #   smaller   --config scripts/presets/24gb.yaml, 16gb.yaml or 12gb.yaml;  faster, in a longer run: --compile
-#   override  any argument: --no-with_prior_preservation does without class pictures,
+#   override  any argument: --no-with_prior_preservation does without class pictures, a --config with `no_hflip: false` mirrors at random,
 #             --train_text_encoder --text_encoder_learning_rate 5e-6 adapts both CLIPs, too
 #   try it    TINY=1 bash scripts/train_dreambooth_lora_sd3.sh      the same thing on the shipped tiny model, on a CPU, in a few minutes
 #   plan it   bash scripts/train_dreambooth_lora_sd3.sh --dry_run with the arguments above
