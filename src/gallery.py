@@ -43,6 +43,18 @@ def score_suffix(scores: Mapping[str, float]) -> str:
     return "".join(f"-{name}{value:.3g}" for name, value in scores.items() if name != "total")
 
 
+def blacked_out(output: Any) -> list[bool]:
+    """For each picture of a pipeline's output whether the model's safety checker made it black; without a checker none was."""
+    return [bool(hit) for hit in getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)]
+
+
+def safety_note(names: Sequence[str], count: int, *, scored: bool) -> str:
+    """One line on those of `count` pictures that were blacked out, by their files; scored: whether pictures are judged."""
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    effect = ", which are not scored" if scored else ""
+    return f"note: the model's safety checker blacked out {len(names)} of {count} picture(s){effect}: {listed}"
+
+
 def parameters(prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
     """Prompt and settings in the three lines that other programs read."""
     numbers = {"Steps": settings["num_inference_steps"], "CFG scale": f"{settings['guidance_scale']:g}", "Seed": seed,
