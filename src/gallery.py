@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from src import images
 
@@ -66,13 +65,10 @@ def parameters(prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
 
 def save(picture: Image.Image, path: Path, prompt: str, seed: int, settings: Mapping[str, Any], scores: Mapping[str, float]) -> None:
     """PNG with `prompt`, `seed`, `settings` (JSON), so that it can be made again, `scores` (JSON), and `parameters` for other programs."""
-    texts = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings), "parameters": parameters(prompt, seed, settings)}
+    texts = {"seed": str(seed), "settings": json.dumps(settings), "parameters": parameters(prompt, seed, settings)}
     if scores:
         texts["scores"] = json.dumps({name: value if math.isfinite(value) else None for name, value in scores.items()})
-    info = PngInfo()
-    for key, text in texts.items():
-        info.add_itxt(key, text)
-    picture.save(path, pnginfo=info)
+    images.save(picture, path, prompt, **texts)
 
 
 def sheet(

@@ -159,6 +159,11 @@ def _any_prompt(prompt: str, metadata: dict | None) -> str | None:
     return None
 
 
+def some_prompt(prompt: str, metadata: dict | None) -> str | None:
+    """Of a scorer that judges by the prompt, whatever that is: why an empty one cannot be, or None."""
+    return None if prompt.strip() else "it is empty; --prompt says what the picture was to show"
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A scorer's declaration; nothing is loaded before `load` is called.
@@ -176,7 +181,7 @@ class Scorer:
         options: its settings.
         weights: options -> what must be downloaded.
         check_options: options -> what is wrong with them, naming the flag and the cure, or None. Looks at nothing heavy.
-        check_prompt: (prompt, its metadata or None) -> why it cannot be judged, or None.
+        check_prompt: (prompt, its metadata or None) -> why it cannot be judged, or None; `some_prompt` if all but an empty one can.
     """
 
     name: str
