@@ -11,7 +11,8 @@ Every optimizer step:
 the last one, for the picture and for re-noised copies of it.
 
 What differs from the paper's code: guidance in the rollout, as pictures are drawn later; noise and late step are each picture's own, on
-every process; clamping passes the gradient of saturated pixels on; decoder and scorers compute in fp32; the pre-training loss is there.
+every process; the UNet is told the late step's timestep, not its number; clamping passes the gradient of saturated pixels on; decoder and
+scorers compute in fp32; the pre-training loss is there.
 
   bash scripts/train_refl_v1_5.sh                                    # SD1.5 against ImageReward on one GPU
   TINY=1 bash scripts/train_refl_v1_5.sh                             # the tiny model against a tiny CLIP, minutes on a CPU
