@@ -28,7 +28,8 @@ class Job:
 
 def next_index(folder: Path) -> int:
     """One more than the highest number of the pictures in a folder; 0 in an empty one, or in none."""
-    return max((int(path.name.split("-")[0]) + 1 for path in folder.glob("[0-9][0-9][0-9]*-*.png")), default=0)
+    numbers = (re.match(r"(\d{3,})-", path.name) for path in folder.glob("*.png"))  # a user's own 100dogs-x.png has none
+    return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
 def file_name(index: int, prompt: str, seed: int, suffix: str = "") -> str:

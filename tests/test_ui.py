@@ -99,7 +99,7 @@ def test_every_picture_is_kept_under_a_number_of_its_own(studio):
 
 def test_numbers_go_on_after_those_in_the_folder(tmp_path):
     assert gallery.next_index(tmp_path / "none") == gallery.next_index(tmp_path) == 0
-    for name in ("000-a-seed0.png", "1007-a-seed0.png", "grid.png", "2000-notes.txt"):
+    for name in ("000-a-seed0.png", "1007-a-seed0.png", "grid.png", "2000-notes.txt", "2001dogs-x.png", "20-x.png"):
         (tmp_path / name).touch()
     assert gallery.next_index(tmp_path) == 1008
 

@@ -1,4 +1,4 @@
-"""The match of picture and prompt by any CLIP that open_clip knows, ViT-H/14 of LAION by default: what ReFL trains on."""
+"""The match of picture and prompt by any CLIP that open_clip knows, ViT-H/14 of LAION by default."""
 
 from __future__ import annotations
 
