@@ -280,7 +280,9 @@ def test_defaults_that_depend_on_others(world):
     args = parsed()
     assert (args.scorer, args.mid_range, args.reward_threshold) == ("image_reward", [30, 39], 2.0)
     assert (args.learning_rate, args.resolution, args.num_inference_steps, args.grad_scale) == (1e-5, 512, 40, 1.0)
-    assert parsed(pretrain_dataset_name="datas/photos").grad_scale == 1e-3  # beside another loss: as published
+    beside = {scorer: parsed(pretrain_dataset_name="datas/photos", scorer=scorer).grad_scale
+              for scorer in ("image_reward", "clip=0.5, image_reward=1", "clip", "tiny_clip=1.0")}  # fmt: skip
+    assert list(beside.values()) == [1e-3, 1e-3, 1.0, 1.0]  # beside another loss: as published, for the scorer it was published for
     args = parsed(scorer="image_reward,clip", use_lora=True, num_inference_steps=1)
     assert (args.mid_range, args.reward_threshold, args.learning_rate) == ([0, 0], None, 1e-4)
     assert parsed(scorer="clip", method="draft").mid_range is None
