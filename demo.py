@@ -185,8 +185,8 @@ def load(args: argparse.Namespace) -> tuple:
     return pipeline, scorer
 
 
-def draw(pipeline, jobs: list, args: argparse.Namespace, on_step: Callable | None = None) -> list:
-    """PIL pictures of the jobs (gallery.Job) in one batch; each starts from the noise of its own seed, drawn on the CPU.
+def draw(pipeline, jobs: list, args: argparse.Namespace, on_step: Callable | None = None):
+    """The pipeline's output for the jobs (gallery.Job) in one batch; each starts from the noise of its own seed, drawn on the CPU.
 
     Args:
         on_step: told after each denoising step how many are done, and of how many.
@@ -210,10 +210,9 @@ def draw(pipeline, jobs: list, args: argparse.Namespace, on_step: Callable | Non
         return pipeline(
             prompt=[job.prompt for job in jobs], negative_prompt=[args.negative_prompt] * len(jobs),
             generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs], **options,
-        ).images  # fmt: skip
+        )  # fmt: skip
     except torch.OutOfMemoryError:
-        cure = "try --cpu_offload, --batch_size 1, --dtype bf16 or a smaller --resolution"
-        raise MemoryError(f"the GPU's memory is too small; {cure}") from None
+        raise MemoryError("GPU memory is too small; try --cpu_offload, --batch_size 1, --dtype bf16 or a smaller --resolution") from None
 
 
 # --------------------------------------------------------------------------- files
@@ -223,26 +222,25 @@ def settings_of(args: argparse.Namespace, column: str, size: tuple[int, int]) ->
     """What besides prompt and seed decided the picture: by flag names, those that were unset with what they became."""
     kept = ("pretrained_model_name_or_path", "lora_scale", "dtype", "negative_prompt", "num_inference_steps", "guidance_scale",
             "skip_layer_guidance", "skip_layers", "max_sequence_length")  # fmt: skip
-    settings = {name: getattr(args, name) for name in kept} | {"width": size[0], "height": size[1]}
-    settings["lora_weights_path"] = str(args.lora_weights_path) if column == "tuned" else None
-    return settings
+    lora = str(args.lora_weights_path) if column == "tuned" else None
+    return {name: getattr(args, name) for name in kept} | {"width": size[0], "height": size[1], "lora_weights_path": lora}
 
 
 def render(pipeline, scorer, jobs: list, column: str, args: argparse.Namespace, on_step: Callable | None = None) -> list[tuple]:
-    """Draw the jobs (gallery.Job) in one batch, judge the pictures and keep them: file, picture and scores of each."""
+    """Draw a batch of jobs (gallery.Job), judge and keep the pictures: file, picture, scores, whether the safety checker made it black."""
     from src import gallery
     from src.scorers.mixture import score_pictures
 
     if args.compare:  # the same weights, seeds and batches: only the LoRA is switched
         pipeline.disable_lora() if column == "base" else pipeline.enable_lora()
-    drawn = draw(pipeline, jobs, args, on_step)
-    scores = score_pictures(scorer, drawn, [job.prompt for job in jobs]) if scorer else [{}] * len(jobs)
-    kept = []
-    for job, picture, verdict in zip(jobs, drawn, scores, strict=True):
+    output = draw(pipeline, jobs, args, on_step)
+    drawn, hidden, kept = output.images, gallery.blacked_out(output), []
+    scores = score_pictures(scorer, drawn, [job.prompt for job in jobs], hidden=hidden) if scorer else [{}] * len(jobs)
+    for job, picture, verdict, black in zip(jobs, drawn, scores, hidden, strict=True):
         suffix = (f"-{column}" if args.compare else "") + gallery.score_suffix(verdict)
         path = args.output_dir / gallery.file_name(job.index, job.prompt, job.seed, suffix)
         gallery.save(picture, path, job.prompt, job.seed, settings_of(args, column, picture.size), verdict)
-        kept.append((path, picture, verdict))
+        kept.append((path, picture, verdict, black))
     return kept
 
 
@@ -271,22 +269,24 @@ def main(args: argparse.Namespace) -> None:
     seeds = range(args.seed, args.seed + args.num_images)
     jobs = [gallery.Job(index, prompt, seed) for index, (prompt, seed) in enumerate(product(prompts, seeds))]
     columns = ["base", "tuned"] if args.compare else ["tuned" if args.lora_weights_path else "base"]
-
     cells = {}  # for the grid: the pictures themselves are on disk as soon as they are drawn
-    verdicts = {column: [] for column in columns}
+    verdicts, blacked_out = {column: [] for column in columns}, []
     for start, column in product(range(0, len(jobs), args.batch_size), columns):
         part = jobs[start : start + args.batch_size]
         try:
             rendered = render(pipeline, scorer, part, column, args)
         except MemoryError as error:
             build_parser().error(str(error))
-        for job, (_, picture, verdict) in zip(part, rendered, strict=True):
+        for job, (path, picture, verdict, black) in zip(part, rendered, strict=True):
             verdicts[column].append(verdict)
+            blacked_out += [path.name] * black
             if job.index < gallery.PROMPTS * args.num_images:
                 picture.thumbnail((gallery.CELL, gallery.CELL))
                 cells[column, job.index] = picture, verdict
 
     gallery.sheet(cells, prompts, columns, seeds).save(args.output_dir / "grid.png")
+    if blacked_out:
+        print(gallery.safety_note(blacked_out, len(jobs) * len(columns), scored=bool(scorer)))
     for column in columns:
         for name, (mean, count) in means(verdicts[column]).items():
             print(f"{column}: mean {name} {mean:.4f} over {count} picture(s)")

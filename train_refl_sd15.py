@@ -11,7 +11,8 @@ Every optimizer step:
 the last one, for the picture and for re-noised copies of it.
 
 What differs from the paper's code: guidance in the rollout, as pictures are drawn later; noise and late step are each picture's own, on
-every process; clamping passes the gradient of saturated pixels on; decoder and scorers compute in fp32; the pre-training loss is there.
+every process; the UNet is told the late step's timestep, not its number; clamping passes the gradient of saturated pixels on; decoder and
+scorers compute in fp32; the pre-training loss is there.
 
   bash scripts/train_refl_v1_5.sh                                    # SD1.5 against ImageReward on one GPU
   TINY=1 bash scripts/train_refl_v1_5.sh                             # the tiny model against a tiny CLIP, minutes on a CPU
@@ -66,9 +67,9 @@ def check(args: argparse.Namespace) -> None:
                          f"try --mid_range {min(3 * steps // 4, steps - 1)} {steps - 1}")  # fmt: skip
     if args.method == "draft" and args.draft_k > steps:
         raise ValueError(f"--draft_k {args.draft_k} is more than --num_inference_steps {steps}; try --draft_k 1")
-    if steps > 500:
-        raise ValueError(f"--num_inference_steps {steps} must be at most 500: of 1000 timesteps no two steps may be neighbours; try 40")
+    sd15_rollout.check_steps(steps)
     inputs.check_pretraining(args, sd15)
+    sd15_rollout.check_model(args.pretrained_model_name_or_path, args.revision)
     rewards.check(args, differentiable=True)
     unet.check(args)
 
@@ -203,6 +204,8 @@ def main(args: argparse.Namespace) -> None:
         model.vae.enable_gradient_checkpointing()  # decoding one picture of 512 px with a gradient keeps 6 GB otherwise
     alphas_cumprod = model.alphas_cumprod.to(run.device)  # (1000,)
     steps = sd15_rollout.schedule(alphas_cumprod, args.num_inference_steps, args.eta)
+    if note := sd15_rollout.few_steps(alphas_cumprod, args.num_inference_steps):
+        run.print(note)
     latent_shape = (sd15.LATENT_CHANNELS, args.resolution // sd15.VAE_SCALE, args.resolution // sd15.VAE_SCALE)
 
     # Optimizer; the policy itself stays unwrapped, since a step passes through it many times: gradients are averaged below

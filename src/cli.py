@@ -522,8 +522,8 @@ def add_refl_args(parser: Parser) -> None:
     )
     g.add_argument(
         "--grad_scale", type=positive_float,
-        help="weight of the reward's loss beside the pre-training loss (unset: 1e-3 with one, as published, else 1); alone it decides "
-        "only how --max_grad_norm and --adam_epsilon act",
+        help="weight of the reward's loss beside the pre-training loss (unset: 1e-3 with one and image_reward, as published for its "
+        "deviation of 1, else 1); alone it decides only how --max_grad_norm and --adam_epsilon act",
     )
     g.add_argument("--decode_batch_size", type=positive_int, default=1, help="pictures that are decoded at once, with gradient")
 
@@ -532,7 +532,12 @@ def add_refl_args(parser: Parser) -> None:
         return [min(3 * steps // 4, steps - 1), steps - 1] if args.method == "refl" else None
 
     parser.when_unset["mid_range"] = last_quarter
-    parser.when_unset["grad_scale"] = lambda args: 1.0 if args.pretrain_dataset_name is None else 1e-3
+    def as_published(args: argparse.Namespace) -> float:
+        """1e-3 is right for a reward of ImageReward's deviation of 1; beside another one pre-training would be next to all that is left."""
+        rewards = [part.partition("=")[0].strip() for part in args.scorer.split(",")]
+        return 1e-3 if args.pretrain_dataset_name is not None and "image_reward" in rewards else 1.0
+
+    parser.when_unset["grad_scale"] = as_published
     alone = ("image_reward", "image_reward=1", "image_reward=1.0")  # of weight 1, so that the threshold is in its own units
     parser.when_unset["reward_threshold"] = lambda args: 2.0 if args.scorer in alone else None
 

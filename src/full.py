@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from src import lora, sharding
+from src import hub, lora, sharding
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # what diffusers looks for in a transformer's folder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by --weights_dtype
-_ALWAYS_WANTED = ("*/*.json", "*/*.txt", "*/*.model", "model_index.json")  # of a pipeline on the Hub
+_SMALL = ("*.json", "*.txt", "*.model")  # configurations and vocabularies of a part
+_VARIANTS = ("fp16", "bf16")  # that models are published in besides their plain files
 
 
 # --------------------------------------------------------------------------- which weights
@@ -156,21 +159,25 @@ def save(modules: dict[str, nn.Module], folder: Path, *, write: bool = True) -> 
 # --------------------------------------------------------------------------- the rest of the pipeline
 
 
-def complete_pipeline(source: str, folder: Path, *, trained: list[str], revision: str | None = None, variant: str | None = None) -> None:
+def complete_pipeline(
+    source: str, folder: Path, *, trained: Collection[str], revision: str | None = None, variant: str | None = None
+) -> None:
     """Add to `folder` what the pipeline `source` has besides the `trained` parts: unchanged files, in their original precision.
 
     Files are hard links where the file system allows them (no second copy of a 9.5 GB encoder), else copies. Those of a variant lose its
-    name, so that the result loads without --variant.
+    name, so that the result loads without --variant. Of a Hub id those are taken that `fetch` has brought here before the training.
 
     Args:
         source: local folder or Hub id of the base model.
+
+    Raises:
+        ValueError: what `fetch` refuses.
     """
-    base = Path(source).expanduser()
-    if not base.is_dir():
-        base = _snapshot(source, revision, variant, trained)
-    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
-    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[1] is not None]
-    for name in (part for part in parts if part not in trained):
+    try:
+        base = fetch(source, trained=trained, revision=revision, variant=variant, cached=True)
+    except ValueError:  # the model has a new version since, which another program has begun to download: the cache's branch moved on
+        base = fetch(source, trained=trained, revision=revision, variant=variant)
+    for name in (part for part in _parts(base) if part not in trained):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
         for file in _files(base / name, variant):
@@ -178,14 +185,65 @@ def complete_pipeline(source: str, folder: Path, *, trained: list[str], revision
     shutil.copyfile(base / "model_index.json", folder / "model_index.json")
 
 
-def _snapshot(source: str, revision: str | None, variant: str | None, trained: list[str]) -> Path:
-    """The Hub's files of everything but the trained parts; those that were loaded are on the disk already."""
+def fetch(source: str, *, trained: Collection[str], revision: str | None = None, variant: str | None = None, cached: bool = False) -> Path:
+    """The base model's folder with all that `complete_pipeline` will add, which is downloaded if `source` is a Hub id.
+
+    To be called before a training: after it, a connection that is gone would cost the result. What a run loads is not all of it: no run
+    loads a safety checker, and one whose text cache is full loads no text encoder.
+
+    Args:
+        cached: ask this machine's cache alone.
+
+    Raises:
+        ValueError: naming --pretrained_model_name_or_path, if a part cannot be had.
+    """
+    base, flag = Path(source).expanduser(), f"--pretrained_model_name_or_path {source}"
+    if base.is_dir():
+        return base
     from huggingface_hub import snapshot_download
 
-    weights = ["*/*.safetensors"] if variant is None else [f"*/*.{variant}.safetensors", f"*/*.{variant}-*.safetensors"]
-    others = ["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*"] if variant is None else []
-    patterns = dict(allow_patterns=[*_ALWAYS_WANTED, *weights], ignore_patterns=[*(f"{part}/*" for part in trained), *others])
-    return Path(snapshot_download(source, revision=revision, **patterns))
+    def download(allowed: list[str], ignored: tuple[str, ...] = ()) -> Path:
+        options = dict(allow_patterns=allowed, ignore_patterns=list(ignored), local_files_only=cached)
+        return Path(snapshot_download(source, revision=revision, **options))
+
+    try:
+        base = download(["model_index.json"])
+        parts = [part for part in _parts(base) if part not in trained]  # and no other folder, whatever else lies in the repository
+        lacking, small = parts, ["model_index.json", *(f"{part}/{name}" for part in parts for name in _SMALL)]
+        for names, ignored in _weights_on_the_hub(variant):
+            if lacking:
+                base = download([*small, *(f"{part}/{name}" for part in lacking for name in names)], ignored)
+            lacking = [part for part in parts if (base / part / "config.json").is_file() and not _weights(base / part, variant)]
+    except hub.errors() as error:
+        raise ValueError(
+            f"{flag}: its parts besides {', '.join(trained)} go into the result and cannot be downloaded: {hub.reason(error)}"
+        ) from error
+    if incomplete := [part for part in parts if not _is_whole(base / part, variant)]:
+        raise ValueError(
+            f"{flag}: {', '.join(incomplete)} would be missing in the result, as the copy in this machine's cache is incomplete; "
+            f"download it with hf download {source}"
+        )
+    return base
+
+
+def _parts(base: Path) -> list[str]:
+    """The parts that model_index.json names, but for those that were left out."""
+    index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
+    return [name for name, kind in index.items() if isinstance(kind, list) and kind[1] is not None]
+
+
+def _weights_on_the_hub(variant: str | None) -> list[tuple[list[str], tuple[str, ...]]]:
+    """Names of weight files, best first, and what they must not match: as `_files` chooses, one kind is asked for where the last is not.
+
+    Torch's own files by their first names alone: OpenVINO's end in .bin, too.
+    """
+    others = tuple(f"*.{name}{end}" for name in _VARIANTS for end in (".*", "-*"))
+    kinds = []
+    for stem, end in (("*", "safetensors"), ("*pytorch_model*", "bin")):
+        if variant is not None:
+            kinds.append(([f"{stem}.{variant}.{end}", f"{stem}.{variant}-*.{end}"], ()))
+        kinds.append(([f"{stem}.{end}"], others))
+    return kinds
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
@@ -194,9 +252,25 @@ def _files(folder: Path, variant: str | None) -> list[Path]:
     safe = [path for path in files if ".safetensors" in path.name]
     weights = safe or [path for path in files if ".bin" in path.name]
     ours = [path for path in weights if variant and f".{variant}" in path.name]
-    plain = [path for path in weights if not any(f".{name}" in path.name for name in ("fp16", "bf16"))]
+    plain = [path for path in weights if not any(f".{name}" in path.name for name in _VARIANTS)]
     small = [path for path in files if path.suffix in (".json", ".txt", ".model") and path not in weights]
     return small + (ours or plain or weights)
+
+
+def _weights(folder: Path, variant: str | None) -> list[str]:
+    """Names of the weight files among `_files`."""
+    return [path.name for path in _files(folder, variant) if path.suffix in (".safetensors", ".bin")]
+
+
+def _is_whole(folder: Path, variant: str | None) -> bool:
+    """Whether a part in the Hub's cache is more than the small files that --dry_run reads of it, with every shard of its weights."""
+    if not folder.is_dir():
+        return False
+    if not (folder / "config.json").is_file():  # a scheduler or a preprocessor, one file each, or a tokenizer, which has a vocabulary
+        return len(_files(folder, variant)) > (folder / "tokenizer_config.json").is_file()
+    names = _weights(folder, variant)
+    shards = [shard for name in names if (shard := re.search(r"-\d{5}-of-(\d{5})", name))]
+    return bool(names) and all(len(shards) == int(shard[1]) for shard in shards)
 
 
 def _without_variant(name: str, variant: str | None) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from src import images
 
@@ -29,7 +28,8 @@ class Job:
 
 def next_index(folder: Path) -> int:
     """One more than the highest number of the pictures in a folder; 0 in an empty one, or in none."""
-    return max((int(path.name.split("-")[0]) + 1 for path in folder.glob("[0-9][0-9][0-9]*-*.png")), default=0)
+    numbers = (re.match(r"(\d{3,})-", path.name) for path in folder.glob("*.png"))  # a user's own 100dogs-x.png has none
+    return max((int(number[1]) + 1 for number in numbers if number), default=0)
 
 
 def file_name(index: int, prompt: str, seed: int, suffix: str = "") -> str:
@@ -43,6 +43,18 @@ def score_suffix(scores: Mapping[str, float]) -> str:
     return "".join(f"-{name}{value:.3g}" for name, value in scores.items() if name != "total")
 
 
+def blacked_out(output: Any) -> list[bool]:
+    """For each picture of a pipeline's output whether the model's safety checker made it black; without a checker none was."""
+    return [bool(hit) for hit in getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)]
+
+
+def safety_note(names: Sequence[str], count: int, *, scored: bool) -> str:
+    """One line on those of `count` pictures that were blacked out, by their files; scored: whether pictures are judged."""
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    effect = ", which are not scored" if scored else ""
+    return f"note: the model's safety checker blacked out {len(names)} of {count} picture(s){effect}: {listed}"
+
+
 def parameters(prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
     """Prompt and settings in the three lines that other programs read."""
     numbers = {"Steps": settings["num_inference_steps"], "CFG scale": f"{settings['guidance_scale']:g}", "Seed": seed,
@@ -54,13 +66,10 @@ def parameters(prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
 
 def save(picture: Image.Image, path: Path, prompt: str, seed: int, settings: Mapping[str, Any], scores: Mapping[str, float]) -> None:
     """PNG with `prompt`, `seed`, `settings` (JSON), so that it can be made again, `scores` (JSON), and `parameters` for other programs."""
-    texts = {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings), "parameters": parameters(prompt, seed, settings)}
+    texts = {"seed": str(seed), "settings": json.dumps(settings), "parameters": parameters(prompt, seed, settings)}
     if scores:
         texts["scores"] = json.dumps({name: value if math.isfinite(value) else None for name, value in scores.items()})
-    info = PngInfo()
-    for key, text in texts.items():
-        info.add_itxt(key, text)
-    picture.save(path, pnginfo=info)
+    images.save(picture, path, prompt, **texts)
 
 
 def sheet(

@@ -1,6 +1,7 @@
 """THE image contract: pictures travel as float tensors (b, 3, H, W) in [0, 1], and every file becomes RGB in one place.
 
-`open_rgb` reads any file that people have in their folders, `from_pil` and `to_pil` cross the border, `grid` shows the result.
+`open_rgb` reads any file that people have in their folders, `from_pil` and `to_pil` cross the border, `grid` shows the result, `save` and
+`prompt_of` write and read what a picture was to show.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+SOFTWARE = "dive-into-sd3"  # under PNG's own keyword for the writing program: others keep other things under "prompt"
 _WHITE = (255, 255, 255)
 _INK = (40, 40, 40)
 _ORIENTATION = 0x0112  # EXIF tag
@@ -57,6 +60,24 @@ def to_png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
+
+
+def save(image: Image.Image, path: Path, prompt: str, **texts: str) -> None:
+    """A PNG that carries its prompt, further texts by keyword, and the mark by which `prompt_of` knows it."""
+    info = PngInfo()
+    for keyword, text in {"Software": SOFTWARE, "prompt": prompt, **texts}.items():
+        info.add_itxt(keyword, text)
+    image.save(path, pnginfo=info)
+
+
+def prompt_of(path: Path) -> str:
+    """The prompt in a picture that `save` wrote; empty for any other file, also for one that is no picture."""
+    try:
+        with Image.open(path) as picture:
+            ours = picture.info.get("Software") == SOFTWARE or "settings" in picture.info  # so older versions of the demo marked theirs
+            return str(picture.info.get("prompt", "")) if ours else ""
+    except _DECODER_ERRORS:
+        return ""
 
 
 # --------------------------------------------------------------------------- any file to RGB

@@ -83,6 +83,9 @@ class Policy:
 
     def __init__(self, run: runtime.Run, args: argparse.Namespace, *, needs_reference: bool):
         self.run, self.args = run, args
+        if args.full_weights:  # what `save_result` will need: a download that fails ends the run before it begins
+            path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
+            run.require(lambda: full.fetch(path, trained=["transformer"], **options))
         if args.lora_layers or args.lora_blocks:  # refuses a name that does not exist before anything is loaded
             lora.targets(sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision), args.lora_layers, args.lora_blocks)
         self.model = self._load(("vae",), run.weight_dtype)

@@ -138,6 +138,13 @@ class Run:
             self.broadcast((made, refused))
         return made
 
+    def require(self, make: Callable[[], T]) -> T:
+        """As `from_main`, for what the user has to mend: what `make` refuses with a ValueError ends the program with that one line."""
+        try:
+            return self.from_main(make)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+
     def stop_requested(self) -> bool:
         """Whether any process was told to stop; call it once per step, on every process: all get the same answer.
 

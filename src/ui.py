@@ -65,12 +65,13 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture that was drawn: `base` or `tuned`, its file, its (width, height) in px, and its scores by name."""
+    """A picture that was drawn: `base` or `tuned`, its file, its (width, height) in px, its scores by name, whether it was blacked out."""
 
     column: str
     path: Path
     size: tuple[int, int]
     scores: Mapping[str, float]
+    blacked_out: bool = False  # by the model's safety checker
 
 
 # --------------------------------------------------------------------------- behind the button
@@ -135,8 +136,8 @@ class Studio:
             with self._turn:
                 if len(self.columns) > 1:
                     self.pipeline.set_adapters("tuned", wish.lora_scale)
-                [(path, picture, scores)] = self.render(self.pipeline, able, [job], column, asked, partial(on_step, column))
-            yield Shown(column, path, picture.size, scores)
+                [(path, picture, scores, black)] = self.render(self.pipeline, able, [job], column, asked, partial(on_step, column))
+            yield Shown(column, path, picture.size, scores, black)
 
     def _number(self) -> int:
         """Of the next picture: above those in --output_dir, and used once."""
@@ -156,18 +157,22 @@ def judges(mixture: Mixture | None, prompt: str) -> tuple[Mixture | None, dict[s
 # --------------------------------------------------------------------------- scores
 
 
-def score_card(mixture: Mixture | None, prompt: str, scores: Mapping[str, float], base: Mapping[str, float] | None = None) -> str:
+def score_card(
+    mixture: Mixture | None, prompt: str, scores: Mapping[str, float], base: Mapping[str, float] | None = None, *, blacked_out: bool = False
+) -> str:
     """HTML: each scorer's verdict with its usual range and what it measures.
 
     Args:
         scores: by name, of those that could judge the prompt; NaN: this picture could not be judged.
         base: scores of the base model's picture, where there is one to compare with.
+        blacked_out: whether the model's safety checker left nothing to judge.
     """
     if mixture is None:
         return '<p class="unjudged">Not judged: start the demo with <code>--scorer</code> to see scores here.</p>'
     reasons = judges(mixture, prompt)[1]
+    silent = "the model's safety checker blacked the picture out" if blacked_out else "it gave no verdict on this picture"
     rows = [
-        _unjudged(part.scorer, reasons.get(part.scorer.name, "it gave no verdict on this picture"))
+        _unjudged(part.scorer, reasons.get(part.scorer.name, silent))
         if math.isnan(scores.get(part.scorer.name, math.nan))
         else _judged(part.scorer, scores[part.scorer.name], (base or {}).get(part.scorer.name, math.nan))
         for part in mixture.parts
@@ -328,24 +333,29 @@ def _draw_tab(studio: Studio, prompts: list[str]) -> None:
                 done[shown.column] = shown
                 small = " small" if max(shown.size) < SMALL else ""
                 base = done["base"].scores if shown.column == "tuned" else None
-                yield {pictures[shown.column]: gr.update(value=str(shown.path), elem_classes=f"picture{small}"),
-                       cards[shown.column]: score_card(studio.scorer, wish.prompt, shown.scores, base)}  # fmt: skip
+                card = score_card(studio.scorer, wish.prompt, shown.scores, base, blacked_out=shown.blacked_out)
+                yield {pictures[shown.column]: gr.update(value=str(shown.path), elem_classes=f"picture{small}"), cards[shown.column]: card}
         except (ValueError, MemoryError) as error:
             gr.Warning(str(error), duration=None)
             yield {note: gr.skip()}  # nothing yielded would empty all of the page
             return
-        yield {note: _note(studio, wish, list(done.values()), time.perf_counter() - started), command: gr.update(value=same, visible=True)}
+        text = caption(studio, wish, list(done.values()), time.perf_counter() - started)
+        yield {note: text, command: gr.update(value=same, visible=True)}
 
     outputs = [*pictures.values(), *cards.values(), note, command]
     gr.on([button.click, controls[0].submit], press, controls, outputs, show_progress_on=list(pictures.values()), api_visibility="private")
 
 
-def _note(studio: Studio, wish: Wish, shown: list[Shown], seconds: float) -> str:
-    """Markdown: size, time, files, and what CLIP did not read."""
+def caption(studio: Studio, wish: Wish, shown: list[Shown], seconds: float) -> str:
+    """Markdown below the pictures: size, time, files, what CLIP did not read, and what the model's safety checker blacked out."""
     width, height = shown[0].size
     names = " and ".join(f"`{one.path.name}`" for one in shown)
-    long = stock.long_prompts(studio.pipeline, [wish.prompt])
-    return f"{width} x {height} px in {seconds:.1f} s, kept as {names} in `{studio.args.output_dir}`" + (f"\n\n{long}" if long else "")
+    parts = [f"{width} x {height} px in {seconds:.1f} s, kept as {names} in `{studio.args.output_dir}`"]
+    if long := stock.long_prompts(studio.pipeline, [wish.prompt]):
+        parts.append(long)
+    if hidden := [one.path.name for one in shown if one.blacked_out]:
+        parts.append(gallery.safety_note(hidden, len(shown), scored=studio.scorer is not None))
+    return "\n\n".join(parts)
 
 
 def _album_tab(run: Path, page: Any) -> None:

@@ -54,8 +54,11 @@ def load(run: runtime.Run, args: argparse.Namespace) -> sd15.SD15:
 
     Raises:
         ValueError: a layer that does not exist, before anything is loaded; a LoRA that does not fit.
+        SystemExit: the rest of the pipeline, which `save_result` will need, cannot be downloaded.
     """
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
+    if not args.use_lora:
+        run.require(lambda: full.fetch(path, trained=["unet"], **options))
     if args.lora_layers:
         lora.targets(sd15.denoiser_from_config(path, args.revision), args.lora_layers)
     dtype = run.weight_dtype if args.use_lora else torch.float32

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from src import ema, images, inputs, metrics, runtime, seeds, speed
@@ -140,9 +139,7 @@ class Album:
         folder.mkdir(parents=True)
         pictures, names = images.to_pil(rendered), [name for row in self.names for name in row]
         for name, picture, prompt in zip(names, pictures, (p for p in self.prompts for _ in range(count)), strict=True):
-            info = PngInfo()
-            info.add_itxt("prompt", prompt)
-            picture.save(folder / name, pnginfo=info)
+            images.save(picture, folder / name, prompt)
 
         columns = [(f"step {step}", pictures)]
         earlier = [self.folder / "step-000000" / name for name in names]

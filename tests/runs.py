@@ -134,6 +134,27 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(metrics.Log, "write", dying)
 
 
+def parts_before_refusal(monkeypatch: pytest.MonkeyPatch, family: ModuleType, train: Any) -> tuple[str, list[str]]:
+    """The last words of a run that cannot fetch the rest of its result, and which parts of the model it had loaded by then."""
+    from src import full
+
+    loaded: list[str] = []
+    load = family.load
+
+    def refuse(source: str, **options: Any) -> Path:
+        raise ValueError(f"--pretrained_model_name_or_path {source}: {', '.join(options['trained'])} alone is here")
+
+    def spy(path: Any, *, parts: Any = ("everything",), **options: Any) -> Any:
+        loaded.extend(parts)
+        return load(path, parts=parts, **options)
+
+    monkeypatch.setattr(full, "fetch", refuse)
+    monkeypatch.setattr(family, "load", spy)
+    with pytest.raises(SystemExit) as stop:
+        train()
+    return str(stop.value.code), loaded
+
+
 # --------------------------------------------------------------------------- what a run leaves
 
 

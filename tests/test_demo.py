@@ -271,6 +271,66 @@ def test_sd15_is_drawn_with_its_own_pipeline(draw, tiny_sd15_folder):
     assert [picture.size for picture in pictures(out).values()] == [(32, 32)] * 2
 
 
+@pytest.fixture(scope="module")
+def prudish_sd15_folder(tiny_sd15_folder, tmp_path_factory):
+    """The same with a safety checker that takes every picture for unsafe: no cosine is below -1."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    tower = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=tower, projection_dim=8))
+    for threshold in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+        threshold.data.fill_(-2.0)
+    side = {"height": 8, "width": 8}
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny_sd15_folder, safety_checker=checker, feature_extractor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=side),
+        requires_safety_checker=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("prudish")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+SAFE = ("--resolution", 32, "--scorer", "jpeg_compressibility", "--prompt")
+
+
+def test_pictures_that_the_models_safety_checker_blacks_out_are_named_and_not_scored(draw, prudish_sd15_folder, capsys):
+    out = draw(*SAFE, "a heart", "--num_images", 2, model=prudish_sd15_folder, steps=1)
+    printed = capsys.readouterr().out
+    names = list(pictures(out))
+    assert not any(picture.any() for picture in arrays(out)) and all(name.endswith("-jpeg_compressibilitynan.png") for name in names)
+    assert [line for line in printed.splitlines() if "safety checker" in line] == [
+        f"note: the model's safety checker blacked out 2 of 2 picture(s), which are not scored: {', '.join(names)}"
+    ]
+    assert "mean jpeg_compressibility nan over 0 picture(s)" in printed
+    assert json.loads(pictures(out)[names[0]].text["scores"]) == {"jpeg_compressibility": None, "total": None}
+
+
+def test_a_mean_leaves_out_what_was_blacked_out(draw, prudish_sd15_folder, capsys, monkeypatch):
+    """The second of three in batches of two: one hit in the first batch, none in the second."""
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+
+    def second_alone(self, clip_input, images):
+        found = [number == 1 for number in range(len(images))]
+        images[found] = 0
+        return images, found
+
+    monkeypatch.setattr(StableDiffusionSafetyChecker, "forward", second_alone)
+    out = draw(*SAFE, "a heart", "--num_images", 3, "--batch_size", 2, model=prudish_sd15_folder, steps=1)
+    first, second, third = (json.loads(picture.text["scores"])["jpeg_compressibility"] for picture in pictures(out).values())
+    printed = capsys.readouterr().out
+    assert second is None and f"mean jpeg_compressibility {(first + third) / 2:.4f} over 2 picture(s)" in printed
+    assert f"blacked out 1 of 3 picture(s), which are not scored: {list(pictures(out))[1]}\n" in printed
+
+
+def test_a_long_list_of_blacked_out_pictures_is_cut():
+    names = [f"{number}.png" for number in range(12)]
+    assert gallery.safety_note(names, 20, scored=False) == (
+        "note: the model's safety checker blacked out 12 of 20 picture(s): " + ", ".join(names[:10]) + " and 2 more"
+    )
+
+
 def test_what_sd15_does_not_know_is_refused(tiny_sd15_folder, lora_folder, capsys):
     model = ("--pretrained_model_name_or_path", tiny_sd15_folder)
     assert "--skip_layer_guidance is for Stable Diffusion 3" in refusal(capsys, *model, "--skip_layer_guidance", 2.8)

@@ -159,17 +159,135 @@ def test_a_variant_becomes_the_plain_files_of_the_result(tmp_path):
     assert runs.files(tmp_path / "plain/text_encoder_3") == ["model.safetensors"]
 
 
-def test_a_hub_model_is_completed_from_its_snapshot_without_its_transformer(tiny_sd3_folder, tmp_path, monkeypatch):
-    asked = {}
+# --------------------------------------------------------------------------- the same of a model on the Hub
 
-    def snapshot(repository, **options):
-        asked.update(repository=repository, **options)
-        return str(tiny_sd3_folder)
+SD35 = """
+    model_index.json README.md sd3.5_medium.safetensors scheduler/scheduler_config.json vae/config.json
+    vae/diffusion_pytorch_model.safetensors transformer/config.json transformer/diffusion_pytorch_model.safetensors
+    text_encoder/config.json text_encoder/model.safetensors text_encoder/model.fp16.safetensors
+    text_encoder_2/config.json text_encoder_2/model.safetensors text_encoder_2/model.fp16.safetensors
+    text_encoder_3/config.json text_encoder_3/model-00001-of-00002.safetensors text_encoder_3/model-00002-of-00002.safetensors
+    text_encoder_3/model.safetensors.index.json text_encoder_3/model.fp16-00001-of-00001.safetensors
+    text_encoder_3/model.safetensors.index.fp16.json
+    text_encoders/clip_g.safetensors text_encoders/t5xxl_fp16.safetensors text_encoders/t5xxl_fp8_e4m3fn.safetensors
+    tokenizer/tokenizer_config.json tokenizer/vocab.json tokenizer/merges.txt tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
+    tokenizer_3/tokenizer_config.json tokenizer_3/spiece.model
+""".split()
+SD15 = """
+    model_index.json v1-5-pruned.ckpt v1-5-pruned.safetensors scheduler/scheduler_config.json vae/config.json
+    vae/diffusion_pytorch_model.safetensors vae/diffusion_pytorch_model.bin unet/config.json unet/diffusion_pytorch_model.safetensors
+    text_encoder/config.json text_encoder/pytorch_model.bin text_encoder/pytorch_model.fp16.bin text_encoder/openvino_model.bin
+    text_encoder/flax_model.msgpack tokenizer/tokenizer_config.json tokenizer/vocab.json
+    safety_checker/config.json safety_checker/model.fp16.safetensors safety_checker/pytorch_model.bin safety_checker/pytorch_model.fp16.bin
+    feature_extractor/preprocessor_config.json vae_decoder/model.onnx vae_encoder/config.json
+""".split()  # as it was published at first, without safetensors of all parts
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    full.complete_pipeline("owner/model", tmp_path, trained=["transformer"], revision="abc")
-    assert asked["repository"] == "owner/model" and asked["revision"] == "abc" and "transformer/*" in asked["ignore_patterns"]
-    assert (tmp_path / "model_index.json").is_file() and (tmp_path / "text_encoder_3/model.safetensors").is_file()
+
+class Hub:
+    """A repository and this machine's cache of it, as `snapshot_download` sees them."""
+
+    def __init__(self, cache: Path, published: list[str]):
+        self.cache, self.published, self.reachable, self.asked = cache, published, True, 0
+        self.index = {name.split("/")[0]: ["library", "Class"] for name in published if "/" in name and not self.stray(name)}
+
+    @staticmethod
+    def stray(name: str) -> bool:
+        return name.startswith(("text_encoders/", "vae_decoder/", "vae_encoder/"))
+
+    def keep(self, name: str) -> None:
+        path = self.cache / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        absent = {"image_encoder": [None, None], "requires_safety_checker": True}
+        path.write_text(json.dumps(self.index | absent) if name == "model_index.json" else name)
+
+    def snapshot_download(self, repository, *, revision, allow_patterns, ignore_patterns, local_files_only):
+        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.utils import filter_repo_objects
+
+        assert (repository, revision) == ("owner/model", "abc")
+        if local_files_only or not self.reachable:  # as versions of huggingface_hub that keep no list of the repository's files
+            if not self.cache.is_dir():
+                raise LocalEntryNotFoundError("cannot find an appropriate cached snapshot folder")
+            return str(self.cache)
+        self.asked += 1
+        for name in filter_repo_objects(self.published, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            self.keep(name)
+        return str(self.cache)
+
+    @property
+    def downloaded(self) -> list[str]:
+        return sorted(path.relative_to(self.cache).as_posix() for path in self.cache.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    def make(published):
+        one = Hub(tmp_path / "cache", published)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", one.snapshot_download)
+        return one
+
+    return make
+
+
+def fetch(trained=("transformer",), **options):
+    return full.fetch("owner/model", trained=trained, revision="abc", **options)
+
+
+def test_of_a_hub_model_the_parts_of_its_index_are_fetched_and_nothing_else(hub):
+    one = hub(SD35)
+    assert fetch() == one.cache
+    unwanted = ("README.md", "sd3.5_medium.safetensors", "text_encoders/", "transformer/")
+    assert one.downloaded == sorted(name for name in SD35 if not name.startswith(unwanted) and "fp16" not in name)
+
+
+def test_a_variant_is_fetched_where_it_is_and_the_plain_files_where_it_is_not(hub):
+    one = hub(SD35)
+    fetch(variant="fp16")
+    weights = [name for name in one.downloaded if name.endswith(".safetensors")]
+    assert weights == ["text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors",
+                       "text_encoder_3/model.fp16-00001-of-00001.safetensors", "vae/diffusion_pytorch_model.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("variant", "weights"), [
+    (None, ["safety_checker/pytorch_model.bin", "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.safetensors"]),
+    ("fp16", ["safety_checker/model.fp16.safetensors", "text_encoder/pytorch_model.fp16.bin", "vae/diffusion_pytorch_model.safetensors"]),
+])  # fmt: skip
+def test_a_part_that_has_no_safetensors_comes_as_torchs_own_file(hub, tmp_path, variant, weights):
+    one = hub(SD15)
+    fetch(("unet",), variant=variant)
+    assert [name for name in one.downloaded if not name.endswith((".json", ".txt"))] == weights
+    one.reachable = False  # hours later
+    full.complete_pipeline("owner/model", tmp_path / "out", trained=["unet"], revision="abc", variant=variant)
+    assert runs.files(tmp_path / "out/safety_checker") == ["config.json", Path(weights[0]).name.replace(".fp16", "")]
+    assert runs.files(tmp_path / "out/feature_extractor") == ["preprocessor_config.json"] and not (tmp_path / "out/vae_encoder").exists()
+    assert json.loads((tmp_path / "out/model_index.json").read_text())["feature_extractor"] == ["library", "Class"]
+
+
+def test_after_the_training_nothing_is_asked_of_the_hub(hub, tmp_path):
+    one = hub(SD35)
+    fetch()
+    asked = one.asked
+    full.complete_pipeline("owner/model", tmp_path / "out", trained=["transformer"], revision="abc")
+    assert one.asked == asked and (tmp_path / "out/text_encoder_3/model-00002-of-00002.safetensors").is_file()
+    shutil.rmtree(one.cache)  # a cache that was emptied meanwhile is filled again
+    full.complete_pipeline("owner/model", tmp_path / "again", trained=["transformer"], revision="abc")
+    assert one.asked > asked and runs.files(tmp_path / "again") == runs.files(tmp_path / "out")
+
+
+def test_parts_that_cannot_be_had_are_refused_in_one_line(hub):
+    one = hub(SD35)
+    one.reachable = False
+    line = "--pretrained_model_name_or_path owner/model: its parts besides transformer go into the result and cannot be downloaded: "
+    with pytest.raises(ValueError, match=f"{line}the Hub could not be reached") as error:
+        fetch()
+    assert "\n" not in str(error.value)
+    # As a run leaves the cache that found all its prompts in the text cache: small files of the encoders, a shard of T5
+    for name in SD35:
+        if not name.startswith(("text_encoder", "tokenizer")) or name.endswith("config.json") or "-00001-of-00002" in name:
+            one.keep(name)
+    lacking = "text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3"
+    with pytest.raises(ValueError, match=f"owner/model: {lacking} would be missing in the result.* hf download owner/model"):
+        fetch()
 
 
 def test_random_weights_are_those_of_the_seed_and_of_the_same_shapes(tiny_sd3_folder, transformer):

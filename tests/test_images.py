@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from src.images import from_pil, grid, measure, open_rgb, to_pil
+from src.images import from_pil, grid, measure, open_rgb, prompt_of, save, to_pil
 
 PHOTOS = Path(__file__).parent.parent / "datas" / "photos"
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -298,3 +298,20 @@ def test_a_wrong_number_of_labels_is_refused(wrong):
         grid([Image.new("RGB", (8, 8))] * 4, 2, **wrong)
     with pytest.raises(ValueError, match="at least one picture"):
         grid([], 2)
+
+
+def test_a_prompt_is_read_back_from_our_own_files_alone(tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    picture = Image.new("RGB", (4, 4))
+    save(picture, tmp_path / "ours.png", "a fox, ünïcode 🙂\n2", seed="3")
+    assert prompt_of(tmp_path / "ours.png") == "a fox, ünïcode 🙂\n2" and Image.open(tmp_path / "ours.png").text["seed"] == "3"
+    for name, texts in {"old.png": {"prompt": "a fox", "settings": "{}"}, "other.png": {"prompt": "a fox", "Software": "NovelAI"}}.items():
+        info = PngInfo()
+        for keyword, text in texts.items():
+            info.add_itxt(keyword, text)
+        picture.save(tmp_path / name, pnginfo=info)
+    picture.save(tmp_path / "bare.jpg")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    found = {path.name: prompt_of(path) for path in tmp_path.iterdir()}
+    assert found == found | {"old.png": "a fox", "other.png": "", "bare.jpg": "", "broken.png": ""}

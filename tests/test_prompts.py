@@ -78,6 +78,24 @@ def test_column_of_a_data_set_folder_a_table_and_a_csv(tmp_path):
         assert texts(tmp_path / source, column="other") == ["c", "d"], source
 
 
+def test_a_folder_of_tables_is_what_a_data_set_is(tmp_path):
+    """As scripts/download.sh leaves one: pictures' tables in data/, of which those for training count; a banner beside them does not."""
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    for name, word in {"data/train-00000-of-00002": "a", "data/train-00001-of-00002": "b", "data/test-00000-of-00001": "c"}.items():
+        (tmp_path / f"set/{name}.parquet").parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"caption": [word]}), tmp_path / f"set/{name}.parquet")
+    Image.new("RGB", (4, 4)).save(tmp_path / "set/banner.png")
+    assert prompts.is_local(str(tmp_path / "set"))
+    assert texts(tmp_path / "set") == texts(tmp_path / "set/data") == ["a", "b"]
+    assert texts(tmp_path / "set/data/test-00000-of-00001.parquet") == ["c"]
+    (tmp_path / "other/pictures").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--prompts .*other: cannot be read as prompts"):
+        texts(tmp_path / "other")
+
+
 def test_a_hub_id_is_let_through_before_and_its_absence_named_later(tmp_path):
     assert not prompts.is_local("somebody/prompts") and prompts.is_local("simple_animals")  # nothing is asked of the network
     with pytest.raises(ValueError, match="--prompts somebody/prompts.*Hub"):
@@ -113,7 +131,7 @@ def test_bad_sources_are_named_with_the_flag(tmp_path, what):
 
 
 @pytest.mark.parametrize(("source", "message"), [
-    ("simple_animal", "did you mean simple_animals?"), ("nowhere/a.txt", "no such file"), ("datas", "cannot be read as prompts"),
+    ("simple_animal", "did you mean simple_animals?"), ("nowhere/a.txt", "no such file"), ("docs", "cannot be read as prompts"),
     ("datas/none", "no such file"),  # a folder of ours, no Hub id
 ])  # fmt: skip
 def test_unknown_names_are_answered_with_what_there_is(source, message):

@@ -65,6 +65,18 @@ def test_forty_steps_end_where_refl_draws_its_step():
     assert found.alphas[40] == 1 and torch.equal(found.alphas[:40], ALPHAS[found.timesteps])
 
 
+def test_few_steps_begin_where_noise_is_no_longer_all():
+    """sqrt(alpha_bar) of SD1.5 is 0.52 at timestep 501 and 0.24 at 751; from 10 steps on, which begin at 901, it is below 0.12."""
+    assert ALPHAS[[501, 751, 901, 999]].sqrt().tolist() == pytest.approx([0.524, 0.236, 0.118, 0.068], abs=5e-4)
+    for steps in (1, 2, 501):
+        with pytest.raises(ValueError, match=f"--num_inference_steps {steps}"):
+            sd15_rollout.check_steps(steps)
+    for steps in (3, 500):
+        sd15_rollout.check_steps(steps)
+    assert "751" in sd15_rollout.few_steps(ALPHAS, 4) and "24 %" in sd15_rollout.few_steps(ALPHAS, 4)
+    assert sd15_rollout.few_steps(ALPHAS, 9) and sd15_rollout.few_steps(ALPHAS, 10) is None
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_rollout_is_the_stock_sampler(unet, eta):
     """diffusers' DDIM scheduler on the same timesteps; its last step lands on the clean latents, too (set_alpha_to_one)."""

@@ -311,6 +311,30 @@ def test_weights_are_looked_for_in_models_first_then_in_the_hubs_cache_then_on_t
     assert weights.path("c.json").read_text() == "local"
 
 
+@pytest.mark.parametrize(("kinds", "words"), [
+    (("LocalEntryNotFoundError",) * 2, "could not be reached.*; run bash scripts/download.sh far"),
+    (("RemoteEntryNotFoundError", "LocalEntryNotFoundError"), "could not be reached"),  # the connection broke after the first
+    (("RepositoryNotFoundError",) * 2, "there is no such repository.*; run bash scripts/download.sh far"),
+    (("RemoteEntryNotFoundError",) * 2, "somebody/something on the Hub has no a.bin or b.bin"),
+])  # fmt: skip
+def test_a_hub_that_cannot_be_reached_is_told_apart_from_one_that_lacks_the_file(monkeypatch, tmp_path, kinds, words):
+    from huggingface_hub import constants, errors
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    def refuse(repository, name):
+        kind = getattr(errors, kinds[len(asked)])
+        asked.append(name)
+        raise kind.__new__(kind, "404 Client Error")  # without the response that its constructor wants
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(ValueError, match=words) as error:
+        Weights("far", ("a.bin|b.bin",), "somebody/something").path("a.bin|b.bin")
+    assert asked == ["a.bin", "b.bin"] and "\n" not in str(error.value)
+
+
 def test_weights_that_the_user_must_fetch_say_how(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     weights = Weights("own", ("head.pth",), by_hand="copy it from your other machine")

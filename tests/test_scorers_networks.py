@@ -12,7 +12,7 @@ from reference import scorers as reference
 
 from src import scorers
 from src.scorers import aesthetic, aesthetic_v1, image_reward, networks, preprocess
-from src.scorers.base import Loader
+from src.scorers.base import Loader, Weights
 
 REAL = Path(__file__).parent.parent.parent / "shared/data/aesthetic"
 NAMES = ("aesthetic", "aesthetic_v1", "aesthetic_v25", "clip", "image_reward", "pickscore")  # hps, openclip: test_scorers_openclip.py
@@ -369,6 +369,17 @@ def test_a_model_folder_cut_short_is_refused(copy):
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="models/pickscore is not a CLIPModel"):
         scorers.build("pickscore")
+
+
+def test_a_model_that_cannot_be_downloaded_is_not_called_another(monkeypatch):
+    """The Hub is not asked, and this machine's cache does not hold it."""
+    weights = Weights("far", ("config.json",), "somebody/nothing")
+    monkeypatch.setattr(Weights, "missing", lambda self: None)  # as if the Hub might be asked
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = "somebody/nothing: the Hub could not be reached .*; run bash scripts/download.sh far"
+    with pytest.raises(ValueError, match=line) as error:
+        networks.pretrained("CLIPModel", weights, loader())
+    assert "is not a" not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_head_of_another_predictor_is_refused_with_both_shapes(copy):

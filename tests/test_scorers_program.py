@@ -6,10 +6,11 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from src import images
+from src import images, scorers
 from src.scorers import __main__ as program
 from src.scorers import mixture
 from src.tiny import shapes
@@ -97,7 +98,33 @@ def test_one_prompt_serves_all_pictures_and_a_picture_may_carry_its_own(capsys, 
     info = PngInfo()
     info.add_itxt("prompt", '{"3": {"class_type": "KSampler"}}')  # as ComfyUI writes it
     Image.open(drawings[1]).save(tmp_path / "other.png", pnginfo=info)
-    assert "shapes cannot judge prompt 0 ''" in refusal(capsys, "shapes", tmp_path / "other.png")
+    assert "shapes cannot judge prompt 0 '': it is empty; --prompt" in refusal(capsys, "shapes", tmp_path / "other.png")
+
+
+def test_the_samples_of_a_run_are_scored_by_the_prompts_in_their_files(capsys, drawings, tmp_path):
+    """A red circle on blue and a green square on white, in a validation of two prompts."""
+    import torch
+
+    from src.validation import Album
+
+    asked = ["a red circle on a blue background", "a green square on a white background"]
+    run_ = SimpleNamespace(is_main=True, log_image=lambda *given: None)
+    pictures = torch.stack([images.from_pil(images.open_rgb(path)) for path in drawings[:2]])
+    Album(run_, tmp_path, asked, [["00-0.png"], ["01-0.png"]]).save(3, pictures)
+    samples = sorted((tmp_path / "samples/step-000003").iterdir())
+    assert [row.split()[0] for row in run(capsys, "shapes_strict", *samples).splitlines()[1:3]] == ["1.0000", "1.0000"]
+    assert "it is empty; --prompt" in refusal(capsys, "shapes_strict", tmp_path / "samples/step-000003.png")  # the grid: of all prompts
+
+
+def test_no_scorer_that_judges_by_the_prompt_takes_an_empty_one(capsys, drawings):
+    line = refusal(capsys, "jpeg_compressibility,tiny_clip", *drawings)
+    assert line == "tiny_clip cannot judge prompt 0 '': it is empty; --prompt says what the picture was to show"
+    assert "tiny_clip cannot judge prompt 1 ' '" in refusal(capsys, "tiny_clip", *drawings[:2], "--prompt", "a star", "--prompt", " ")
+    metadata = {"include": [{"class": "dog", "count": 1}]}
+    blind = {name for name in scorers.names() if scorers.get(name).check_prompt("", metadata) is None}
+    assert blind == {"aesthetic", "aesthetic_v1", "aesthetic_v25", "geneval", "geneval_strict", "jpeg_compressibility",
+                     "jpeg_incompressibility"}  # fmt: skip
+    assert run(capsys, "jpeg_compressibility", drawings[0])
 
 
 def test_json_lines_have_null_where_a_picture_could_not_be_judged(capsys, drawings, monkeypatch):
@@ -133,7 +160,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(capsys, drawings, tmp_path
     assert refusal(capsys, "shapes") == "shapes: no pictures to judge; give their files after it"
     assert "no such file: nowhere.png" in refusal(capsys, "shapes", "nowhere.png")
     assert "--prompt is given 2 times for 3 pictures" in refusal(capsys, "shapes", *drawings, *red, *red)
-    assert "shapes cannot judge prompt 0 ''" in refusal(capsys, "shapes", drawings[0])
+    assert "shapes cannot judge prompt 0 '': it is empty; --prompt" in refusal(capsys, "shapes", drawings[0])
     assert "cannot read" in refusal(capsys, "shapes", "broken.png", *red)
     assert "--metadata two.jsonl must hold a JSON object for each of 1 picture(s), got 2 line(s)" in refusal(
         capsys, "shapes", drawings[0], *red, "--metadata", "two.jsonl"

@@ -22,11 +22,11 @@ RUN_LAYER = {
 MAY_IMPORT = {
     "__init__": set(),
     "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
-    "activations": set(),
-    "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding"}, "norms": {"lora"},
+    "activations": set(), "hub": set(),
+    "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"}, "norms": {"lora"},
     **{name: set() for name in MATHS},
-    "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", *MATHS},
-    "scorers": {"scorers", "images", "tiny", "cli"},  # cli: the program in __main__
+    "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", "hub", *MATHS},
+    "scorers": {"scorers", "images", "tiny", "hub", "cli"},  # cli: the program in __main__
     "data": {"data", "images", "seeds", "tiny"},
     "tiny": {"tiny", "cli", "images", "flow", "seeds", "scorers"},  # scorers: the tour measures by them
     "grpo_variants": MATHS,

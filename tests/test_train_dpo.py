@@ -51,6 +51,14 @@ def world(tiny_sd15_folder, tmp_path_factory):
     assert contents(tiny_sd15_folder) == before, "the base model was written into"
 
 
+def test_the_rest_of_the_result_is_fetched_before_the_unet_is_loaded(world, tmp_path, monkeypatch):
+    run = train_in(world, tmp_path)
+    line, loaded = runs.parts_before_refusal(monkeypatch, script.sd15, lambda: run(max_train_steps=1))
+    assert line == f"error: --pretrained_model_name_or_path {world.model}: unet alone is here"
+    assert not {"unet", "everything"} & set(loaded)
+    run("lora", **LORA, max_train_steps=1)  # has no use for it
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 

@@ -56,6 +56,13 @@ def finished(world, tmp_path_factory) -> Path:
     return train_in(world, tmp_path_factory.mktemp("finished"))(**settings, **SHOWN)
 
 
+def test_the_rest_of_the_result_is_fetched_before_anything_is_loaded(train, world, monkeypatch):
+    line, loaded = runs.parts_before_refusal(monkeypatch, script.sd3, lambda: train(train_text_encoder=True, cache_text=False))
+    assert line == f"error: --pretrained_model_name_or_path {world.model}: transformer, text_encoder, text_encoder_2 alone is here"
+    assert loaded == []
+    train("alone", save_transformer_only=True, max_train_steps=1)  # has no use for it
+
+
 def saved(folder: Path, part: str = "transformer") -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 

@@ -71,6 +71,13 @@ def judge(monkeypatch):
     return replace_scorers
 
 
+def test_with_all_weights_the_rest_of_the_result_is_fetched_before_the_model_is_loaded(train, world, monkeypatch):
+    line, loaded = runs.parts_before_refusal(monkeypatch, sd3, lambda: train(full_weights=True, rank=None))
+    assert line == f"error: --pretrained_model_name_or_path {world.model}: transformer alone is here"
+    assert not {"transformer", "vae", "everything"} & set(loaded)
+    train("lora", num_epochs=1)  # has no use for it
+
+
 def weights(folder):
     return runs.weights(folder)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+import unets
 from conftest import clip_tokenizer
 from PIL import Image
 
@@ -279,7 +280,9 @@ def test_defaults_that_depend_on_others(world):
     args = parsed()
     assert (args.scorer, args.mid_range, args.reward_threshold) == ("image_reward", [30, 39], 2.0)
     assert (args.learning_rate, args.resolution, args.num_inference_steps, args.grad_scale) == (1e-5, 512, 40, 1.0)
-    assert parsed(pretrain_dataset_name="datas/photos").grad_scale == 1e-3  # beside another loss: as published
+    beside = {scorer: parsed(pretrain_dataset_name="datas/photos", scorer=scorer).grad_scale
+              for scorer in ("image_reward", "clip=0.5, image_reward=1", "clip", "tiny_clip=1.0")}  # fmt: skip
+    assert list(beside.values()) == [1e-3, 1e-3, 1.0, 1.0]  # beside another loss: as published, for the scorer it was published for
     args = parsed(scorer="image_reward,clip", use_lora=True, num_inference_steps=1)
     assert (args.mid_range, args.reward_threshold, args.learning_rate) == ([0, 0], None, 1e-4)
     assert parsed(scorer="clip", method="draft").mid_range is None
@@ -310,6 +313,7 @@ BAD = {  # what is wrong: flags, what the line must name, the cure in it
     "K of ReFL": (dict(draft_k=2), "--draft_k 2", "--method draft"),
     "copies of DRaFT": (dict(method="draft", num_renoised=3), "--num_renoised 3", "draft_lv"),
     "too many steps": (dict(num_inference_steps=501), "--num_inference_steps 501", "at most 500"),
+    "too few steps": (dict(num_inference_steps=2, mid_range=(1, 1)), "--num_inference_steps 2", "begin at timestep 501, where"),
     "settings of pictures that are not there": (dict(no_hflip=True), "--no_hflip", "--pretrain_dataset_name"),
     "a weight of nothing": (dict(pretrain_loss_weight=0.1), "--pretrain_loss_weight", "--pretrain_dataset_name"),
     "pictures that are not there": (dict(pretrain_dataset_name="./nowhere"), "--pretrain_dataset_name './nowhere'", "does not exist"),
@@ -330,6 +334,21 @@ def test_bad_input_is_one_line_with_the_cure(world, tmp_path, capsys, what):
     assert stop.value.code == 2 and not out
     assert err.count("\n") == 1 and names in err and cure in err, err
     assert runs.files(tmp_path) == []
+
+
+def test_a_model_for_few_steps_is_refused_by_name(world, tmp_path, capsys):
+    """As sd-turbo and sdxl-turbo say it: their few steps end at the noisy end of the timesteps, which the rollout does not reach."""
+    folder = unets.altered(world.model, tmp_path / "turbo", "scheduler/scheduler_config.json", timestep_spacing="trailing")
+    with pytest.raises(SystemExit):
+        script.parse_args(replace(world, model=folder).argv(tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert f"--pretrained_model_name_or_path {folder}: " in error and "trailing" in error and error.count("\n") == 1
+
+
+def test_a_rollout_of_few_steps_is_said_to_be_one(train, capsys):
+    train(max_train_steps=1, **LORA)
+    note = "note: --num_inference_steps 4: a rollout begins at timestep 751, where the model expects 24 % of a picture"
+    assert note in capsys.readouterr().out
 
 
 def test_imagerewards_list_is_taken_as_it_is(world, tmp_path):

@@ -1,5 +1,6 @@
 """What stands behind the page's button: the command line's own pictures, refusals and scores, one at a time; and the run's album."""
 
+import html
 import json
 import math
 import shlex
@@ -98,7 +99,7 @@ def test_every_picture_is_kept_under_a_number_of_its_own(studio):
 
 def test_numbers_go_on_after_those_in_the_folder(tmp_path):
     assert gallery.next_index(tmp_path / "none") == gallery.next_index(tmp_path) == 0
-    for name in ("000-a-seed0.png", "1007-a-seed0.png", "grid.png", "2000-notes.txt"):
+    for name in ("000-a-seed0.png", "1007-a-seed0.png", "grid.png", "2000-notes.txt", "2001dogs-x.png", "20-x.png"):
         (tmp_path / name).touch()
     assert gallery.next_index(tmp_path) == 1008
 
@@ -113,7 +114,7 @@ def test_visitors_wait_for_each_other_and_each_gets_his_own_scale(studio, tmp_pa
         time.sleep(0.01)
         seen.append((len(at_work), pipeline.scale == args.lora_scale))
         at_work.pop()
-        return [(tmp_path / f"{jobs[0].index}-{column}.png", Image.new("RGB", (8, 8)), {})]
+        return [(tmp_path / f"{jobs[0].index}-{column}.png", Image.new("RGB", (8, 8)), {}, False)]
 
     busy = ui.Studio(studio.parser, studio.args, pipeline, None, render, demo.check_flags)
     paths = []
@@ -165,6 +166,22 @@ def test_a_card_by_hand():
     assert "no verdict" in ui.score_card(mixture, "a heart", {"shapes": math.nan, "jpeg_compressibility": -97.0})
     assert "width: 100.0%" in ui.score_card(mixture, "a heart", {"shapes": 1.5, "jpeg_compressibility": -97.0})
     assert "--scorer" in ui.score_card(None, "a heart", {})
+
+
+def test_a_picture_that_the_safety_checker_blacked_out_says_so(studio, monkeypatch):
+    """Of base and tuned, the checker takes the base model's for unsafe."""
+    hits = iter([[True], [False]])
+    real = demo.draw
+    monkeypatch.setattr(demo, "draw", lambda *given: SimpleNamespace(images=real(*given).images, nsfw_content_detected=next(hits)))
+    base, tuned = draw(studio)
+    assert base.blacked_out and all(map(math.isnan, base.scores.values())) and set(base.scores) == set(tuned.scores)
+    assert not tuned.blacked_out and all(map(math.isfinite, tuned.scores.values()))
+    reason = "the model's safety checker blacked the picture out"
+    assert reason in html.unescape(ui.score_card(studio.scorer, "a red heart", base.scores, blacked_out=True))
+    assert reason not in html.unescape(ui.score_card(studio.scorer, "a red heart", tuned.scores, base.scores))
+    note = ui.caption(studio, wish(), [base, tuned], 1.0)
+    assert f"the model's safety checker blacked out 1 of 2 picture(s), which are not scored: {base.path.name}" in note
+    assert "safety" not in ui.caption(studio, wish(), [tuned], 1.0)
 
 
 # --------------------------------------------------------------------------- the run's album

@@ -182,7 +182,7 @@ def test_pictures_are_those_of_their_prompt_and_seed(parts, validator, tmp_path)
                        seeds=[6], height=32, width=32, num_inference_steps=args.validation_inference_steps,
                        guidance_scale=args.validation_guidance_scale)  # fmt: skip
     picture = Image.open(tmp_path / "samples" / "step-000004" / "01-6.png")
-    assert picture.text == {"prompt": PROMPTS[1]}
+    assert picture.text["prompt"] == PROMPTS[1]
     assert np.abs(np.asarray(picture, dtype=float) - 255 * alone[0].permute(1, 2, 0).numpy()).max() <= 1.5
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from src import seeds
+from src.data import sources
 from src.data.captions import is_unicode
 
 Rows = list[tuple[str, dict[str, Any]]]  # where a row stands, for errors; its fields
@@ -147,7 +148,7 @@ def _kind(source: str, flag: str) -> str:
     elif path.is_dir():
         if any((path / name).is_file() for name in _METADATA):
             return "rows"
-        if any(path.glob("*.parquet")):
+        if _tables(path):
             return "parquet"
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.suffix and not Path(source.split("/")[0]).is_dir():
         return "hub"
@@ -155,6 +156,15 @@ def _kind(source: str, flag: str) -> str:
         near = difflib.get_close_matches(source, BUILT_IN, n=1)
         raise ValueError(f"{flag} {source}: no such file; " + (f"did you mean {near[0]}?" if near else f"give {_ALLOWED}"))
     raise ValueError(f"{flag} {source}: cannot be read as prompts; give {_ALLOWED}")
+
+
+def _tables(folder: Path) -> tuple[Path, ...]:
+    """The .parquet files that --dataset_name would take from the folder, those for training if they are told apart; () if it is no such."""
+    try:
+        at = sources.locate(str(folder))
+    except ValueError:  # nothing that it knows; the caller says what is allowed here
+        return ()
+    return at.files if at.kind == "parquet" else ()
 
 
 def _text(file: Path, where: str) -> str:
@@ -230,7 +240,7 @@ def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, rev
         import pyarrow.parquet as parquet
 
         path = Path(source).expanduser()
-        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        files = _tables(path) if path.is_dir() else (path,)
         try:
             name = _column(parquet.read_schema(files[0]).names, column, where)
             values = [value for file in files for value in parquet.ParquetFile(file).read(columns=[name])[name].to_pylist()]

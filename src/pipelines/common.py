@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src import hub
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -55,11 +57,19 @@ def is_hub_id(path: str) -> bool:
 
 
 def read_config(path: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
-    """A small JSON file of the model, from the local folder or from the Hub (where only that file is downloaded)."""
+    """A small JSON file of the model, from the local folder or from the Hub (where only that file is downloaded).
+
+    Raises:
+        ValueError: naming --pretrained_model_name_or_path, if the Hub does not give it.
+    """
     if is_hub_id(str(path)):
         from huggingface_hub import hf_hub_download
 
-        return json.loads(Path(hf_hub_download(str(path), name, revision=revision)).read_text())
+        try:
+            file = hf_hub_download(str(path), name, revision=revision)
+        except hub.errors() as error:
+            raise ValueError(f"--pretrained_model_name_or_path {path}: cannot read {name} from the Hub: {hub.reason(error)}") from error
+        return json.loads(Path(file).read_text())
     return json.loads((Path(path).expanduser() / name).read_text())
 
 

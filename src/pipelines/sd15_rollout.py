@@ -5,11 +5,18 @@ Shapes: b batch, h w latent side, T denoising steps, counted from 0. Latents are
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from src import ddpm, seeds
+from src.pipelines import common
+
+# A rollout puts pure noise where the model knows noised pictures: of what it saw at the first timestep, sqrt(alpha_bar) of the amplitude
+# was picture. That is 0.08 with 40 steps and 0.12 with 10, but 0.24 with 4, 0.52 with 2, and all with 1, which begins at timestep 1.
+FEWEST_STEPS, FEW_STEPS = 3, 10
+MOST_STEPS = 500  # of 1000 timesteps no two steps may be neighbours
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x_t (b, 4, h, w), timestep (b,) -> noise (b, 4, h, w), guided if it is to be
 Draw = Callable[[str], Tensor]  # name of a random stream -> standard normal (b, 4, h, w)
@@ -30,6 +37,44 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+
+def check_steps(num_inference_steps: int) -> None:
+    """Refuse a number of steps that is no rollout; raises ValueError naming --num_inference_steps."""
+    flag = f"--num_inference_steps {num_inference_steps}"
+    if num_inference_steps > MOST_STEPS:
+        raise ValueError(f"{flag} must be at most {MOST_STEPS}: of 1000 timesteps no two steps may be neighbours; try 40")
+    if num_inference_steps < FEWEST_STEPS:
+        first = ddpm.inference_timesteps(num_inference_steps)[0]
+        raise ValueError(
+            f"{flag} must be at least {FEWEST_STEPS}: a rollout would begin at timestep {first}, where the model takes half or more of the "
+            "pure noise for a picture; try 40"
+        )
+
+
+def few_steps(alphas_cumprod: Tensor, num_inference_steps: int) -> str | None:
+    """One line on a rollout that is short enough to begin far from pure noise; None for a longer one."""
+    if num_inference_steps >= FEW_STEPS:
+        return None
+    first = ddpm.inference_timesteps(num_inference_steps)[0]
+    share, least = (alphas_cumprod[[first, -1]].sqrt() * 100).tolist()
+    return (
+        f"note: --num_inference_steps {num_inference_steps}: a rollout begins at timestep {first}, where the model expects {share:.0f} % "
+        f"of a picture's amplitude in what is pure noise; {least:.0f} % are left at timestep 999, and {FEW_STEPS} or more steps come near"
+    )
+
+
+def check_model(path: str | Path, revision: str | None = None) -> None:
+    """Refuse a model for other timesteps than those of `schedule`, by its scheduler's configuration.
+
+    Raises:
+        ValueError: naming --pretrained_model_name_or_path.
+    """
+    if common.read_config(path, "scheduler/scheduler_config.json", revision).get("timestep_spacing") == "trailing":
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: its scheduler has timestep_spacing trailing, as those of sd-turbo and sdxl-turbo, "
+            "which draw in 1 to 4 steps from timestep 999 on; steps here are spaced from timestep 1 on: take SD 1.5, 2-1-base or XL"
+        )
 
 
 def schedule(alphas_cumprod: Tensor, num_inference_steps: int, eta: float) -> Schedule:

@@ -28,9 +28,8 @@ def model_family(path: str) -> str:
         wrong = error
     try:
         name = sd3.read_config(path, "model_index.json").get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise wrong or ValueError(f"--pretrained_model_name_or_path {path}: cannot be read from the Hub ({reason})") from None
+    except (OSError, ValueError, AttributeError) as error:  # of a Hub id the error names the flag, of a folder `wrong` does
+        raise wrong or error from None
     if name == "StableDiffusionPipeline":
         return "sd15"
     if wrong and not str(name).startswith("StableDiffusion3"):

@@ -4,7 +4,8 @@
   python -m src.scorers pickscore outputs/demo/*.png --prompt "a red star on a white background"
   python -m src.scorers clip=1,aesthetic=0.5 a.png b.png --prompt "for a.png" --prompt "for b.png"
 
-A PNG of demo.py carries its prompt, which is used where --prompt is not given. The scorers come before the pictures, flags after them.
+A PNG of demo.py, or in the samples/ of a run, carries its prompt, which is used where --prompt is not given. The scorers come before the
+pictures, flags after them.
 """
 
 import argparse
@@ -57,17 +58,9 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     """A prompt for each picture: the flags', or the one that the picture carries; else empty."""
     if args.prompt:
         return args.prompt * (len(args.images) if len(args.prompt) == 1 else 1)
-    from PIL import Image, UnidentifiedImageError
+    from src import images
 
-    prompts = []
-    for path in args.images:
-        try:
-            with Image.open(path) as picture:
-                ours = "settings" in picture.info  # other programs keep other things under "prompt"
-                prompts.append(str(picture.info.get("prompt", "")) if ours else "")
-        except (OSError, UnidentifiedImageError):  # `open_rgb` will say what is wrong with it
-            prompts.append("")
-    return prompts
+    return [images.prompt_of(path) for path in args.images]
 
 
 def metadata_of(args: argparse.Namespace) -> list[dict] | None:

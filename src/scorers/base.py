@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from src import hub
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -85,26 +87,33 @@ class Weights:
         if self.local or self.cached or (self.hub_id and not constants.HF_HUB_OFFLINE):
             return None
         absent = self._absent()[0].replace("|", " or ")
-        cure = self.by_hand or f"run bash scripts/download.sh {self.folder}"
-        return f"weights are missing: {MODELS / self.folder} has no {absent}; {cure}"
+        return f"weights are missing: {MODELS / self.folder} has no {absent}; {self.cure}"
+
+    @property
+    def cure(self) -> str:
+        """How to get them."""
+        return self.by_hand or f"run bash scripts/download.sh {self.folder}"
 
     def path(self, names: str) -> Path:
         """One of `files` on this machine: below models/, else from the Hub's cache, else downloaded there.
 
         Raises:
-            ValueError: it is in none of these places.
+            ValueError: it is in none of these places, or the Hub cannot be asked.
         """
         source, choices = self.source, names.split("|")
         if folder := self.local:
             return next(folder / name for name in choices if (folder / name).is_file())
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import RemoteEntryNotFoundError
 
-        for name in choices:
+        refusals = []
+        for name in choices:  # all of them: without a connection a file that the cache lacks is refused, and the next may be there
             try:
                 return Path(hf_hub_download(source, name))
-            except EntryNotFoundError:  # also raised offline for a file that the cache lacks
-                continue
+            except hub.errors() as error:
+                refusals.append(error)
+        if trouble := next((error for error in refusals if not isinstance(error, RemoteEntryNotFoundError)), None):
+            raise ValueError(f"{source} on the Hub: {hub.reason(trouble)}; {self.cure}") from trouble
         raise ValueError(f"{source} on the Hub has no {' or '.join(choices)}")
 
 
@@ -159,6 +168,11 @@ def _any_prompt(prompt: str, metadata: dict | None) -> str | None:
     return None
 
 
+def some_prompt(prompt: str, metadata: dict | None) -> str | None:
+    """Of a scorer that judges by the prompt, whatever that is: why an empty one cannot be, or None."""
+    return None if prompt.strip() else "it is empty; --prompt says what the picture was to show"
+
+
 @dataclass(frozen=True)
 class Scorer:
     """A scorer's declaration; nothing is loaded before `load` is called.
@@ -176,7 +190,7 @@ class Scorer:
         options: its settings.
         weights: options -> what must be downloaded.
         check_options: options -> what is wrong with them, naming the flag and the cure, or None. Looks at nothing heavy.
-        check_prompt: (prompt, its metadata or None) -> why it cannot be judged, or None.
+        check_prompt: (prompt, its metadata or None) -> why it cannot be judged, or None; `some_prompt` if all but an empty one can.
     """
 
     name: str

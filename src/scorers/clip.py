@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from src.scorers import networks
-from src.scorers.base import Loader, Scorer
+from src.scorers.base import Loader, Scorer, some_prompt
 
 if TYPE_CHECKING:
     from src.scorers.base import Judge
@@ -27,5 +27,6 @@ SCORERS = (
     Scorer(
         name="clip", summary="match of picture and prompt: cosine of OpenAI's CLIP ViT-L/14", differentiable=True,
         range=(0.15, 0.35), normalizer=0.3, licence="MIT", load=load, weights=lambda options: (networks.CLIP_L,),
+        check_prompt=some_prompt,
     ),
 )  # fmt: skip

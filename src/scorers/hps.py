@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from src.scorers import networks, preprocess
-from src.scorers.base import Loader, Option, Scorer, Weights
+from src.scorers.base import Loader, Option, Scorer, Weights, some_prompt
 
 if TYPE_CHECKING:
     from src.scorers.base import Judge
@@ -48,6 +48,6 @@ SCORERS = (
         name="hps", summary="what people prefer for the prompt: HPS v2.1 or v2, cosine", differentiable=True,
         range=(0.2, 0.35), normalizer=0.3, licence="Apache-2.0", load=load, packages={"open_clip": "open_clip_torch"},
         options=(Option("hps_version", default="v2.1", choices=tuple(FILES)),),
-        weights=lambda options: (_weights(options["hps_version"]),),
+        weights=lambda options: (_weights(options["hps_version"]),), check_prompt=some_prompt,
     ),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from src.scorers import networks, preprocess
-from src.scorers.base import Loader, Scorer, Weights
+from src.scorers.base import Loader, Scorer, Weights, some_prompt
 
 if TYPE_CHECKING:
     from src.scorers.base import Judge
@@ -97,6 +97,6 @@ SCORERS = (
     Scorer(
         name="image_reward", summary="people's judgement of picture and prompt, mean 0 and deviation 1: ImageReward v1.0",
         differentiable=True, range=(-2.0, 2.0), normalizer=1.0, licence="Apache-2.0", load=load,
-        weights=lambda options: (REWARD, VOCABULARY),
+        weights=lambda options: (REWARD, VOCABULARY), check_prompt=some_prompt,
     ),
 )  # fmt: skip

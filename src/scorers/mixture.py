@@ -106,13 +106,18 @@ class Mixture:
 
 
 def score_pictures(
-    mixture: Mixture, pictures: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict] | None = None
-) -> list[dict[str, float]]:
-    """Scores of RGB pictures of any sizes, those of one size judged together: for each its parts by name, then "total"."""
-    tensors = [from_pil(picture) for picture in pictures]
-    results: list[dict[str, float]] = [{} for _ in tensors]
-    for size in {tensor.shape for tensor in tensors}:
-        same = [number for number, tensor in enumerate(tensors) if tensor.shape == size]
+    mixture: Mixture, pictures: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict] | None = None,
+    *, hidden: Sequence[bool] | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Scores of RGB pictures of any sizes, those of one size judged together: for each its parts by name, then "total".
+
+    Args:
+        hidden: for each picture whether something else stands in its place, so that it cannot be judged: its scores are NaN.
+    """
+    tensors = {number: from_pil(picture) for number, picture in enumerate(pictures) if not (hidden and hidden[number])}
+    results = [dict.fromkeys([*mixture.names, "total"], math.nan) for _ in pictures]
+    for size in {tensor.shape for tensor in tensors.values()}:
+        same = [number for number, tensor in tensors.items() if tensor.shape == size]
         known = None if metadata is None else [metadata[number] for number in same]
         scores = mixture(torch.stack([tensors[number] for number in same]), [prompts[number] for number in same], known)
         for name, column in {**scores.parts, "total": scores.total}.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from src import hub
 from src.scorers import preprocess
 from src.scorers.base import Loader, Weights
 
@@ -81,7 +82,7 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
         spare: beginnings or ends of names that the checkpoint may hold besides.
 
     Raises:
-        ValueError: the checkpoint is another model, in part or in whole.
+        ValueError: the checkpoint is another model, in part or in whole; or the Hub, where it is, cannot be reached.
     """
     import transformers
     from safetensors import SafetensorError
@@ -91,6 +92,8 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
         try:
             model, report = getattr(transformers, class_name).from_pretrained(source, dtype=loader.dtype, output_loading_info=True)
         except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+            if not weights.local and hub.unreachable(error):
+                raise ValueError(f"{source}: {hub.reason(error)}; {weights.cure}") from error
             raise ValueError(f"{source} is not a {class_name}: {' '.join(str(error).split())[:300]}") from None
     extra = sorted(name for name in report["unexpected_keys"] if not (name.startswith(spare) or name.endswith(spare)))
     lacking = sorted(report["missing_keys"])

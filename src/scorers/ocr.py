@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from src import images as pictures
-from src.scorers.base import Loader, Scorer
+from src.scorers.base import Loader, Scorer, some_prompt
 
 if TYPE_CHECKING:
     from rapidocr import RapidOCR
@@ -84,6 +84,8 @@ def read(reader: RapidOCR, picture: Image.Image) -> str:
 
 def check_prompt(prompt: str, metadata: dict | None) -> str | None:
     """Why the prompt cannot be judged, or None."""
+    if reason := some_prompt(prompt, metadata):
+        return reason
     try:
         target(prompt)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The match of picture and prompt by any CLIP that open_clip knows, ViT-H/14 of LAION by default: what ReFL trains on."""
+"""The match of picture and prompt by any CLIP that open_clip knows, ViT-H/14 of LAION by default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from src.scorers import networks, preprocess
-from src.scorers.base import Loader, Option, Scorer, Weights
+from src.scorers.base import Loader, Option, Scorer, Weights, some_prompt
 
 if TYPE_CHECKING:
     from src.scorers.base import Judge
@@ -99,7 +99,7 @@ SCORERS = (
     Scorer(
         name="openclip", summary="match of picture and prompt: cosine of any open_clip model, LAION's ViT-H/14 by default",
         differentiable=True, range=(0.2, 0.4), normalizer=0.35, licence="MIT (the default's; others have their own)", load=load,
-        packages={"open_clip": "open_clip_torch"}, weights=weights, check_options=check_options,
+        packages={"open_clip": "open_clip_torch"}, weights=weights, check_options=check_options, check_prompt=some_prompt,
         options=(Option("openclip_model", default=MODEL), Option("openclip_pretrained", default=TAG)),
     ),
 )  # fmt: skip

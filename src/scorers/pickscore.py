@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from src.scorers import networks
-from src.scorers.base import Loader, Scorer, Weights
+from src.scorers.base import Loader, Scorer, Weights, some_prompt
 
 if TYPE_CHECKING:
     from src.scorers.base import Judge
@@ -32,6 +32,6 @@ SCORERS = (
     Scorer(
         name="pickscore", summary="what people would pick for the prompt: PickScore v1, its scale times cosine", differentiable=True,
         range=(17.0, 24.0), normalizer=26.0, licence="none stated", load=load, weights=lambda options: (WEIGHTS,),
-        packages={"open_clip": "open_clip_torch"},
+        packages={"open_clip": "open_clip_torch"}, check_prompt=some_prompt,
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from src.scorers.base import Loader, Scorer
+from src.scorers.base import Loader, Scorer, some_prompt
 from src.tiny import shapes
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ def check_prompt(prompt: str, metadata: dict | None) -> str | None:
     caption = target(prompt, metadata)
     if not isinstance(caption, str):
         return f'the metadata\'s "caption" must be a text, got {caption!r}'
+    if reason := some_prompt(caption, metadata):
+        return reason
     reading = shapes.read_caption(caption)
     if reading == shapes.Reading(None, None, None):
         return (f"it names no shape ({', '.join(shapes.ALL_SHAPES)}) and no colour ({', '.join(shapes.COLORS)}); "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from src.scorers import networks, preprocess
-from src.scorers.base import Loader, Scorer, Weights
+from src.scorers.base import Loader, Scorer, Weights, some_prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,6 @@ SCORERS = (
     Scorer(
         name="tiny_clip", summary="tiny world: match of picture and prompt, cosine of models/tiny-clip", differentiable=True,
         range=(-0.2, 0.9), normalizer=1.0, licence="Apache-2.0: weights of this project", load=load,
-        weights=lambda options: (TINY_CLIP,),
+        weights=lambda options: (TINY_CLIP,), check_prompt=some_prompt,
     ),
 )  # fmt: skip

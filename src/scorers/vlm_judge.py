@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from src import images as pictures
-from src.scorers.base import Loader, Option, Scorer
+from src.scorers.base import Loader, Option, Scorer, some_prompt
 
 if TYPE_CHECKING:
     from src.scorers.base import Judge
@@ -322,6 +322,6 @@ SCORERS = (
             Option("judge_concurrency", default=8),
             Option("judge_cache"),
         ),
-        check_options=check_options,
+        check_options=check_options, check_prompt=some_prompt,
     ),
 )  # fmt: skip

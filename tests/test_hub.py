@@ -1,0 +1,74 @@
+"""What the Hub's refusals become: one line that names the flag, in every program that takes a model by its Hub id."""
+
+import pytest
+import runs
+from huggingface_hub import constants, errors
+
+import demo
+import train_dpo_sd15
+import train_refl_sd15
+from src import hub
+from src.pipelines import common, sd3, sd15
+
+
+def raised(kind, text="404 Client Error", cause=None):
+    """An error of huggingface_hub as it comes to us, without the response that its constructor wants."""
+    error = kind.__new__(kind, text)
+    error.__cause__ = cause
+    return error
+
+
+REASONS = {
+    "there is no such repository": raised(errors.RepositoryNotFoundError),
+    "accept its licence": raised(errors.GatedRepoError),
+    "no such revision": raised(errors.RevisionNotFoundError),
+    "it has no such file": raised(errors.RemoteEntryNotFoundError),
+    "the Hub could not be reached": raised(errors.LocalEntryNotFoundError),  # an EntryNotFoundError, too, but of the cache
+    "could not be reached": OSError("We couldn't connect to 'https://huggingface.co'"),
+    "cache on this machine lacks": raised(errors.HTTPError, "timed out"),  # a connection that broke halfway
+    "No space left on device": OSError(28, "No space left on device"),
+    "ValueError": ValueError(),
+}
+REASONS["could not be reached"].__cause__ = raised(errors.LocalEntryNotFoundError)  # as transformers wraps it
+
+
+@pytest.mark.parametrize("words", REASONS)
+def test_a_reason_says_what_happened(words):
+    assert isinstance(REASONS[words], hub.errors())
+    line = hub.reason(REASONS[words])
+    assert words in line and "\n" not in line
+
+
+def test_a_switch_that_forbids_asking_is_named(monkeypatch):
+    error = raised(errors.LocalEntryNotFoundError)
+    for offline in (True, False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert ("HF_HUB_OFFLINE is set" in hub.reason(error)) == offline
+
+
+@pytest.fixture
+def no_such_repository(monkeypatch):
+    def refuse(*args, **options):
+        raise raised(errors.RepositoryNotFoundError, "404 Client Error. (Request ID: Root=1)\n\nRepository Not Found for url: ...\n")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+
+
+LINE = "--pretrained_model_name_or_path somebody/nothing: cannot read model_index.json from the Hub: there is no such repository"
+
+
+@pytest.mark.parametrize("program", [demo, train_dpo_sd15, train_refl_sd15], ids=lambda program: program.__name__)
+def test_a_mistyped_hub_id_is_one_line(program, no_such_repository, tmp_path, capsys):
+    data = {"dataset_name": runs.make_pictures(tmp_path / "pictures")} if program is train_dpo_sd15 else {}
+    with pytest.raises(SystemExit) as stop:
+        program.parse_args(runs.command_line(pretrained_model_name_or_path="somebody/nothing", output_dir=tmp_path / "out", **data))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and LINE in error
+
+
+@pytest.mark.parametrize("family", [sd15, sd3], ids=["sd15", "sd3"])
+def test_loading_what_the_hub_does_not_have_says_so(family, no_such_repository):
+    with pytest.raises(ValueError, match=LINE):
+        family.load("somebody/nothing")
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path somebody/nothing: cannot read vae/config.json"):
+        common.read_config("somebody/nothing", "vae/config.json")
