@@ -432,7 +432,7 @@ def add_full_args(parser: Parser) -> None:
     )
     g.add_argument("--train_blocks", help='train these transformer blocks alone, for example "0-11,23" (unset: everything)')
     g.add_argument("--freeze_last_blocks", type=non_negative_int, default=0, help="leave the last N transformer blocks as they are")
-    g.add_argument("--train_text_encoder", action="store_true", help="train CLIP-L and CLIP-G too; T5, which stays frozen, is in memory with --no-cache_text only")
+    g.add_argument("--train_text_encoder", action="store_true", help="train CLIP-L and CLIP-G too; T5 stays frozen")
     g.add_argument("--text_encoder_learning_rate", type=positive_float, help="of those two (unset: that of the transformer)")
     g.add_argument("--from_config", action="store_true", help="start from random transformer weights instead of the base model's")
     g.add_argument("--ema_device", choices=("gpu", "cpu"), default="gpu", help="where the average is kept; cpu: memory for time")
