@@ -298,22 +298,10 @@ def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> f
     return model.shift if shift == "model" else float(shift)
 
 
-def _check_skip_layers(skip_layers: Sequence[int], layers: int, guidance_scale: float, steps: int, start: float, stop: float) -> None:
-    """Raises ValueError where the stock pipeline would ignore skip-layer guidance in silence."""
-    if not set(skip_layers) <= set(range(layers)):
-        raise ValueError(f"skip-layer guidance: layers {list(skip_layers)} asked for, the model has 0 to {layers - 1}")
-    if guidance_scale <= 1:
-        raise ValueError(f"skip-layer guidance has no effect at guidance scale {guidance_scale}; use more than 1 or leave it out")
-    if not any(steps * start < i < steps * stop for i in range(steps)):
-        raise ValueError(f"skip-layer guidance from {start} to {stop} of {steps} steps covers no step; use more steps or a later stop")
-
-
 @torch.no_grad()
 def render(
     model: SD3, transformer: nn.Module, condition: Conditioning, *, negative: Conditioning | None, seeds: Sequence[int],
-    height: int, width: int, num_inference_steps: int, guidance_scale: float, skip_layers: Sequence[int] | None = None,
-    skip_layer_scale: float = 2.8, skip_layer_start: float = 0.01, skip_layer_stop: float = 0.2, batch_size: int = 4,
-    decode_batch_size: int | None = None,
+    height: int, width: int, num_inference_steps: int, guidance_scale: float, batch_size: int = 4, decode_batch_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Images (b, 3, H, W) float32 in [0, 1] by the stock StableDiffusion3Pipeline, picture i from CPU noise of seeds[i].
 
@@ -322,12 +310,10 @@ def render(
     Args:
         condition: b prompts. negative: b or 1 negative prompts of the same L; needed when guidance_scale > 1, else unused.
         height, width: multiples of 16.
-        skip_layers: skip-layer guidance as in diffusers (`skip_guidance_layers`; Stability recommends 7, 8, 9 for SD3.5-medium): in the
-            steps strictly between `start` and `stop` (fractions) one more pass per picture, with the prompt and without these layers.
         batch_size: pictures that are denoised at once. decode_batch_size: that the VAE decodes at once; None: as many.
 
     Raises:
-        ValueError: missing negative prompt, or skip-layer guidance that would have no effect.
+        ValueError: missing negative prompt.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
@@ -335,12 +321,6 @@ def render(
     bare = unwrap(transformer)
     if guidance_scale > 1 and negative is None:
         raise ValueError(f"guidance scale {guidance_scale} needs a negative prompt's embeddings (those of '' by default)")
-    options: dict[str, Any] = {}
-    if skip_layers:
-        window = (num_inference_steps, skip_layer_start, skip_layer_stop)
-        _check_skip_layers(skip_layers, len(bare.transformer_blocks), guidance_scale, *window)
-        options = dict(skip_guidance_layers=list(skip_layers), skip_layer_guidance_scale=skip_layer_scale,
-                       skip_layer_guidance_start=skip_layer_start, skip_layer_guidance_stop=skip_layer_stop)  # fmt: skip
     pipe = StableDiffusion3Pipeline(
         transformer=bare, scheduler=FlowMatchEulerDiscreteScheduler.from_config(model.scheduler.config), vae=None,
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
@@ -351,10 +331,10 @@ def render(
     with evaluating(transformer):
         for start in range(0, len(condition), batch_size):
             rows = slice(start, start + batch_size)
-            part = condition[rows].to(device, dtype)
+            part, options = condition[rows].to(device, dtype), {}
             if guidance_scale > 1:
                 against = negative.expand(len(condition))[rows].to(device, dtype)
-                options |= dict(negative_prompt_embeds=against.embeds, negative_pooled_prompt_embeds=against.pooled)
+                options = dict(negative_prompt_embeds=against.embeds, negative_pooled_prompt_embeds=against.pooled)
             latents = pipe(
                 prompt_embeds=part.embeds, pooled_prompt_embeds=part.pooled, height=height, width=width,
                 num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="latent",
