@@ -296,7 +296,7 @@ def random_weights(setting: Setting) -> Iterator[list[nn.Module]]:
         found = {name: part("sd1.5", name, dtype, device) if name in parts else None for name in ("unet", "vae")}
         built.extend(filter(None, [found["unet"]]))
         scheduler = PNDMScheduler.from_config(setting.config("sd1.5", "scheduler"))
-        return sd15.SD15(path=path, **found, scheduler=scheduler, xl=False, unet_config=setting.config("sd1.5", "unet"))
+        return sd15.SD15(path=path, **found, scheduler=scheduler, xl=False)
 
     with mock.patch.object(sd3, "load", load_sd3), mock.patch.object(sd15, "load", load_sd15):
         yield built

@@ -701,8 +701,8 @@ def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
     )
     g.add_argument("--negative_prompt", default="", help="what guidance moves away from")
     g.add_argument(
-        "--transition", choices=("cps", "precise", "flow", "ode"), default="cps",
-        help="stochastic step: cps and precise keep the schedule's noise, flow (Flow-GRPO) leaves grain; ode has no log-probability",
+        "--transition", choices=("cps", "precise", "flow"), default="cps",
+        help="stochastic step: cps and precise keep the schedule's noise, flow (Flow-GRPO) leaves grain",
     )
     g.add_argument("--noise_level", type=number, help="a of the transition (unset: cps 0.8, precise 1.5, flow 0.7)")
     g.add_argument(

@@ -35,10 +35,6 @@ class Conditioning:
         """One prompt repeated to (batch, ...) without copying; a condition that already has that many is returned as it is."""
         return Conditioning(self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1))
 
-    def chunk(self, size: int) -> list["Conditioning"]:
-        """Pieces of at most `size` prompts, in order."""
-        return [self[start : start + size] for start in range(0, len(self), size)]
-
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         return Conditioning(torch.cat([p.embeds for p in parts]), torch.cat([p.pooled for p in parts]))

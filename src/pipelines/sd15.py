@@ -36,7 +36,6 @@ class SD15:
     unet: nn.Module | None
     vae: nn.Module | None
     scheduler: Any  # of any kind; its config is read, its state never used
-    unet_config: dict[str, Any]
     xl: bool
     text_encoders: list[nn.Module] = field(default_factory=list)  # CLIP-L (2.x: OpenCLIP-H); XL: CLIP-L, CLIP-G
     tokenizers: list[Any] = field(default_factory=list)
@@ -190,7 +189,6 @@ def load(
         path=source, unet=pipe.unet, vae=pipe.vae, scheduler=pipe.scheduler, xl=_is_xl(index), text_encoders=encoders,
         tokenizers=[getattr(pipe, name) for name in names if name in _TOKENIZERS and "text" in parts],
         zeros_for_empty=_is_xl(index) and index.get("force_zeros_for_empty_prompt", True),
-        unet_config=read_config(source, "unet/config.json", revision),
     )  # fmt: skip
 
 
