@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 import train_refl_sd15
 import train_text_to_image_lora_sd3 as script
+from benchmarks import geometry
 from src import activations, cli, inputs, lora, optim, plan, runtime
-from src.pipelines import geometry, sd3, sd15
+from src.pipelines import sd3, sd15
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def cheap(monkeypatch):
 @pytest.fixture(scope="module")
 def meta_medium():
     """SD3.5-medium's transformer with the default LoRA of rank 16, without weights."""
-    transformer = sd3.transformer_from_config(sd3.SD35_MEDIUM)
+    transformer = sd3.transformer_from_config(geometry.SD35_MEDIUM)
     lora.add(transformer, rank=16)
     return transformer
 

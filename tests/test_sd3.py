@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import geometry
 from src.pipelines import sd3
 
 PROMPTS = ["a red circle", "", "a very long prompt, which no tokenizer of sixteen tokens can hold"]
@@ -20,7 +21,7 @@ PUBLISHED = {  # geometry of SD3.5-medium's other parts. Source: the config.json
                            num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"),
     "vae": dict(block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4, latent_channels=16,
                 up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2, use_quant_conv=False, use_post_quant_conv=False),
-    "transformer": sd3.SD35_MEDIUM,
+    "transformer": geometry.SD35_MEDIUM,
 }  # fmt: skip
 
 
@@ -359,7 +360,7 @@ def test_counts_agree_with_the_loaded_model(tiny_sd3_folder, model):
 def test_forward_flops_of_the_published_model():
     """2.14 TF at 512 pixels and 154 tokens. By hand, with d = 1536 and n = 1024 + 154 tokens: a joint block does 12 d^2 multiply-adds per
     token (qkv, out, MLP) and 2 d n^2 for attention; a dual block 4 d^2 per image token and 2 d 1024^2 more."""
-    flops = sd3.forward_flops(sd3.transformer_from_config(sd3.SD35_MEDIUM), 512, 512, 154)
+    flops = sd3.forward_flops(sd3.transformer_from_config(geometry.SD35_MEDIUM), 512, 512, 154)
     assert flops == pytest.approx(2.14e12, rel=0.02)
     d, image, text = 1536, 1024, 154
     joint = 24 * (12 * d * d * (image + text) + 2 * d * (image + text) ** 2)
@@ -370,5 +371,5 @@ def test_forward_flops_of_the_published_model():
 @pytest.mark.slow
 @pytest.mark.parametrize("side, tokens, published", [(512, 333, 2.44e12), (1024, 154, 10.78e12), (1024, 333, 11.25e12)])
 def test_forward_flops_at_other_sizes(side, tokens, published):
-    flops = sd3.forward_flops(sd3.transformer_from_config(sd3.SD35_MEDIUM), side, side, tokens)
+    flops = sd3.forward_flops(sd3.transformer_from_config(geometry.SD35_MEDIUM), side, side, tokens)
     assert flops == pytest.approx(published, rel=0.02)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from src import flow, quantize
 from src.lora import unwrap
-from src.pipelines import geometry
 from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
 from src.pipelines.common import sample_posterior as sample_posterior  # every family offers it under its own name
 from src.pipelines.common import unload_text_encoders as unload_text_encoders
@@ -25,8 +24,6 @@ PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 
 MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
 PARTS = ("transformer", "vae", "text", "clip")  # clip: the text encoders without T5
 DENOISER = "transformer"  # the denoiser's name in a pipeline
-
-SD35_MEDIUM = geometry.MODELS["sd3.5-medium"]["transformer"]
 
 
 @dataclass
