@@ -4,7 +4,6 @@ Shapes: b batch, h w latent side (pixels / 8), H W pixels, L text tokens (CLIP's
 `pixels` lie in [-1, 1], `images` in [0, 1]. diffusers and transformers are imported inside the functions that need them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 
 from src import flow, quantize
 from src.lora import unwrap
+from src.pipelines import common
 from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
-from src.pipelines.common import sample_posterior as sample_posterior  # every family offers it under its own name
+from src.pipelines.common import encode_images as encode_images  # every family offers these under its own name
+from src.pipelines.common import sample_posterior as sample_posterior
 from src.pipelines.common import unload_text_encoders as unload_text_encoders
 
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
@@ -63,31 +64,11 @@ def check_folder(path: str | Path) -> None:
     Raises:
         ValueError: naming --pretrained_model_name_or_path, if a local path is missing, is no diffusers folder, or holds another family.
     """
-    flag = f"--pretrained_model_name_or_path {path}"
-    folder = Path(path).expanduser()
-    if is_hub_id(str(path)):
-        return
-    if not folder.exists():
-        raise ValueError(
-            f"{flag}: no such folder; `bash scripts/download.sh` fetches the real weights, models/tiny-sd3 is shipped, "
-            "and a Hub id looks like stabilityai/stable-diffusion-3.5-medium"
-        )
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{flag}: no model_index.json in it; a model in diffusers' folder layout is needed, not a single weight file")
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        name = index.get("_class_name", "")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{flag}: model_index.json is damaged ({error}); download the model again") from error
-    if not name.startswith("StableDiffusion3"):
-        raise ValueError(f"{flag}: holds a {name or 'nameless model'}, this program takes a StableDiffusion3Pipeline (SD3 or SD3.5)")
-    named = {part for part, kind in index.items() if isinstance(kind, list) and has_part(index, part)}
-    missing = [part for part in sorted(named | {"transformer", "vae", "scheduler"}) if not (folder / part).is_dir()]
-    if missing:
-        raise ValueError(
-            f"{flag}: incomplete, it lacks {', '.join(missing)}; download the model again (or, to do without T5, "
-            "write [null, null] for text_encoder_3 and tokenizer_3 in its model_index.json)"
-        )
+    common.check_folder(
+        path, "--pretrained_model_name_or_path", {"StableDiffusion3": ("transformer", "vae", "scheduler")},
+        takes="StableDiffusion3Pipeline (SD3 or SD3.5)", optional="T5: text_encoder_3 and tokenizer_3", tiny="tiny-sd3",
+        repository="stabilityai/stable-diffusion-3.5-medium",
+    )  # fmt: skip
 
 
 def check_resolution(path: str | Path, *sides: int) -> None:
@@ -228,16 +209,6 @@ def _encode_t5(model: SD3, prompts: list[str], length: int | None) -> Tensor:
 
 
 # --------------------------------------------------------------------------- images
-
-
-def encode_images(model: SD3, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (b, 16, h, w) of the VAE's posterior, in its dtype, not yet shifted and scaled.
-
-    Args:
-        pixels: (b, 3, H, W) in [-1, 1], any float dtype.
-    """
-    posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
-    return posterior.mean, posterior.std
 
 
 def scale_latents(model: SD3, latents: Tensor) -> Tensor:
