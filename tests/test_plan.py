@@ -202,7 +202,7 @@ def test_bytes_of_a_quantised_base_are_those_of_the_loaded_one(world, kind):
 def test_caches_have_the_size_that_was_planned(arguments, world, tmp_path, capsys, flags, cheap):
     """Within 5 %, and exactly as many entries, with mirrored latents, buckets and held-out pictures."""
     args = arguments(cache_dir=tmp_path / "cache", **flags)
-    images, held_out = inputs.open_images(args, progress=False)
+    images, held_out = inputs.open_images(args)
     transformer = sd3.transformer_from_config(world.model)
     planned = plan.cache_bytes(args, images, held_out, transformer, plan.text_tokens(args))
     run = runtime.start(args)
