@@ -32,16 +32,16 @@ from src.pipelines import sd3, sd3_rollout
 def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     cli.add_ddpo_args(parser)
-    cli.add_prompt_args(parser, prompts="simple_animals")
+    cli.add_prompt_args(parser)
     cli.add_scorer_args(parser, default="aesthetic")
-    cli.add_rollout_args(parser, epochs=200, batches=16)
+    cli.add_rollout_args(parser)
     cli.add_eval_args(parser)
     cli.add_text_args(parser)
     cli.add_model_args(parser)
     cli.add_speed_args(parser, graphs=False)
     cli.add_lora_args(parser, rank=32, alpha_per_rank=2, dropout=False)
     cli.add_optimization_args(parser, learning_rate=3e-4, weight_decay=1e-4, ema_decay=0.987)
-    cli.add_policy_args(parser, full_learning_rate=1e-5)
+    cli.add_policy_args(parser)
     cli.add_run_args(parser, output_dir="outputs/ddpo_sd3", epochs=True)
     return parser
 

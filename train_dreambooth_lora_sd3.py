@@ -162,6 +162,7 @@ def main(args: argparse.Namespace) -> None:
     transformer.train()
     streams = {"instance": (data.batches(first_step), 1.0)}  # kind of picture -> its batches, and the weight of its loss
     streams |= {"prior": (prior.batches(first_step), args.prior_loss_weight)} if prior else {}
+    last_kind = list(streams)[-1]
     for step in range(first_step, args.max_train_steps):
         seeds.seed_everything(args.seed, "dropout", step, run.rank)  # LoRA dropout, the only draw that torch makes itself
         losses = {kind: [] for kind in streams}
@@ -178,7 +179,8 @@ def main(args: argparse.Namespace) -> None:
                                     mode_scale=args.mode_scale, shift=sd3.timestep_shift(model, args.shift, *batch.size))  # fmt: skip
                 # end twin
                 # 3. predict
-                with run.no_sync(network, last=(micro, kind) == (args.gradient_accumulation_steps - 1, list(streams)[-1])):
+                last = micro == args.gradient_accumulation_steps - 1 and kind == last_kind
+                with run.no_sync(network, last=last):
                     loss = flow_matching_loss(network, x0, noise, sigma, condition, batch.mask).mean()
                     run.accelerator.backward(weight * loss / args.gradient_accumulation_steps)
                 losses[kind].append(loss.detach())
@@ -193,8 +195,8 @@ def main(args: argparse.Namespace) -> None:
             average.update()
 
         means = {kind: torch.stack(values).mean() for kind, values in losses.items()}
-        log.add(loss=sum(weight * means[kind] for kind, (_, weight) in streams.items()), grad_norm=grad_norm,
-                **({f"{kind}_loss": mean for kind, mean in means.items()} if prior else {}))  # fmt: skip
+        total = sum(weight * means[kind] for kind, (_, weight) in streams.items())
+        log.add(loss=total, grad_norm=grad_norm, **({f"{kind}_loss": mean for kind, mean in means.items()} if prior else {}))
         # twin: tail
         done = step + 1
         log.write(done, lr=schedule.get_last_lr()[0], epoch=done / data.plan.steps_per_epoch)

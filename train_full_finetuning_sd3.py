@@ -63,6 +63,7 @@ def check(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------- the algorithm
 
 
+# twin: flow-matching-loss
 def flow_matching_loss(transformer: torch.nn.Module, x0: Tensor, noise: Tensor, sigma: Tensor, condition: sd3.Conditioning) -> Tensor:
     """Squared error of the velocity predicted at x_t = (1 - sigma) x0 + sigma noise, one value per picture.
 
@@ -78,6 +79,7 @@ def flow_matching_loss(transformer: torch.nn.Module, x0: Tensor, noise: Tensor, 
     x_t = flow.interpolate(x0, noise, sigma)  # (b, 16, h, w)
     velocity = sd3.velocity(transformer, x_t, sigma, condition)  # (b, 16, h, w)
     return flow.velocity_loss(velocity, flow.velocity_target(x0, noise))  # (b,)
+# end twin
 
 
 def select(transformer: torch.nn.Module, args: argparse.Namespace) -> None:

@@ -39,7 +39,7 @@ KINDS = {"refl": "ReFL", "draft": "DRaFT", "draft_lv": "DRaFT-LV"}  # by --metho
 def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     cli.add_refl_args(parser)
-    cli.add_prompt_args(parser, prompts="simple_animals")
+    cli.add_prompt_args(parser)
     cli.add_scorer_args(parser, default="image_reward")
     cli.add_eval_args(parser, steps=50, guidance_scale=7.5, inference_steps=25)
     cli.add_lora_args(parser, unet=True)

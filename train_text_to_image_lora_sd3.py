@@ -61,6 +61,7 @@ def check(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------- the algorithm
 
 
+# twin: flow-matching-loss
 def flow_matching_loss(transformer: torch.nn.Module, x0: Tensor, noise: Tensor, sigma: Tensor, condition: sd3.Conditioning) -> Tensor:
     """Squared error of the velocity predicted at x_t = (1 - sigma) x0 + sigma noise, one value per picture.
 
@@ -76,6 +77,7 @@ def flow_matching_loss(transformer: torch.nn.Module, x0: Tensor, noise: Tensor, 
     x_t = flow.interpolate(x0, noise, sigma)  # (b, 16, h, w)
     velocity = sd3.velocity(transformer, x_t, sigma, condition)  # (b, 16, h, w)
     return flow.velocity_loss(velocity, flow.velocity_target(x0, noise))  # (b,)
+# end twin
 
 
 def add_lora(transformer: torch.nn.Module, args: argparse.Namespace) -> None:
@@ -122,6 +124,7 @@ def main(args: argparse.Namespace) -> None:
     schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
                               cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
+    # network: the transformer, wrapped for several processes; call it where a gradient is wanted
     network, optimizer = run.accelerator.prepare(transformer, optimizer)
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
@@ -142,10 +145,10 @@ def main(args: argparse.Namespace) -> None:
         seeds.seed_everything(args.seed, "dropout", step, run.rank)  # LoRA dropout, the only draw that torch makes itself
         losses = []
         for micro in range(args.gradient_accumulation_steps):
-            # 1. data
+            # 1. data; encode draws the latents from the VAE's posterior, by (seed, step)
             batch = next(batches)
             x0, condition = data.encode(batch, args.seed, step)  # (b, 16, h, w), (b, L, D)
-            # 2. noise
+            # 2. noise; positions: places in the global batch, with seed and step the key of every random number (src/seeds.py)
             # twin: noise
             noise = seeds.normal(args.seed, step, batch.positions, "noise", x0.shape[1:], run.device)  # (b, 16, h, w)
             u = seeds.uniform(args.seed, step, batch.positions, "sigma", run.device)  # (b,)

@@ -149,7 +149,7 @@ class UNetLoop(Loop):
 
     def texts(self, count: int) -> sd15.Conditioning:
         """Random embeddings (count, 77, D)."""
-        width, kind = self.parts.unet_config["cross_attention_dim"], dict(device=self.run.device, dtype=self.run.weight_dtype)
+        width, kind = self.parts.unet.config.cross_attention_dim, dict(device=self.run.device, dtype=self.run.weight_dtype)
         return sd15.Conditioning(torch.randn(count, CLIP_TOKENS, width, **kind), torch.empty(count, 0, **kind))
 
     @property

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from benchmarks import loops, trainers
+from benchmarks import geometry, loops, trainers
 from src import cli, full, plan
 from src.pipelines import sd3
 
@@ -50,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def geometry(path: str) -> dict:
-    return sd3.SD35_MEDIUM if path == "medium" else sd3.read_config(path, "transformer/config.json")
+def config_of(path: str) -> dict:
+    return geometry.SD35_MEDIUM if path == "medium" else sd3.read_config(path, "transformer/config.json")
 
 
 def make(args: argparse.Namespace, way: str) -> loops.Loop:
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, float]:
 def state_bytes(args: argparse.Namespace, way: str) -> int:
     dtype, optimizer, fused = WAYS[way]
     weight = full.DTYPES[dtype].itemsize
-    count = sum(p.numel() for p in sd3.transformer_from_config(geometry(args.pretrained_model_name_or_path)).parameters())
+    count = sum(p.numel() for p in sd3.transformer_from_config(config_of(args.pretrained_model_name_or_path)).parameters())
     return count * (weight + (0 if fused else weight) + plan.TRAINED_BYTES[optimizer] - 8)
 
 

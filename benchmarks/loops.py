@@ -22,8 +22,9 @@ from torch import Tensor, nn
 import train_dreambooth_lora_sd3
 import train_full_finetuning_sd3
 import train_text_to_image_lora_sd3
+from benchmarks import geometry
 from src import cli, flow, full, lora, optim, quantize, runtime, seeds, sharding, speed
-from src.pipelines import geometry, sd3, sd15
+from src.pipelines import sd3, sd15
 
 # Stand-ins of a few thousand weights, with every kind of layer of the real ones, to try the benchmarks on a CPU.
 _VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}
@@ -296,7 +297,7 @@ def random_weights(setting: Setting) -> Iterator[list[nn.Module]]:
         found = {name: part("sd1.5", name, dtype, device) if name in parts else None for name in ("unet", "vae")}
         built.extend(filter(None, [found["unet"]]))
         scheduler = PNDMScheduler.from_config(setting.config("sd1.5", "scheduler"))
-        return sd15.SD15(path=path, **found, scheduler=scheduler, xl=False, unet_config=setting.config("sd1.5", "unet"))
+        return sd15.SD15(path=path, **found, scheduler=scheduler, xl=False)
 
     with mock.patch.object(sd3, "load", load_sd3), mock.patch.object(sd15, "load", load_sd15):
         yield built

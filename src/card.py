@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from src import ema, lora, metrics, runtime
+from src.errors import first_line
 
 # What the Hub keeps of a run: not the checkpoints, which are for resuming. A `*` matches slashes too.
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "*.tmp"]
@@ -19,22 +20,22 @@ OPENRAIL = {  # under CreativeML Open RAIL(++)-M, by the name of their repositor
     "stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stable-diffusion-xl-base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
 }
-ANY_PIPELINE = """import torch
+WHOLE = """import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
 image = pipeline({prompt!r}{drawn}).images[0]"""
-ANY_LORA = """import torch
+LORA = """import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
 pipeline.load_lora_weights({where!r})
 image = pipeline({prompt!r}{drawn}).images[0]"""
-LORA = """import torch
-from diffusers import StableDiffusion3Pipeline
+TRANSFORMER = """import torch
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
 
-pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)
-pipeline.load_lora_weights({where!r})
+transformer = SD3Transformer2DModel.from_pretrained({where!r}, subfolder="transformer", torch_dtype=torch.bfloat16)
+pipeline = DiffusionPipeline.from_pretrained({base!r}, transformer=transformer, torch_dtype=torch.bfloat16)
 image = pipeline({prompt!r}{drawn}).images[0]"""
 # What a reader asks first; a run that has no such flag, or has it unset or off, leaves it out. The rest is in args.json.
 SETTINGS = (
@@ -44,24 +45,6 @@ SETTINGS = (
     "sample_num_batches_per_epoch", "updates_per_epoch", "num_inner_epochs", "clip_nats", "kl_weight", "guidance_scale", "use_ema",
     "mixed_precision",
 )  # fmt: skip
-UNETS = ("Diffusion-DPO", "SFT", "ReFL", "DRaFT", "DRaFT-LV")  # what the SD1.5 scripts train, each as a LoRA, too
-LOADING = {
-    "LoRA": LORA,
-    "DreamBooth LoRA": LORA,
-    "Full fine-tuning": """import torch
-from diffusers import StableDiffusion3Pipeline
-
-pipeline = StableDiffusion3Pipeline.from_pretrained({where!r}, torch_dtype=torch.bfloat16)
-image = pipeline({prompt!r}{drawn}).images[0]""",
-    **{f"{kind} LoRA": ANY_LORA for kind in UNETS}, **dict.fromkeys(UNETS, ANY_PIPELINE),
-    "Fine-tuned transformer": """import torch
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-
-transformer = SD3Transformer2DModel.from_pretrained({where!r}, subfolder="transformer", torch_dtype=torch.bfloat16)
-pipeline = StableDiffusion3Pipeline.from_pretrained({base!r}, transformer=transformer, torch_dtype=torch.bfloat16)
-image = pipeline({prompt!r}{drawn}).images[0]""",
-}
-
 
 _HF = Path(sys.executable).with_name("hf")  # beside the Python that runs: who calls a wrapper has not activated its environment
 _HF = _HF if _HF.exists() else "hf"
@@ -86,7 +69,7 @@ def write(
     """Write README.md, remove results of an earlier run that this one did not replace, and upload the folder with --push_to_hub.
 
     Args:
-        kind: a key of LOADING, what was trained.
+        kind: what was trained, in words; the example loads a LoRA if they end so, a transformer alone, or a whole pipeline.
         prompt: one that suits the data, for the example.
         images: number of training pictures of --dataset_name; or trained_on: what else training saw, and for how long.
 
@@ -114,8 +97,8 @@ def write(
         message = f"{kind}: {trained_on}"
         api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED, commit_message=message)
     except (OSError, ValueError) as error:  # the Hub's refusals and a broken connection are OSErrors, an impossible name a ValueError
-        reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f"error: the upload failed ({reason}). {folder} is complete; try `{_HF} upload {where} {folder}`") from error
+        advice = f"{folder} is complete; try `{_HF} upload {where} {folder}`"
+        raise SystemExit(f"error: the upload failed ({first_line(error)}). {advice}") from error
     run.print(f"uploaded to {repository}")
 
 
@@ -143,6 +126,7 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
     grids = sorted((folder / "samples").glob("step-*.png"))
     picture = f"\n![validation pictures, before and after](samples/{grids[-1].name})\n" if grids else ""
     curves = "\n![curves and samples from first to last](summary.png)\n" if (folder / "summary.png").exists() else ""
+    example = LORA if kind.endswith("LoRA") else TRANSFORMER if kind == "Fine-tuned transformer" else WHOLE
     average = ", a moving average of the weights: those of the last step are in `raw/`" if args.use_ema else ""
     command = f" It was started with\n\n```bash\n{shlex.join(['python', *sys.argv])}\n```" if sys.argv[0].endswith(".py") else ""
     return f"""---
@@ -152,7 +136,7 @@ def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, w
 {trained_on}, seed {args.seed}{average}.
 {picture}
 ```python
-{LOADING[kind].format(base=base, where=where, prompt=prompt, drawn=as_evaluated(args))}
+{example.format(base=base, where=where, prompt=prompt, drawn=as_evaluated(args))}
 ```
 
 | metric | first | last | meaning |

@@ -2,8 +2,7 @@
 
 output_dir/checkpoint-STEP holds `state.pt` (a dictionary of the parts' states, readable with `torch.load(weights_only=True)`),
 the run's `args.json` and whatever `write_weights` adds for other programs. It is written as `checkpoint-STEP.tmp`, flushed to the
-disk and renamed: a run killed at any moment leaves the previous checkpoint whole. torch is imported when something is saved, so that
-`check_resume` answers a wrong flag at once.
+disk and renamed: a run killed at any moment leaves the previous checkpoint whole.
 """
 
 from __future__ import annotations
@@ -16,6 +15,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+
+from src import sharding
+from src.errors import first_line
 
 if TYPE_CHECKING:
     from src.runtime import Run
@@ -107,8 +111,6 @@ def _write_failures() -> tuple[type[BaseException], ...]:
 
 def _difference(saved: dict, here: dict) -> str | None:
     """What keeps one flat dictionary of tensors from being loaded into another, or None."""
-    import torch
-
     if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in (*saved.values(), *here.values())):
         return None  # nested or scalar: the part's own load_state_dict has to judge
     missing, extra = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
@@ -174,8 +176,6 @@ class Checkpointer:
         """
         if step == self.saved:
             return
-        from src import sharding
-
         with getattr(self.parts.get("log"), "untimed", contextlib.nullcontext)():
             # everywhere: a part may need its peers
             state = {name: sharding.gathered(part.state_dict(), keep=self.run.is_main) for name, part in self.parts.items()}
@@ -195,8 +195,6 @@ class Checkpointer:
         Args:
             copy: False where the state is too large for that, and the loop calls `save_held` only while it has not changed.
         """
-        from src import sharding
-
         self._held = None  # first, or the last copy would be in memory beside the next
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._held = (step, _copied(sharding.gathered(state)) if copy else None)
@@ -229,15 +227,13 @@ class Checkpointer:
             latest = find_latest(output_dir)
             before = f"the previous one, {latest.name}, is intact" if latest else "there is no earlier one"
             return (
-                f"error: could not write {folder} ({str(error).splitlines()[0]}); {before}. Free space there "
+                f"error: could not write {folder} ({first_line(error)}); {before}. Free space there "
                 "(or use a smaller --checkpoints_total_limit), then continue with --resume_from_checkpoint latest"
             )
         self._rotate(folder)
         return None
 
     def _write(self, folder: Path, state: dict) -> None:
-        import torch
-
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
@@ -266,8 +262,6 @@ class Checkpointer:
         Raises:
             ValueError: the checkpoint does not fit the flags of this run; says which part and which flags differ.
         """
-        import torch
-
         self.run.signals.install()
 
         folder = locate(spec, self.run.output_dir)
@@ -290,7 +284,7 @@ class Checkpointer:
                 try:
                     self._load({name: state[name]})
                 except (ValueError, RuntimeError, KeyError) as error:  # what torch raises for a state of another shape
-                    difference = str(error).splitlines()[0]
+                    difference = first_line(error)
             if difference is not None:
                 raise ValueError(f"{folder} does not fit this run: {name}: {difference}{self._other_flags(folder)}")
         self.saved = step if folder.parent.resolve() == self.run.output_dir.resolve() else None
@@ -299,8 +293,6 @@ class Checkpointer:
 
     def _load(self, state: dict[str, Any]) -> None:
         """Hands the parts their states, spread as the parts are."""
-        from src import sharding
-
         for name, value in state.items():
             part = self.parts[name]
             part.load_state_dict(sharding.placed_state(value, part) if hasattr(part, "param_groups") else value)

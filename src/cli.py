@@ -34,17 +34,21 @@ Check = Callable[[argparse.Namespace], None]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the docstring's lines; shows each default except None and False, which the help text itself explains."""
+    """Keeps the docstring's lines; shows each default except None, False and an empty text, which the help itself explains."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=40, width=118)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        off = action.default is False and not isinstance(action, argparse.BooleanOptionalAction)
-        return action.help if action.default is None or off else super()._get_help_string(action)
+        value = action.default
+        if value in (None, "") or (value is False and not isinstance(action, argparse.BooleanOptionalAction)):
+            return action.help
+        if isinstance(value, list):  # as one would type it
+            return f"{action.help} (default: {(' ' if action.nargs else ',').join(map(str, value))})"
+        return super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.type in (positive_int, non_negative_int, multiple_of_16):
+        if action.type in (positive_int, non_negative_int, t5_length, seed, multiple_of_16):
             return "N"
         if action.type in (number, positive_float, non_negative_float, fraction, positive_fraction, decay):
             return "X"
@@ -267,16 +271,16 @@ def add_text_args(parser: Parser) -> None:
     )
 
 
-def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str = "dive-sd3", epochs: bool = False) -> None:
+def add_run_args(parser: Parser, *, output_dir: str, epochs: bool = False) -> None:
     """Where results go, what is logged, how a run is repeated and continued; `epochs`: logged at every epoch's end, saved at some."""
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", type=path, default=Path(output_dir), help="folder of weights, checkpoints, samples, metrics")
     g.add_argument("--config", type=path, metavar="FILE.yaml", help="YAML (or an args.json) that sets flags by name; the command line wins")
-    g.add_argument("--seed", type=seed, help="of every random number (unset: drawn, printed, recorded in args.json)")
+    g.add_argument("--seed", type=seed, help="seed of every random number (unset: drawn, printed, recorded in args.json)")
     g.add_argument(
         "--report_to", choices=("tensorboard", "wandb", "all", "none"), default="tensorboard", help="tracker, besides metrics.jsonl"
     )
-    g.add_argument("--tracker_project_name", default=tracker_project_name, help="project name in the tracker")
+    g.add_argument("--tracker_project_name", default="dive-sd3", help="project name in the tracker")
     if epochs:
         g.add_argument("--checkpointing_epochs", type=positive_int, default=10, help="epochs between checkpoints")
     else:
@@ -294,9 +298,8 @@ def add_run_args(parser: Parser, *, output_dir: str, tracker_project_name: str =
 
 
 def add_data_args(
-    parser: Parser, *, dataset_name: str | None = None, resolution: int | None = 512, caption_dropout: float = 0.1, pairs: bool = False,
-    pretrain: bool = False,
-) -> None:  # fmt: skip
+    parser: Parser, *, resolution: int | None = 512, caption_dropout: float = 0.1, pairs: bool = False, pretrain: bool = False
+) -> None:
     """Captioned pictures, or preference pairs, how they are cut, and the caches on disk; resolution None: by the model, 512 or 1024.
 
     Args:
@@ -312,7 +315,7 @@ def add_data_args(
         )
         g.add_argument("--pretrain_loss_weight", type=positive_float, default=1.0, help="weight of their denoising loss")
     else:
-        g.add_argument("--dataset_name", type=path_or_name, default=dataset_name, help=layouts)
+        g.add_argument("--dataset_name", type=path_or_name, help=layouts)
     g.add_argument("--dataset_revision", help="Hub revision of the data set (unset: its main branch)")
     if pairs:
         _add_pair_columns(parser, g)
@@ -323,7 +326,10 @@ def add_data_args(
     g.add_argument("--max_train_samples", type=positive_int, help="use only the first N samples (unset: all)")
     g.add_argument("--strict_data", action="store_true", help="stop at the first broken picture (unset: skip it and print the count)")
     unset = "" if resolution else " (unset: 512, for SDXL 1024)"
-    g.add_argument("--resolution", type=multiple_of_16, default=resolution, help=f"side in pixels; in buckets the root of the area{unset}")
+    g.add_argument(
+        "--resolution", type=multiple_of_16, default=resolution,
+        help=f"side of the square in pixels; with --aspect_buckets, the square root of a bucket's area{unset}",
+    )
     g.add_argument("--aspect_buckets", action=argparse.BooleanOptionalAction, default=False,
                    help="keep aspect ratios up to 2:1, one per global batch; off: squares")  # fmt: skip
     g.add_argument("--random_crop", action="store_true", help="random instead of centre crop (not with --cache_latents)")
@@ -411,10 +417,10 @@ def add_optimization_args(
     parser.when_unset["lr_warmup_steps"] = warmup_steps
 
 
-def add_budget_args(parser: Parser, *, max_train_steps: int, train_batch_size: int = 1) -> None:
+def add_budget_args(parser: Parser, *, max_train_steps: int) -> None:
     """How much is computed."""
     g = parser.add_argument_group("budget")
-    g.add_argument("--train_batch_size", type=positive_int, default=train_batch_size, help="samples per device and forward pass")
+    g.add_argument("--train_batch_size", type=positive_int, default=1, help="samples per device and forward pass")
     g.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
     g.add_argument("--max_train_steps", type=positive_int, default=max_train_steps, help="optimizer steps in total, resumed ones included")
 
@@ -424,7 +430,7 @@ def add_full_args(parser: Parser) -> None:
     g = parser.add_argument_group("full fine-tuning")
     g.add_argument(
         "--weights_dtype", choices=("fp32", "bf16"), default="fp32",
-        help="of the transformer's weights: fp32, or bf16 with stochastic rounding (half the memory; the optimizer's state stays as it is)",
+        help="dtype of the transformer's weights; bf16: with stochastic rounding, half the memory; the optimizer's state stays as it is",
     )
     g.add_argument(
         "--fused_backward", action="store_true",
@@ -433,7 +439,7 @@ def add_full_args(parser: Parser) -> None:
     g.add_argument("--train_blocks", help='train these transformer blocks alone, for example "0-11,23" (unset: everything)')
     g.add_argument("--freeze_last_blocks", type=non_negative_int, default=0, help="leave the last N transformer blocks as they are")
     g.add_argument("--train_text_encoder", action="store_true", help="train CLIP-L and CLIP-G too; T5 stays frozen")
-    g.add_argument("--text_encoder_learning_rate", type=positive_float, help="of those two (unset: that of the transformer)")
+    g.add_argument("--text_encoder_learning_rate", type=positive_float, help="learning rate of the text encoders (unset: --learning_rate)")
     g.add_argument("--from_config", action="store_true", help="start from random transformer weights instead of the base model's")
     g.add_argument("--ema_device", choices=("gpu", "cpu"), default="gpu", help="where the average is kept; cpu: memory for time")
     g.add_argument("--save_transformer_only", action="store_true", help="save no complete pipeline folder, only transformer/")
@@ -443,13 +449,15 @@ def add_dreambooth_args(parser: Parser) -> None:
     """The subject, its class, what of a picture counts, and the text encoders."""
     g = parser.add_argument_group("DreamBooth")
     g.add_argument("--instance_data_dir", type=path, help="folder with some pictures of the subject (or any data set: --dataset_name)")
-    g.add_argument("--instance_prompt", metavar="TEXT", help='of pictures without a caption, such as "a photo of sks dog"')
+    g.add_argument("--instance_prompt", metavar="TEXT", help='caption of pictures without one, such as "a photo of sks dog"')
     g.add_argument("--repeats", type=positive_int, default=1, help="how often an epoch shows each picture of the subject")
     g.add_argument(
         "--mask_from_alpha", action="store_true",
         help="the loss counts opaque pixels alone, as a mean over them: its size does not depend on the subject's",
     )
-    g.add_argument("--mask_data_dir", type=path, help="the same with masks: a folder with a picture of the same name, white is the subject")
+    g.add_argument(
+        "--mask_data_dir", type=path, help="folder of masks: the loss counts what is white in the picture of the same name, a mean over it"
+    )
     g.add_argument(
         "--with_prior_preservation", action=argparse.BooleanOptionalAction, default=False,
         help="train on as many pictures of the class as of the subject, in a forward pass of their own, so that the class stays as it is",
@@ -470,7 +478,7 @@ def add_dreambooth_args(parser: Parser) -> None:
     g.add_argument(
         "--train_text_encoder", action="store_true", help="adapt CLIP-L and CLIP-G too; --cache_text then keeps T5's part out of memory"
     )
-    g.add_argument("--text_encoder_learning_rate", type=positive_float, help="of those two (unset: that of the transformer)")
+    g.add_argument("--text_encoder_learning_rate", type=positive_float, help="learning rate of the text encoders (unset: --learning_rate)")
     g.add_argument(
         "--text_encoder_rank", type=positive_int, help="rank of their update matrices (unset: --rank); scaled as the transformer's"
     )
@@ -585,12 +593,12 @@ def add_quantization_args(parser: Parser) -> None:
     )
 
 
-def add_validation_args(parser: Parser, *, guidance_scale: float = 4.5, inference_steps: int = 28, steps: int = 100) -> None:
+def add_validation_args(parser: Parser, *, guidance_scale: float = 4.5, inference_steps: int = 28) -> None:
     """Pictures rendered during training, always from the same seeds."""
     g = parser.add_argument_group("validation")
     g.add_argument("--validation_prompt", action="append", metavar="TEXT", help="prompt to render; repeat the flag for several")
     g.add_argument("--validation_prompts_file", type=existing_file, metavar="FILE", help="text file of more prompts, one a line")
-    g.add_argument("--validation_steps", type=positive_int, default=steps, help="optimizer steps between validations")
+    g.add_argument("--validation_steps", type=positive_int, default=100, help="optimizer steps between validations")
     g.add_argument("--num_validation_images", type=positive_int, default=4, help="pictures per prompt")
     g.add_argument("--validation_guidance_scale", type=non_negative_float, default=guidance_scale, help="guidance weight; 1: off")
     g.add_argument("--validation_inference_steps", type=positive_int, default=inference_steps, help="denoising steps per picture")
@@ -687,15 +695,15 @@ def add_ddpo_args(parser: Parser) -> None:
     parser.total_steps = total_steps
 
 
-def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
+def add_rollout_args(parser: Parser) -> None:
     """How pictures are drawn for training, and how many; `--sample_...` are the names of older DDPO programs."""
     g = parser.add_argument_group("rollout")
-    g.add_argument("--num_epochs", type=positive_int, default=epochs, help="rounds of sampling, scoring and training, resumed included")
+    g.add_argument("--num_epochs", type=positive_int, default=200, help="rounds of sampling, scoring and training, resumed included")
     g.add_argument(
         "--sample_batch_size", type=positive_int, default=8,
         help="pictures per device and forward pass, in sampling and in training alike: a step must be scored as it was drawn",
     )
-    g.add_argument("--sample_num_batches_per_epoch", type=positive_int, default=batches, help="such batches per device and epoch")
+    g.add_argument("--sample_num_batches_per_epoch", type=positive_int, default=16, help="such batches per device and epoch")
     g.add_argument("--resolution", type=multiple_of_16, default=512, help="side of the pictures in pixels")
     g.add_argument(
         "--num_inference_steps", "--sample_num_steps", type=positive_int, default=10, help="denoising steps of a training picture"
@@ -706,8 +714,8 @@ def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
     )
     g.add_argument("--negative_prompt", default="", help="what guidance moves away from")
     g.add_argument(
-        "--transition", choices=("cps", "precise", "flow", "ode"), default="cps",
-        help="stochastic step: cps and precise keep the schedule's noise, flow (Flow-GRPO) leaves grain; ode has no log-probability",
+        "--transition", choices=("cps", "precise", "flow"), default="cps",
+        help="stochastic step: cps and precise keep the schedule's noise, flow (Flow-GRPO) leaves grain",
     )
     g.add_argument("--noise_level", type=number, help="a of the transition (unset: cps 0.8, precise 1.5, flow 0.7)")
     g.add_argument(
@@ -727,27 +735,26 @@ def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
     parser.when_unset["noise_level"] = lambda args: None if getattr(args, "loss", None) == "nft" else NOISE_LEVELS.get(args.transition)
 
 
-def add_prompt_args(parser: Parser, *, prompts: str) -> None:
+def add_prompt_args(parser: Parser) -> None:
     """What is drawn in training."""
     g = parser.add_argument_group("prompts")
     g.add_argument(
-        "--prompts", type=path_or_name, default=prompts, metavar="NAME|PATH",
+        "--prompts", type=path_or_name, default="simple_animals", metavar="NAME|PATH",
         help="simple_animals, activities or shapes; a .txt with one a line, .json, .jsonl, .csv, .parquet, a data set folder or Hub id",
     )
     g.add_argument("--prompt_column", metavar="NAME", help="field of the prompt there (unset: the first of prompt, text, caption)")
     g.add_argument("--prompts_revision", help="Hub revision of those data sets (unset: their main branch)")
 
 
-def add_policy_args(parser: Parser, *, full_learning_rate: float) -> None:
+def add_policy_args(parser: Parser) -> None:
     """LoRA or all weights; call it after `add_optimization_args`."""
     g = parser.add_argument_group("policy")
     g.add_argument(
         "--full_weights", action="store_true",
-        help="train all weights, in fp32, instead of a LoRA; a KL needs a frozen copy of them "
-        f"(learning rate then {full_learning_rate:g} if unset)",
+        help="train all weights, in fp32, instead of a LoRA; a KL needs a frozen copy of them (learning rate then 1e-05 if unset)",
     )
     lora_rate = parser.when_unset["learning_rate"]
-    parser.when_unset["learning_rate"] = lambda a: full_learning_rate if a.full_weights and a.optimizer != "prodigy" else lora_rate(a)
+    parser.when_unset["learning_rate"] = lambda a: 1e-5 if a.full_weights and a.optimizer != "prodigy" else lora_rate(a)
     add_quantization_args(parser)
 
 
@@ -756,7 +763,7 @@ def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: f
     g = parser.add_argument_group("evaluation")
     g.add_argument(
         "--eval_prompts", type=path_or_name, metavar="NAME|PATH",
-        help="as --prompts; shapes_held_out for the tiny world (unset: the same prompts)",
+        help="prompts of the evaluation, named as in --prompts; shapes_held_out for the tiny world (unset: those of training)",
     )
     g.add_argument("--num_eval_prompts", type=positive_int, default=32, help="how many of them, from the first on; picture i has seed i")
     between = "between evaluations; also before training and at the end"
@@ -803,10 +810,10 @@ def add_scorer_settings(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--scorer_dtype", choices=("fp32", "bf16"), default="fp32", help="weights of the judging networks; scores are fp32")
     g.add_argument("--aesthetic_head", help="head of aesthetic: sac+logos+ava1, ava+logos, ava+logos-relu (unset: the first)")
     g.add_argument("--openclip_model", help="model of openclip, as open_clip calls it (unset: ViT-H-14)")
-    g.add_argument("--openclip_pretrained", help="its weights, as open_clip calls them (unset: laion2b_s32b_b79k)")
+    g.add_argument("--openclip_pretrained", help="weights of --openclip_model, as open_clip calls them (unset: laion2b_s32b_b79k)")
     g.add_argument("--hps_version", help="version of hps, v2.1 or v2, whose numbers cannot be compared (unset: v2.1)")
     g.add_argument("--judge_url", metavar="URL", help="server of vlm_judge, like http://localhost:8000/v1; its key, if any: $JUDGE_API_KEY")
-    g.add_argument("--judge_model", help="the model that it serves")
+    g.add_argument("--judge_model", help="model name on the --judge_url server")
     g.add_argument("--judge_template", type=path_or_name, metavar="FILE",
                    help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")  # fmt: skip
     g.add_argument("--judge_max", type=positive_float, help="highest mark that the question asks for (unset: 10)")

@@ -1,9 +1,9 @@
-"""Noise-prediction diffusion as in Stable Diffusion 1.x, 2.x and XL: add noise, recover x0, convert predictions, DDIM steps.
+"""Noise-prediction diffusion as in Stable Diffusion 1.x, 2.x and XL: add noise, recover x0, DDIM steps.
 
 x_t = sqrt(a) x0 + sqrt(1 - a) noise, where a = alpha_bar(t) falls from nearly 1 (t = 0, the picture) to nearly 0 (t = 999, noise).
 Every function takes `alpha`, the value of alpha_bar for each sample: `alphas_cumprod(...)[timesteps]`. All in fp32, whatever comes in.
 
-Source: Ho et al., DDPM, arXiv 2006.11239; Song et al., DDIM, arXiv 2010.02502; Salimans and Ho, arXiv 2202.00512 (velocity).
+Source: Ho et al., DDPM, arXiv 2006.11239; Song et al., DDIM, arXiv 2010.02502.
 """
 
 import math
@@ -32,10 +32,10 @@ def alphas_cumprod(
     return torch.cumprod(1 - betas, dim=0)
 
 
-def inference_timesteps(num_inference_steps: int, *, offset: int = 1, num_train_timesteps: int = 1000) -> list[int]:
-    """Timesteps of a sampler, from noise to picture, evenly spaced ("leading": the last is `offset`, 1 in Stable Diffusion)."""
-    stride = num_train_timesteps // num_inference_steps
-    return [step * stride + offset for step in reversed(range(num_inference_steps))]
+def inference_timesteps(num_inference_steps: int) -> list[int]:
+    """Timesteps of a sampler, from noise to picture, evenly spaced among the model's 1000; the last is 1 ("leading", with offset 1)."""
+    stride = 1000 // num_inference_steps
+    return [step * stride + 1 for step in reversed(range(num_inference_steps))]
 
 
 def _per_sample(alpha: Tensor, like: Tensor) -> Tensor:
@@ -59,24 +59,6 @@ def x0_from_eps(x_t: Tensor, eps: Tensor, alpha: Tensor) -> Tensor:
     """The picture that a noise prediction points to: (x_t - sqrt(1 - a) eps) / sqrt(a). Source: DDIM, eq. 9."""
     a = _per_sample(alpha, x_t)
     return (_float(x_t) - (1 - a).sqrt() * _float(eps)) / a.sqrt()
-
-
-def eps_from_x0(x_t: Tensor, x0: Tensor, alpha: Tensor) -> Tensor:
-    """The noise in x_t if the picture is x0: (x_t - sqrt(a) x0) / sqrt(1 - a)."""
-    a = _per_sample(alpha, x_t)
-    return (_float(x_t) - a.sqrt() * _float(x0)) / (1 - a).sqrt()
-
-
-def velocity(x0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """What a v-prediction model predicts: sqrt(a) noise - sqrt(1 - a) x0. Source: arXiv 2202.00512, appendix D."""
-    a = _per_sample(alpha, x0)
-    return a.sqrt() * _float(noise) - (1 - a).sqrt() * _float(x0)
-
-
-def eps_from_velocity(x_t: Tensor, velocity: Tensor, alpha: Tensor) -> Tensor:
-    """sqrt(a) velocity + sqrt(1 - a) x_t."""
-    a = _per_sample(alpha, x_t)
-    return a.sqrt() * _float(velocity) + (1 - a).sqrt() * _float(x_t)
 
 
 def eps_loss(prediction: Tensor, noise: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ huggingface_hub is imported inside the functions.
 
 from __future__ import annotations
 
+from src.errors import first_line
+
 
 def errors() -> tuple[type[Exception], ...]:
     """What a download may raise."""
@@ -43,4 +45,4 @@ def reason(error: BaseException) -> str:
         return f"the Hub could not be reached ({why}), and the cache on this machine lacks files of it"
     if isinstance(error, EntryNotFoundError):
         return "it has no such file"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)

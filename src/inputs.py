@@ -213,12 +213,12 @@ def check_pretraining(args: argparse.Namespace, family: ModuleType) -> None:
             captions.check_source(args.pretrain_dataset_name, image_column=args.image_column, caption_column=args.caption_column)
 
 
-def open_pretraining(args: argparse.Namespace, *, progress: bool) -> captions.CaptionedImages | None:
+def open_pretraining(args: argparse.Namespace) -> captions.CaptionedImages | None:
     """The pictures of --pretrain_dataset_name, None without; raises as `open_images`."""
     if args.pretrain_dataset_name is None:
         return None
     with sources.naming("--pretrain_dataset_name"):
-        return open_images(args, progress=progress)[0]
+        return open_images(args)[0]
 
 
 def _dataset(args: argparse.Namespace) -> str:
@@ -227,7 +227,7 @@ def _dataset(args: argparse.Namespace) -> str:
 
 
 def open_images(
-    args: argparse.Namespace, *, progress: bool, default_prompt: str | None = None
+    args: argparse.Namespace, *, default_prompt: str | None = None
 ) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
     """The pictures to train on, and those held out for the validation loss (None if there are none).
 
@@ -240,7 +240,7 @@ def open_images(
     images = captions.open_captioned(
         _dataset(args), image_column=args.image_column, caption_column=args.caption_column, cache_dir=args.cache_dir,
         max_train_samples=args.max_train_samples, default_prompt=default_prompt, strict=args.strict_data,
-        revision=args.dataset_revision, progress=progress,
+        revision=args.dataset_revision,
     )  # fmt: skip
     wanted = getattr(args, "num_validation_loss_images", 0)
     count = min(MAX_HELD_OUT, len(images) // 20) if wanted is None else wanted
@@ -252,11 +252,11 @@ def open_images(
         raise ValueError(f"--num_validation_loss_images {count}: {error}; lower it") from error
 
 
-def open_pairs(args: argparse.Namespace, *, progress: bool) -> tuple[preferences.PreferencePairs, preferences.PreferencePairs | None]:
+def open_pairs(args: argparse.Namespace) -> tuple[preferences.PreferencePairs, preferences.PreferencePairs | None]:
     """The preference pairs to train on, and those held out for the implicit accuracy (None if there are none); raises as `open_images`."""
     pairs = preferences.open_preferences(
         args.dataset_name, _columns(args), cache_dir=args.cache_dir, max_train_samples=args.max_train_samples, strict=args.strict_data,
-        revision=args.dataset_revision, progress=progress,
+        revision=args.dataset_revision,
     )  # fmt: skip
     wanted = args.num_validation_pairs
     count = min(MAX_HELD_OUT_PAIRS, len(pairs) // 20) if wanted is None else wanted
@@ -286,7 +286,7 @@ def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3
     Raises:
         ValueError: what `open_images` refuses.
     """
-    train, held_out = run.from_main(lambda: open_images(args, progress=True))  # one download, one scan, and one result for all processes
+    train, held_out = run.from_main(lambda: open_images(args))  # one download, one scan, and one result for all processes
     parts = [train, held_out or train.subset([])]
     return _prepare(run, args, family, samples.Samples, parts, parts, "pictures")
 
@@ -305,7 +305,7 @@ def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType
     Raises:
         ValueError: what `open_pairs` refuses.
     """
-    train, held_out = run.from_main(lambda: open_pairs(args, progress=True))
+    train, held_out = run.from_main(lambda: open_pairs(args))
     parts = [train, held_out or train.subset([])]
     return _prepare(run, args, family, preferences.PairSamples, parts, [part.pictures for part in parts], "pairs")
 

@@ -23,7 +23,6 @@ ADAPTER = "default"  # peft's name of the one adapter that we train
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
 METADATA_NAME = "lora_adapter_metadata"  # under which diffusers keeps rank and alpha in the file's header
-EXPORT_FORMATS = ("diffusers", "kohya")
 
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _DUAL = ("to_q", "to_k", "to_v", "to_out.0")
@@ -277,8 +276,6 @@ def check_export(export_format: str, use_dora: bool) -> None:
     Raises:
         ValueError: naming --export_format.
     """
-    if export_format not in EXPORT_FORMATS:
-        raise ValueError(f"--export_format must be one of {', '.join(EXPORT_FORMATS)}, got {export_format!r}")
     if export_format == "kohya" and use_dora:
         raise ValueError(
             "--export_format kohya cannot hold --use_dora: readers of that format disagree on whether dora_scale counts rows or columns; "

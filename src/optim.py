@@ -1,19 +1,15 @@
-"""Optimizers and learning-rate schedules by name. torch and the optional packages are imported when something is built."""
-
-from __future__ import annotations
+"""Optimizers and learning-rate schedules by name. The optional packages are imported when something is built."""
 
 import contextlib
 import importlib.util
 import io
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import device as Device
-    from torch.nn import Parameter
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 PACKAGES = {"adamw": None, "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "adafactor": None}  # what each needs besides torch
 
@@ -40,7 +36,7 @@ def build(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 1e-2,
     epsilon: float = 1e-8,
-    device: Device,
+    device: torch.device,
 ) -> Optimizer:
     """The optimizer `name` over `parameters`; every one decouples the weight decay.
 
@@ -53,8 +49,6 @@ def build(
         ValueError: see `check`; or nothing to train.
     """
     check(name)
-    import torch
-
     parameters = list(parameters)
     if not parameters:
         raise ValueError("nothing to train: no parameter was selected; check the flags that choose layers and blocks")
@@ -76,7 +70,6 @@ def build(
 
 def _adamw8bit() -> type[Optimizer]:
     """bitsandbytes' AdamW8bit without its wait for the GPU after every weight tensor: of a whole transformer there are 900 a step."""
-    import torch
     from bitsandbytes import optim as stock
 
     class AdamW8bit(stock.AdamW8bit):  # checkpoints know it by this name

@@ -88,7 +88,7 @@ def show(
     if subject:
         samples, held_out = subject.images, subject.held_out
     else:
-        samples, held_out = inputs.open_pairs(args, progress=True) if preference else inputs.open_images(args, progress=True)
+        samples, held_out = inputs.open_pairs(args) if preference else inputs.open_images(args)
     denoiser = family.denoiser_from_config(args.pretrained_model_name_or_path, args.revision)
     counts = family.parameter_counts(args.pretrained_model_name_or_path, args.revision)
     weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER, vars(args).get("quantize_base"))
@@ -193,7 +193,7 @@ def show_reward_gradient(
     Raises:
         ValueError: the prompts, or the pictures of the pre-training loss, cannot be read.
     """
-    path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args, progress=True)
+    path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args)
     denoiser = family.denoiser_from_config(path, args.revision)
     adapt(denoiser)
     trained, tokens = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), text_tokens(args, family)

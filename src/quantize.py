@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-KINDS = ("int8", "nf4")
 NF4_BLOCK = 64  # weights that share a scale
 BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / NF4_BLOCK}  # per weight, without int8's one scale per row
 _INSIDE = re.compile(r"transformer_blocks\.\d+\.(attn|ff)")  # attn, attn1, attn2, ff, ff_context; SD1.5's UNet has the same names inside
@@ -48,7 +47,7 @@ def linear_layers(model: nn.Module, kind: str, device: str | torch.device | None
     """Replace the layers in place, before adapters are added; one at a time, so that the full model never has to fit on `device`.
 
     Args:
-        kind: one of KINDS.
+        kind: "int8" or "nf4".
         device: where each weight is packed and stays (None: where it is).
     """
     for name, layer in quantizable(model).items():
@@ -105,10 +104,6 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("scale", scale)
         self.register_parameter("bias", linear.bias)
         self.requires_grad_(False)
-
-    def full_weight(self) -> Tensor:
-        """(out, in) in the dtype it had before, rounded to what the packed one can say."""
-        return _unpack(self.weight, self.scale, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Product.apply(x, self.weight, self.scale, self.bias, (self.out_features, self.in_features), self.dtype)

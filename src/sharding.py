@@ -66,21 +66,6 @@ def placed_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     return {**state, "state": spread}
 
 
-def shard(model: nn.Module, blocks: list[nn.Module], *, compute_dtype: torch.dtype | None = None, **options: Any) -> nn.Module:
-    """FSDP2 in place: each block, then the rest, sharded over all processes; returns the model.
-
-    Args:
-        compute_dtype: weights are gathered in it, gradients still summed in fp32 (None: in the weights' own). See `policy`.
-    """
-    from torch.distributed.fsdp import fully_shard
-
-    if compute_dtype is not None:
-        options["mp_policy"] = policy(compute_dtype)
-    for module in (*blocks, model):
-        fully_shard(module, **options)
-    return released(model)
-
-
 def released(model: nn.Module) -> nn.Module:
     """Lets go of what was gathered after every forward pass, in the model's own part as well, where FSDP2 keeps it for the backward pass.
 

@@ -71,14 +71,14 @@ def class_prompts(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
 
 
-def open_images(args: argparse.Namespace, *, progress: bool) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
+def open_images(args: argparse.Namespace) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
     """The subject's pictures, each --repeats times, and those held out for the validation loss (None if there are none).
 
     Raises:
         ValueError: the pictures cannot be read, or none is left to train on.
     """
     with sources.naming(_flag(args)):
-        train, held_out = inputs.open_images(args, progress=progress, default_prompt=args.instance_prompt)
+        train, held_out = inputs.open_images(args, default_prompt=args.instance_prompt)
     return train.subset(list(range(len(train))) * args.repeats), held_out
 
 
@@ -94,14 +94,14 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
     Raises:
         ValueError: what `open_images` and `src.data.dreambooth` refuse.
     """
-    train, held_out = run.from_main(lambda: open_images(args, progress=True))  # one download, one scan, and one result for all processes
+    train, held_out = run.from_main(lambda: open_images(args))  # one download, one scan, and one result for all processes
     there = run.from_main(lambda: _class_folder(args)) if args.with_prior_preservation else None
     prompts = [record.prompt for part in (train, held_out) if part for record in part.records]
     text = inputs.encode_texts(run, args, [*prompts, *(run.from_main(lambda: _known_prompts(there)) if there else [])])
 
     if there:
         _render_class(run, args, there, text)
-        pictures = run.from_main(lambda: dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data, progress=True))
+        pictures = run.from_main(lambda: dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data))
     model = _load(run, args, inputs.resident(args, text))
 
     def assemble(*parts: captions.CaptionedImages, name: str, **options: Any) -> inputs.Inputs:
@@ -121,7 +121,7 @@ def planned(args: argparse.Namespace, *, adapt_text: Callable[[nn.Module], None]
     Args:
         adapt_text: applied to CLIP-L and CLIP-G on the meta device with --train_text_encoder.
     """
-    images, held_out = open_images(args, progress=True)
+    images, held_out = open_images(args)
     adapters, path = 0, args.pretrained_model_name_or_path
     for name in lora.TEXT_PARTS if args.train_text_encoder else ():
         encoder = sd3.text_encoder_from_config(path, name, args.revision)

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 STOCHASTIC = ("cps", "flow", "precise")
-TRANSITIONS = (*STOCHASTIC, "ode")
 
 
 def check(transition: str, noise_level: float) -> None:
@@ -38,8 +37,6 @@ def check(transition: str, noise_level: float) -> None:
     Raises:
         ValueError: naming --transition or --noise_level, and the cure.
     """
-    if transition == "ode":
-        raise ValueError(f"--transition ode is deterministic: there is no log-probability to train on; use {', '.join(STOCHASTIC)}")
     if transition not in STOCHASTIC:
         raise ValueError(f"--transition must be one of {', '.join(STOCHASTIC)}, got {transition!r}")
     if not 0 < noise_level < math.inf:

@@ -17,17 +17,29 @@ from src import checkpoint, ema, flow, full, seeds, sharding, speed
 from src.pipelines import sd3
 
 
-def load(model: str, world: int, kind: str) -> torch.nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
+def shard(model: torch.nn.Module, *, compute_dtype: torch.dtype | None = None) -> None:
+    """FSDP2 in place: each block, then the rest, sharded over all processes, as `accelerator.prepare` does it for a run.
 
+    Args:
+        compute_dtype: weights are gathered in it, gradients still summed in fp32 (None: in the weights' own).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    options = {} if compute_dtype is None else {"mp_policy": sharding.policy(compute_dtype)}
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for module in (*model.transformer_blocks, model):
+        fully_shard(module, mesh=mesh, **options)
+    sharding.released(model)
+
+
+def load(model: str, world: int, kind: str) -> torch.nn.Module:
     transformer = sd3.load(model, parts=("transformer",)).transformer
     full.select(transformer)
     if kind == "compiled":
         speed.compile_blocks(transformer.train(), backend="aot_eager")
     if world > 1:
-        blocks = list(transformer.transformer_blocks)
-        compute_dtype = torch.bfloat16 if kind == "bf16" else None
-        sharding.shard(transformer, blocks, compute_dtype=compute_dtype, mesh=init_device_mesh("cpu", (world,)))
+        shard(transformer, compute_dtype=torch.bfloat16 if kind == "bf16" else None)
     return transformer
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from sharded import shard
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,15 +36,12 @@ def gradients(transformer: torch.nn.Module, model: sd3.SD3, positions: list[int]
 
 
 def main(path: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-
     rank = int(os.environ["RANK"])
     model = sd3.load(path, parts=("transformer",))
     full.select(model.transformer)
     alone = sd3.load(path, parts=("transformer",)).transformer
     full.select(alone)
-    mesh = init_device_mesh("cpu", (2,))
-    sharding.shard(model.transformer, list(model.transformer.transformer_blocks), mesh=mesh)
+    shard(model.transformer)
     ours, worst = gradients(model.transformer, model, [2 * rank, 2 * rank + 1])
     expected, _ = gradients(alone, model, [0, 1, 2, 3])
     assert worst == 0, f"log-ratio {worst} nats right after sampling"

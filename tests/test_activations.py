@@ -9,8 +9,9 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks import geometry
 from src import activations, lora, speed
-from src.pipelines import geometry, sd15
+from src.pipelines import sd15
 
 BF16 = torch.bfloat16
 UNET = geometry.MODELS["sd1.5"]["unet"] | {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

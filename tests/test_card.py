@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from src import card, metrics
+from src import card, lora, metrics
+from src.pipelines import sd3
 
 NASTY = 'a "red" heart: {on} a\nblue | `background` # 🙂 \'quoted\''
 
@@ -94,6 +95,24 @@ def test_the_code_is_python_whatever_the_prompt_holds(folder):
     code = re.search(r"```python\n(.*?)```", written(folder), re.S)[1]
     strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert NASTY in strings and str(folder) in strings and "stabilityai/stable-diffusion-3.5-medium" in strings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["DreamBooth LoRA", "Fine-tuned transformer", "Full fine-tuning"])
+def test_the_code_draws_with_what_was_trained(tiny_sd3_folder, folder, kind):
+    where = tiny_sd3_folder
+    if kind.endswith("LoRA"):
+        where, transformer = folder, sd3.load(tiny_sd3_folder, parts=("transformer",)).transformer
+        lora.add(transformer, rank=2)
+        (folder / lora.WEIGHTS_NAME).unlink()  # the fixture's, which is empty
+        lora.save(transformer, folder)
+    args = arguments(folder, pretrained_model_name_or_path=str(tiny_sd3_folder), resolution=32, eval_num_inference_steps=2,
+                     eval_guidance_scale=1.0)  # fmt: skip
+    text = card.text(args, kind=kind, trained_on="nothing", prompt=NASTY, where=str(where))
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    assert names["image"].size == (32, 32) and type(names["pipeline"]).__name__ == "StableDiffusion3Pipeline"
+    assert bool(names["pipeline"].get_active_adapters()) == kind.endswith("LoRA")
 
 
 def test_a_run_on_a_reward_is_drawn_as_its_evaluation_was(folder):
@@ -241,11 +260,14 @@ def test_without_a_name_the_folder_names_the_repository_and_the_card_the_account
     assert stub.created[0] == folder.name and f"load_lora_weights('me/{folder.name}')" in text
 
 
-def test_a_failed_upload_says_how_to_go_on(folder, hub):
-    hub(ConnectionError("401 Client Error\nmore lines"))
+@pytest.mark.parametrize(("error", "reason"), [
+    (ConnectionError("401 Client Error\nmore lines"), "401 Client Error"), (ConnectionError(), "ConnectionError"),
+])  # fmt: skip
+def test_a_failed_upload_says_how_to_go_on(folder, hub, error, reason):
+    hub(error)
     with pytest.raises(SystemExit) as exit_:
         written(folder, push_to_hub=True, hub_model_id="me/heart")
-    assert str(exit_.value).startswith("error: the upload failed (401 Client Error).")
+    assert str(exit_.value).startswith(f"error: the upload failed ({reason}).")
     assert f"hf upload me/heart {folder}" in str(exit_.value)
     assert (folder / "README.md").exists()
 

@@ -111,6 +111,7 @@ def test_every_flag_has_help_and_no_group_is_empty(name):
     parser = importlib.import_module(name).build_parser()
     for action in parser._actions:
         assert action.help, f"{action.option_strings} has no help"
+        assert not action.help.startswith(("of ", "the same ")), f"{action.option_strings}: say what it is, a reader may come from anywhere"
     assert "usage: " in parser.format_usage() and parser.format_usage().count("\n") == 1
 
 
@@ -139,7 +140,8 @@ def every_group():
     cli.add_model_args(parser)
     cli.add_speed_args(parser)
     cli.add_text_args(parser)
-    cli.add_data_args(parser, dataset_name="some/dataset")
+    cli.add_data_args(parser)
+    parser.set_defaults(dataset_name="some/dataset")
     cli.add_timestep_args(parser)
     cli.add_optimization_args(parser, learning_rate=1e-4)
     cli.add_budget_args(parser, max_train_steps=100)
@@ -190,6 +192,21 @@ def test_own_group_first_and_defaults_in_the_help(capsys):
     titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles[0] == "algorithm:" and "  1. with steps" in text
     assert "(default: 0.0)" in text and "(default: None)" not in text and "--no-cache_latents" in text
+
+
+def test_defaults_stand_in_the_help_as_they_would_be_typed(capsys):
+    parser = cli.make_parser("A script.")
+    parser.add_argument("--window_range", type=int, nargs=2, default=[0, 5], metavar=("FIRST", "STOP"), help="steps")
+    parser.add_argument("--skip_layers", type=cli.layer_numbers, default=[7, 8, 9], help="blocks")
+    parser.add_argument("--negative_prompt", default="", help="what to avoid")
+    parser.add_argument("--seed", type=cli.seed, help="seed of the noise")
+    with pytest.raises(SystemExit):
+        cli.parse(parser, ["--help"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-4:] == [
+        "--window_range FIRST STOP steps (default: 0 5)", "--skip_layers TEXT blocks (default: 7,8,9)",
+        "--negative_prompt TEXT what to avoid", "--seed N seed of the noise",
+    ]  # fmt: skip
 
 
 def test_nothing_given_means_the_command_line(monkeypatch):

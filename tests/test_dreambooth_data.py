@@ -35,7 +35,7 @@ def names(found: captions.CaptionedImages) -> list[str]:
 
 
 def open_class(there: dreambooth.ClassFolder, tmp_path: Path) -> captions.CaptionedImages:
-    return dreambooth.open_class(there, cache_dir=tmp_path / "cache", strict=True, progress=False)
+    return dreambooth.open_class(there, cache_dir=tmp_path / "cache", strict=True)
 
 
 # --------------------------------------------------------------------------- a prompt for pictures without a caption

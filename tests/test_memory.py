@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from benchmarks import geometry
 from src import activations, full, lora, memory, norms, speed
-from src.pipelines import geometry, sd3
+from src.pipelines import sd3
 
-MEDIUM = geometry.MODELS["sd3.5-medium"]["transformer"]
+MEDIUM = geometry.SD35_MEDIUM
 TINY = MEDIUM | {
     "attention_head_dim": 8, "num_attention_heads": 4, "caption_projection_dim": 32, "joint_attention_dim": 16,
     "pooled_projection_dim": 16, "pos_embed_max_size": 16, "sample_size": 32,

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 import train_refl_sd15
 import train_text_to_image_lora_sd3 as script
+from benchmarks import geometry
 from src import activations, cli, inputs, lora, optim, plan, runtime
-from src.pipelines import geometry, sd3, sd15
+from src.pipelines import sd3, sd15
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def cheap(monkeypatch):
 @pytest.fixture(scope="module")
 def meta_medium():
     """SD3.5-medium's transformer with the default LoRA of rank 16, without weights."""
-    transformer = sd3.transformer_from_config(sd3.SD35_MEDIUM)
+    transformer = sd3.transformer_from_config(geometry.SD35_MEDIUM)
     lora.add(transformer, rank=16)
     return transformer
 
@@ -201,7 +202,7 @@ def test_bytes_of_a_quantised_base_are_those_of_the_loaded_one(world, kind):
 def test_caches_have_the_size_that_was_planned(arguments, world, tmp_path, capsys, flags, cheap):
     """Within 5 %, and exactly as many entries, with mirrored latents, buckets and held-out pictures."""
     args = arguments(cache_dir=tmp_path / "cache", **flags)
-    images, held_out = inputs.open_images(args, progress=False)
+    images, held_out = inputs.open_images(args)
     transformer = sd3.transformer_from_config(world.model)
     planned = plan.cache_bytes(args, images, held_out, transformer, plan.text_tokens(args))
     run = runtime.start(args)

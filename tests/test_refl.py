@@ -37,7 +37,7 @@ def unet():
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return sd15.SD15(path="", unet=None, vae=unets.vae().requires_grad_(False).eval(), scheduler=None, unet_config={}, xl=False)
+    return sd15.SD15(path="", unet=None, vae=unets.vae().requires_grad_(False).eval(), scheduler=None, xl=False)
 
 
 def predicting(unet, b=3):

@@ -22,16 +22,16 @@ RUN_LAYER = {
 MAY_IMPORT = {
     "__init__": set(),
     "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
-    "activations": set(), "hub": set(),
+    "activations": set(), "hub": {"errors"}, "errors": set(),
     "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"}, "norms": {"lora"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", "hub", *MATHS},
     "scorers": {"scorers", "images", "tiny", "hub", "cli"},  # cli: the program in __main__
-    "data": {"data", "images", "seeds", "tiny"},
+    "data": {"data", "images", "seeds", "errors", "tiny"},
     "tiny": {"tiny", "cli", "images", "flow", "seeds", "scorers"},  # scorers: the tour measures by them
     "grpo_variants": MATHS,
     **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize", "memory",
-              "rounding", "sharding", "gallery", "norms", "activations", *MATHS} - {name} for name in RUN_LAYER},
+              "rounding", "sharding", "gallery", "norms", "activations", "errors", *MATHS} - {name} for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}
 HEAVY = {

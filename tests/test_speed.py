@@ -9,8 +9,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import geometry
 from src import cli, lora, norms, speed
-from src.pipelines import geometry, sd3
+from src.pipelines import sd3
 
 TRANSFORMER = geometry.MODELS["sd3.5-medium"]["transformer"] | {
     "sample_size": 8, "num_layers": 5, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16,

@@ -292,7 +292,6 @@ def test_the_first_ratio_of_every_epoch_is_checked(train, monkeypatch):
         (dict(per_prompt_stat_tracking_min_count=40), "--per_prompt_stat_tracking_min_count 40 must lie in 2 .. 32"),
         (dict(per_prompt_stat_tracking_min_count=1), "--per_prompt_stat_tracking_min_count 1 must lie in 2 .. 32, the buffer's size: one"),
         (dict(per_prompt_stat_tracking=False, per_prompt_stat_tracking_buffer_size=8), "--per_prompt_stat_tracking_buffer_size 8 has no"),
-        (dict(transition="ode"), "--transition ode is deterministic"),
         (dict(noise_level=0), "--noise_level must be above 0"),
         (dict(window_range=(0, 4)), "--window_range 0 4 .* of 4 steps the last has no log-probability"),
         (dict(window_size=9), "--window_size 9 must lie in 1 .. 3"),

@@ -677,7 +677,6 @@ BAD = {
     "window beyond the steps": (dict(window_range=(0, 4)), "--window_range 0 4", "try --window_range 0 3"),
     "window larger than its range": (dict(window_size=4), "--window_size 4", "1 .. 3"),
     "too few steps": (dict(num_inference_steps=1), "--num_inference_steps", "at least 2"),
-    "ode for training": (dict(transition="ode"), "--transition ode", "cps"),
     "no noise": (dict(noise_level=0), "--noise_level", "above 0"),
     "too much noise": (dict(noise_level=1.5), "--noise_level 1.5", "0.8"),
     "packed weights that are trained": (dict(full_weights=True, rank=None, quantize_base="int8"), "--quantize_base int8", "--full_weights"),

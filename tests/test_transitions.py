@@ -223,7 +223,7 @@ def test_more_noise_than_cps_can_replace_is_refused():
 
 
 def test_the_ode_is_refused_for_training_and_takes_no_noise():
-    with pytest.raises(ValueError, match="--transition ode is deterministic"):
+    with pytest.raises(ValueError, match="--transition must be one of cps, flow, precise, got 'ode'"):
         transitions.check("ode", 0.8)
     with pytest.raises(ValueError, match="takes no noise"):
         transitions.coefficients("ode", torch.tensor([0.5]), torch.tensor([0.4]), 0.8)

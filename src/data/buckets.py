@@ -18,10 +18,11 @@ from src import seeds
 from src.images import from_pil
 
 STEP = 16  # px: 8x VAE downsampling times 2x2 patches
+MAX_ASPECT = 2  # long side over short side
 FIT = "cover, lanczos"  # how `fit` resizes; part of every latent cache key
 
 
-def buckets(resolution: int, *, aspect_buckets: bool, max_aspect: float = 2.0) -> list[tuple[int, int]]:
+def buckets(resolution: int, *, aspect_buckets: bool) -> list[tuple[int, int]]:
     """The sizes (H, W) that pictures are fitted to, portrait first: multiples of 16 px, each of about resolution^2 pixels.
 
     The long side runs in steps of a sixteenth of the resolution, which gives 13 sizes at most: with more, small data sets would be
@@ -29,19 +30,17 @@ def buckets(resolution: int, *, aspect_buckets: bool, max_aspect: float = 2.0) -
     resolution^2 by half of 16 px of the short side at most. Without `aspect_buckets` there is the square alone.
 
     Raises:
-        ValueError: if `resolution` is not a positive multiple of 16, or `max_aspect` is below 1.
+        ValueError: if `resolution` is not a positive multiple of 16.
     """
     if resolution < STEP or resolution % STEP:
         raise ValueError(f"--resolution must be a positive multiple of {STEP}, got {resolution}")
-    if max_aspect < 1:
-        raise ValueError(f"max_aspect is long side over short side, at least 1, got {max_aspect}")
     if not aspect_buckets:
         return [(resolution, resolution)]
     sizes = {(resolution, resolution)}
     step = STEP * math.ceil(resolution / 256)
-    for long in range(resolution + step, math.floor(resolution * max_aspect) + 1, step):
+    for long in range(resolution + step, resolution * MAX_ASPECT + 1, step):
         short = STEP * math.floor(resolution**2 / long / STEP + 0.5)
-        if short and long <= max_aspect * short:
+        if short and long <= MAX_ASPECT * short:
             sizes |= {(short, long), (long, short)}
     return sorted(sizes, key=lambda size: size[1] / size[0])
 

@@ -93,17 +93,15 @@ def _is_source(file: Path) -> bool:
     return file.suffix.lower() in sources.PICTURES or file.name in sources.METADATA
 
 
-def open_class(there: ClassFolder, *, cache_dir: Path, strict: bool, progress: bool) -> captions.CaptionedImages:
+def open_class(there: ClassFolder, *, cache_dir: Path, strict: bool) -> captions.CaptionedImages:
     """The class pictures: the owner's first, then the rendered ones.
 
     Raises:
         ValueError: naming --class_data_dir, if nothing in it can be used.
     """
     with sources.naming("--class_data_dir"):
-        opened = captions.open_captioned(
-            str(there.folder), cache_dir=cache_dir, default_prompt=there.prompts[0] if there.prompts else None, strict=strict,
-            progress=progress,
-        )  # fmt: skip
+        default = there.prompts[0] if there.prompts else None
+        opened = captions.open_captioned(str(there.folder), cache_dir=cache_dir, default_prompt=default, strict=strict)
     place = {record.name: index for index, record in enumerate(opened.records)}
     names = [*there.own, *(there.path(index).name for index in range(there.wanted))]
     return opened.subset([place[name] for name in names if name in place])  # one that cannot be read was reported and left out

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from src.errors import first_line
+
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 METADATA = ("metadata.jsonl", "metadata.csv")
 _LAYOUTS = (
@@ -405,10 +407,6 @@ def _open_table(
     captions = list(table.select_columns([caption_column])[caption_column]) if there else [None] * len(table)
     pictures = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return Table([Row(f"row {i}", i, caption) for i, caption in enumerate(captions)], schema.names, pictures, column, at.stray)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # --------------------------------------------------------------------------- the two entrances

@@ -3,7 +3,7 @@
 import gc
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +36,6 @@ class Conditioning:
     def expand(self, batch: int) -> "Conditioning":
         """One prompt repeated to (batch, ...) without copying; a condition that already has that many is returned as it is."""
         return Conditioning(self.embeds.expand(batch, -1, -1), self.pooled.expand(batch, -1))
-
-    def chunk(self, size: int) -> list["Conditioning"]:
-        """Pieces of at most `size` prompts, in order."""
-        return [self[start : start + size] for start in range(0, len(self), size)]
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -78,6 +74,46 @@ def has_part(index: dict[str, Any], component: str) -> bool:
     return index.get(component, [None, None])[1] is not None
 
 
+def check_folder(
+    path: str | Path, flag: str, pipelines: Mapping[str, Collection[str]], *, takes: str, optional: str, tiny: str, repository: str
+) -> bool:
+    """Refuse a base model that cannot be loaded, reading only small files; whether there is a local one: a Hub id passes.
+
+    Args:
+        pipelines: how the name of its class may begin, and the parts that each needs besides those that its index names.
+        takes: that class, for people. optional: what may be left out. tiny: the shipped model, repository: the real one on the Hub.
+
+    Raises:
+        ValueError: naming the flag, if a local path is missing, is no diffusers folder, holds another family or is incomplete.
+    """
+    given, folder = f"{flag} {path}", Path(path).expanduser()
+    if is_hub_id(str(path)):
+        return False
+    if not folder.exists():
+        raise ValueError(
+            f"{given}: no such folder; `bash scripts/download.sh {repository.split('/')[1]}` fetches the real weights, models/{tiny} is "
+            f"shipped, and a Hub id looks like {repository}"
+        )
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{given}: no model_index.json in it; a model in diffusers' folder layout is needed, not a single weight file")
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        kind = index.get("_class_name", "")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{given}: model_index.json is damaged ({error}); download the model again") from error
+    needed = next((parts for begins, parts in pipelines.items() if kind.startswith(begins)), None)
+    if needed is None:
+        raise ValueError(f"{given}: holds a {kind or 'nameless model'}, this program takes a {takes}")
+    named = {part for part, value in index.items() if isinstance(value, list) and has_part(index, part)}
+    missing = [part for part in sorted(named.union(needed)) if not (folder / part).is_dir()]
+    if missing:
+        raise ValueError(
+            f"{given}: incomplete, it lacks {', '.join(missing)}; download the model again (or, to do without {optional}, "
+            "write [null, null] there in its model_index.json)"
+        )
+    return True
+
+
 # --------------------------------------------------------------------------- steps
 
 
@@ -92,6 +128,16 @@ def unload_text_encoders(model: Any) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def encode_images(model: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (b, C, h, w) of the VAE's posterior, in its dtype, not yet shifted and scaled.
+
+    Args:
+        pixels: (b, 3, H, W) in [-1, 1], any float dtype.
+    """
+    posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
+    return posterior.mean, posterior.std
 
 
 def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ P pooled width: 1280 in XL, 0 in the others, which have no pooled embedding. `pi
 diffusers and transformers are imported inside the functions that need them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +15,19 @@ from torch import Tensor, nn
 
 from src import ddpm, seeds
 from src.lora import unwrap
+from src.pipelines import common
 from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
-from src.pipelines.common import sample_posterior as sample_posterior  # every family offers it under its own name
+from src.pipelines.common import encode_images as encode_images  # every family offers these under its own name
+from src.pipelines.common import sample_posterior as sample_posterior
 from src.pipelines.common import unload_text_encoders as unload_text_encoders
 
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
 LATENT_CHANNELS = 4
 PARTS = ("unet", "vae", "text")
 DENOISER = "unet"  # the denoiser's name in a pipeline
-PIPELINES = {"StableDiffusionPipeline": "Stable Diffusion 1.x or 2.x", "StableDiffusionXLPipeline": "Stable Diffusion XL"}
 _ENCODERS, _TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+_NEEDED = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")
+PIPELINES = {"StableDiffusionPipeline": _NEEDED, "StableDiffusionXLPipeline": (*_NEEDED, _TOKENIZERS[1], _ENCODERS[1])}
 
 
 @dataclass
@@ -36,7 +38,6 @@ class SD15:
     unet: nn.Module | None
     vae: nn.Module | None
     scheduler: Any  # of any kind; its config is read, its state never used
-    unet_config: dict[str, Any]
     xl: bool
     text_encoders: list[nn.Module] = field(default_factory=list)  # CLIP-L (2.x: OpenCLIP-H); XL: CLIP-L, CLIP-G
     tokenizers: list[Any] = field(default_factory=list)
@@ -76,33 +77,12 @@ def check_folder(path: str | Path, name: str = "--pretrained_model_name_or_path"
         ValueError: naming the flag, if a local path is missing, is no diffusers folder, is incomplete, holds
             another family, or does not predict noise.
     """
-    flag = f"{name} {path}"
-    folder = Path(path).expanduser()
-    if is_hub_id(str(path)):
-        return
-    if not folder.exists():
-        raise ValueError(
-            f"{flag}: no such folder; `bash scripts/download.sh stable-diffusion-v1-5` fetches the real weights, models/tiny-sd15 is "
-            "shipped, and a Hub id looks like stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{flag}: no model_index.json in it; a model in diffusers' folder layout is needed, not a single weight file")
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        kind = index.get("_class_name", "")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{flag}: model_index.json is damaged ({error}); download the model again") from error
-    if kind not in PIPELINES:
-        raise ValueError(f"{flag}: holds a {kind or 'nameless model'}, this program takes a {' or a '.join(PIPELINES)}")
-    named = {part for part, value in index.items() if isinstance(value, list) and has_part(index, part)}
-    needed = {"unet", "vae", "scheduler", "tokenizer", "text_encoder"} | ({"tokenizer_2", "text_encoder_2"} if _is_xl(index) else set())
-    missing = [part for part in sorted(named | needed) if not (folder / part).is_dir()]
-    if missing:
-        raise ValueError(
-            f"{flag}: incomplete, it lacks {', '.join(missing)}; download the model again (or, to do without the safety checker, "
-            "write [null, null] for it in its model_index.json)"
-        )
-    _check_configs(path, flag)
+    local = common.check_folder(
+        path, name, PIPELINES, takes=" or a ".join(PIPELINES), optional="the safety checker", tiny="tiny-sd15",
+        repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    )  # fmt: skip
+    if local:
+        _check_configs(path, f"{name} {path}")
 
 
 def _check_configs(path: str | Path, flag: str, revision: str | None = None) -> None:
@@ -190,7 +170,6 @@ def load(
         path=source, unet=pipe.unet, vae=pipe.vae, scheduler=pipe.scheduler, xl=_is_xl(index), text_encoders=encoders,
         tokenizers=[getattr(pipe, name) for name in names if name in _TOKENIZERS and "text" in parts],
         zeros_for_empty=_is_xl(index) and index.get("force_zeros_for_empty_prompt", True),
-        unet_config=read_config(source, "unet/config.json", revision),
     )  # fmt: skip
 
 
@@ -226,16 +205,6 @@ def encode_prompts(model: SD15, prompts: Sequence[str], max_sequence_length: int
 
 
 # --------------------------------------------------------------------------- images
-
-
-def encode_images(model: SD15, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (b, 4, h, w) of the VAE's posterior, in its dtype, not yet scaled.
-
-    Args:
-        pixels: (b, 3, H, W) in [-1, 1], any float dtype.
-    """
-    posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
-    return posterior.mean, posterior.std
 
 
 def scale_latents(model: SD15, latents: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Shapes: b batch, h w latent side (pixels / 8), H W pixels, L text tokens (CLIP's
 `pixels` lie in [-1, 1], `images` in [0, 1]. diffusers and transformers are imported inside the functions that need them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 
 from src import flow, quantize
 from src.lora import unwrap
-from src.pipelines import geometry
+from src.pipelines import common
 from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
-from src.pipelines.common import sample_posterior as sample_posterior  # every family offers it under its own name
+from src.pipelines.common import encode_images as encode_images  # every family offers these under its own name
+from src.pipelines.common import sample_posterior as sample_posterior
 from src.pipelines.common import unload_text_encoders as unload_text_encoders
 
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
@@ -25,8 +25,6 @@ PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 
 MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
 PARTS = ("transformer", "vae", "text", "clip")  # clip: the text encoders without T5
 DENOISER = "transformer"  # the denoiser's name in a pipeline
-
-SD35_MEDIUM = geometry.MODELS["sd3.5-medium"]["transformer"]
 
 
 @dataclass
@@ -66,31 +64,11 @@ def check_folder(path: str | Path) -> None:
     Raises:
         ValueError: naming --pretrained_model_name_or_path, if a local path is missing, is no diffusers folder, or holds another family.
     """
-    flag = f"--pretrained_model_name_or_path {path}"
-    folder = Path(path).expanduser()
-    if is_hub_id(str(path)):
-        return
-    if not folder.exists():
-        raise ValueError(
-            f"{flag}: no such folder; `bash scripts/download.sh` fetches the real weights, models/tiny-sd3 is shipped, "
-            "and a Hub id looks like stabilityai/stable-diffusion-3.5-medium"
-        )
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{flag}: no model_index.json in it; a model in diffusers' folder layout is needed, not a single weight file")
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        name = index.get("_class_name", "")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ValueError(f"{flag}: model_index.json is damaged ({error}); download the model again") from error
-    if not name.startswith("StableDiffusion3"):
-        raise ValueError(f"{flag}: holds a {name or 'nameless model'}, this program takes a StableDiffusion3Pipeline (SD3 or SD3.5)")
-    named = {part for part, kind in index.items() if isinstance(kind, list) and has_part(index, part)}
-    missing = [part for part in sorted(named | {"transformer", "vae", "scheduler"}) if not (folder / part).is_dir()]
-    if missing:
-        raise ValueError(
-            f"{flag}: incomplete, it lacks {', '.join(missing)}; download the model again (or, to do without T5, "
-            "write [null, null] for text_encoder_3 and tokenizer_3 in its model_index.json)"
-        )
+    common.check_folder(
+        path, "--pretrained_model_name_or_path", {"StableDiffusion3": ("transformer", "vae", "scheduler")},
+        takes="StableDiffusion3Pipeline (SD3 or SD3.5)", optional="T5: text_encoder_3 and tokenizer_3", tiny="tiny-sd3",
+        repository="stabilityai/stable-diffusion-3.5-medium",
+    )  # fmt: skip
 
 
 def check_resolution(path: str | Path, *sides: int) -> None:
@@ -233,16 +211,6 @@ def _encode_t5(model: SD3, prompts: list[str], length: int | None) -> Tensor:
 # --------------------------------------------------------------------------- images
 
 
-def encode_images(model: SD3, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (b, 16, h, w) of the VAE's posterior, in its dtype, not yet shifted and scaled.
-
-    Args:
-        pixels: (b, 3, H, W) in [-1, 1], any float dtype.
-    """
-    posterior = model.vae.encode(pixels.to(model.vae.device, model.vae.dtype)).latent_dist
-    return posterior.mean, posterior.std
-
-
 def scale_latents(model: SD3, latents: Tensor) -> Tensor:
     """VAE latents -> the transformer's: (latents - shift_factor) * scaling_factor. Leaving the shift out is a known bug elsewhere."""
     return (latents - model.vae.config.shift_factor) * model.vae.config.scaling_factor
@@ -298,22 +266,10 @@ def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> f
     return model.shift if shift == "model" else float(shift)
 
 
-def _check_skip_layers(skip_layers: Sequence[int], layers: int, guidance_scale: float, steps: int, start: float, stop: float) -> None:
-    """Raises ValueError where the stock pipeline would ignore skip-layer guidance in silence."""
-    if not set(skip_layers) <= set(range(layers)):
-        raise ValueError(f"skip-layer guidance: layers {list(skip_layers)} asked for, the model has 0 to {layers - 1}")
-    if guidance_scale <= 1:
-        raise ValueError(f"skip-layer guidance has no effect at guidance scale {guidance_scale}; use more than 1 or leave it out")
-    if not any(steps * start < i < steps * stop for i in range(steps)):
-        raise ValueError(f"skip-layer guidance from {start} to {stop} of {steps} steps covers no step; use more steps or a later stop")
-
-
 @torch.no_grad()
 def render(
     model: SD3, transformer: nn.Module, condition: Conditioning, *, negative: Conditioning | None, seeds: Sequence[int],
-    height: int, width: int, num_inference_steps: int, guidance_scale: float, skip_layers: Sequence[int] | None = None,
-    skip_layer_scale: float = 2.8, skip_layer_start: float = 0.01, skip_layer_stop: float = 0.2, batch_size: int = 4,
-    decode_batch_size: int | None = None,
+    height: int, width: int, num_inference_steps: int, guidance_scale: float, batch_size: int = 4, decode_batch_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Images (b, 3, H, W) float32 in [0, 1] by the stock StableDiffusion3Pipeline, picture i from CPU noise of seeds[i].
 
@@ -322,12 +278,10 @@ def render(
     Args:
         condition: b prompts. negative: b or 1 negative prompts of the same L; needed when guidance_scale > 1, else unused.
         height, width: multiples of 16.
-        skip_layers: skip-layer guidance as in diffusers (`skip_guidance_layers`; Stability recommends 7, 8, 9 for SD3.5-medium): in the
-            steps strictly between `start` and `stop` (fractions) one more pass per picture, with the prompt and without these layers.
         batch_size: pictures that are denoised at once. decode_batch_size: that the VAE decodes at once; None: as many.
 
     Raises:
-        ValueError: missing negative prompt, or skip-layer guidance that would have no effect.
+        ValueError: missing negative prompt.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
@@ -335,12 +289,6 @@ def render(
     bare = unwrap(transformer)
     if guidance_scale > 1 and negative is None:
         raise ValueError(f"guidance scale {guidance_scale} needs a negative prompt's embeddings (those of '' by default)")
-    options: dict[str, Any] = {}
-    if skip_layers:
-        window = (num_inference_steps, skip_layer_start, skip_layer_stop)
-        _check_skip_layers(skip_layers, len(bare.transformer_blocks), guidance_scale, *window)
-        options = dict(skip_guidance_layers=list(skip_layers), skip_layer_guidance_scale=skip_layer_scale,
-                       skip_layer_guidance_start=skip_layer_start, skip_layer_guidance_stop=skip_layer_stop)  # fmt: skip
     pipe = StableDiffusion3Pipeline(
         transformer=bare, scheduler=FlowMatchEulerDiscreteScheduler.from_config(model.scheduler.config), vae=None,
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
@@ -351,10 +299,10 @@ def render(
     with evaluating(transformer):
         for start in range(0, len(condition), batch_size):
             rows = slice(start, start + batch_size)
-            part = condition[rows].to(device, dtype)
+            part, options = condition[rows].to(device, dtype), {}
             if guidance_scale > 1:
                 against = negative.expand(len(condition))[rows].to(device, dtype)
-                options |= dict(negative_prompt_embeds=against.embeds, negative_pooled_prompt_embeds=against.pooled)
+                options = dict(negative_prompt_embeds=against.embeds, negative_pooled_prompt_embeds=against.pooled)
             latents = pipe(
                 prompt_embeds=part.embeds, pooled_prompt_embeds=part.pooled, height=height, width=width,
                 num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="latent",

@@ -68,14 +68,12 @@ class Step:
     """One denoising step of b pictures under the policy of now, beside what it was when the pictures were drawn.
 
     Attributes:
-        velocity: (b, 16, h, w) float32, guided if the trajectory is.
         mean, old_mean: (b, 16, h, w) float32, of the next latent; by this policy and by the one that sampled.
         step_std: (b, 1, 1, 1) float32, the same for both.
         log_prob, old_log_prob: (b,) float64, of the latent that was drawn, joint over all dimensions, nats.
         sigma, sigma_next: (b,) float32 on the CPU, noise levels before and after.
     """
 
-    velocity: Tensor
     mean: Tensor
     old_mean: Tensor
     step_std: Tensor
@@ -267,7 +265,7 @@ def replay(
     velocity = _velocity(network, x, sigma, condition, negative, trajectory.guidance_scale)
     mean, step_std = transitions.moments(trajectory.transition, x, velocity, sigma, sigma_next, trajectory.noise_level)
     return Step(
-        velocity=velocity, mean=mean, old_mean=old_mean, step_std=step_std, log_prob=transitions.log_prob(drawn, mean, step_std),
+        mean=mean, old_mean=old_mean, step_std=step_std, log_prob=transitions.log_prob(drawn, mean, step_std),
         old_log_prob=old_log_prob, sigma=sigma, sigma_next=sigma_next,
     )  # fmt: skip
 

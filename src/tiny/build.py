@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=["all", *STAGES], default="all",
                         help="one stage alone, from the checkpoints before it; decoder and transformer, or unet, may run side by side")
     parser.add_argument("--evaluate", metavar="PATH", help="only print the figures of the model folder PATH")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the drawings and the noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the drawings and the noise")
     parser.add_argument("--vae_steps", type=int, help="optimizer steps of the autoencoder; sd3 4000, sd15 10000 when unset")
     parser.add_argument("--decoder_steps", type=int, help="optimizer steps of its decoder alone; sd3 14000, sd15 4000 when unset")
     parser.add_argument("--vae_batch_size", type=int, default=8, help="pictures in a step of the autoencoder, over all processes")

@@ -321,7 +321,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --checkpoint_dir")
     parser.add_argument("--evaluate", metavar="PATH", help="only print the figures of the model folder PATH")
     parser.add_argument("--vae_model", default="models/tiny-sd3", help="pipeline folder whose autoencoder blurs half of the pictures")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, the drawings and what disturbs them")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the drawings and what disturbs them")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
     parser.add_argument("--color_pairs", type=int, default=14, help="pairs of colours in a step, 56 at most, with 7 pictures each")
     parser.add_argument("--drawings", type=int, default=12000, help="captioned drawings to learn from")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import logging
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from src import cli, images
-from src.tiny import shapes
+from src.tiny import evaluate, shapes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,14 +110,7 @@ def check(args: argparse.Namespace) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Draws, reads, writes; returns the number of pairs."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(args.pretrained_model_name_or_path, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = evaluate.load(args.pretrained_model_name_or_path)
     prompts = training_prompts(args.num_prompts, args.seed)
     repeated = [prompt for prompt in prompts for _ in range(args.num_images)]
     weights = [args.guidance_scale[i % args.num_images % len(args.guidance_scale)] for i in range(len(repeated))]

@@ -40,14 +40,14 @@ _T5_XXL = {
     "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240,
     "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
 }  # fmt: skip
-_MEDIUM = {
+SD35_MEDIUM = {
     "_class_name": "SD3Transformer2DModel",
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
     "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
     "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
     "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
 }  # fmt: skip
-_LARGE = _MEDIUM | {
+_LARGE = SD35_MEDIUM | {
     "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192, "dual_attention_layers": (),
 }  # fmt: skip
 _UNET = {
@@ -64,7 +64,7 @@ _DDPM = {
 
 _SD3_TEXT = {"text_encoder": _CLIP_L, "text_encoder_2": _CLIP_G, "text_encoder_3": _T5_XXL}
 MODELS: dict[str, dict[str, Config]] = {
-    "sd3.5-medium": {"transformer": _MEDIUM, "vae": _VAE_16, "scheduler": _FLOW, **_SD3_TEXT},
+    "sd3.5-medium": {"transformer": SD35_MEDIUM, "vae": _VAE_16, "scheduler": _FLOW, **_SD3_TEXT},
     "sd3.5-large": {"transformer": _LARGE, "vae": _VAE_16, "scheduler": _FLOW, **_SD3_TEXT},
     "sd1.5": {
         "unet": _UNET, "vae": _VAE_4, "scheduler": _DDPM, "text_encoder": _CLIP_L | {"architectures": ["CLIPTextModel"]},
