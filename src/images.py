@@ -191,6 +191,7 @@ def grid(
     column_labels: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     scale: int | None = None,
+    largest: int | None = None,
 ) -> Image.Image:
     """Pictures side by side on white, row by row, with room between them and readable labels.
 
@@ -200,6 +201,7 @@ def grid(
         row_labels: one text per row, left of it; column_labels: one per column, above; labels: one per picture, below it.
             Texts are wrapped, and end in an ellipsis where they are still too long.
         scale: whole-number enlargement, without smoothing; by default what makes a cell at least 128 px, so 2 for 64 px pictures.
+        largest: pixels a side, of the longer one, to which larger pictures are shrunk; None: they stay whole.
 
     Raises:
         ValueError: without pictures, or if the number of labels is not that of the rows, columns or pictures.
@@ -213,6 +215,8 @@ def grid(
         if given is not None and len(given) != wanted:
             raise ValueError(f"grid has {wanted} {kind}(s) but {len(given)} label(s) for them")
 
+    for picture in pictures if largest else ():
+        picture.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     scale = scale or math.ceil(_MIN_CELL / min(width, height))
     width, height = width * scale, height * scale

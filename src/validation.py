@@ -21,6 +21,7 @@ SIGMAS = (0.25, 0.5, 0.75, 0.95)
 FIXED_SEED = 0  # of validation noise: the same for every run, so that losses of two runs compare
 STEPS = "step-[0-9]*"  # in samples: a folder and a grid per validation
 FILM_ROWS, FILM_COLUMNS, FILM_CELL = 4, 8, 256  # of summary.png: prompts, validations, pixels a side at most
+GRID_CELL = 512  # pixels a side at most, in the grid of a validation: whole pictures of 1024 px would make a sheet of 40 megapixels
 LIGHT, DARK = "#9bb7d4", "#1f5fa8"  # curves: as measured, and smoothed
 
 
@@ -147,7 +148,7 @@ class Album:
             columns.insert(0, ("before", [images.open_rgb(path) for path in earlier]))
         cells = [picture for p in range(len(self.names)) for _, part in columns for picture in part[p * count : (p + 1) * count]]
         above = [label for label, _ in columns for _ in range(count)]
-        grid = images.grid(cells, columns=count * len(columns), row_labels=self.prompts, column_labels=above)
+        grid = images.grid(cells, columns=count * len(columns), row_labels=self.prompts, column_labels=above, largest=GRID_CELL)
         grid.save(self.folder / f"step-{step:06d}.png")
         self.run.log_image("samples", grid, step)
 
@@ -196,10 +197,8 @@ def _film_strip(folder: Path, prompts: list[str]) -> Image.Image | None:
     if not steps:
         return None
     cells = [images.open_rgb(firsts[step][row]) for row in range(len(prompts)) for step in steps]
-    for cell in cells:
-        cell.thumbnail((FILM_CELL, FILM_CELL), Image.Resampling.LANCZOS)
     names = [f"step {step_of(step)}" for step in steps]
-    return images.grid(cells, columns=len(steps), row_labels=prompts, column_labels=names)
+    return images.grid(cells, columns=len(steps), row_labels=prompts, column_labels=names, largest=FILM_CELL)
 
 
 def _curves(lines: list[dict], width: int, panels: dict[str, str] | None) -> Image.Image:

@@ -248,6 +248,14 @@ def test_a_cell_is_at_least_128_px_unless_told_otherwise(side, scale, wanted):
     assert box[2] - box[0] == wanted
 
 
+def test_larger_pictures_are_shrunk_in_the_grid_alone():
+    """600 x 400 to 300 x 200; the smaller one stays as it is, and so do the pictures that were handed over."""
+    large, small = Image.new("RGB", (600, 400), RED), Image.new("RGB", (200, 200), BLUE)
+    sheet = grid([large, small], 2, largest=300)
+    sizes = [(box[2] - box[0], box[3] - box[1]) for box in (find(sheet, RED), find(sheet, BLUE))]
+    assert sizes == [(300, 200), (200, 200)] and large.size == (600, 400)
+
+
 def test_order_is_row_by_row_with_white_between():
     colours = [RED, GREEN, BLUE]
     sheet = grid(torch.stack([from_pil(Image.new("RGB", (64, 64), c)) for c in colours]), columns=2)

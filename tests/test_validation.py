@@ -234,6 +234,14 @@ def test_the_grid_shows_before_and_after(validator, tmp_path):
     assert first.height == later.height and later.width > first.width + 2 * 128
 
 
+def test_the_grid_is_of_smaller_pictures_but_the_files_are_whole(tmp_path):
+    album = validation.Album(fake_run_of(tmp_path, argparse.Namespace()), tmp_path, ["a cat"], [["00-0.png"]])
+    album.run.log_image = lambda *_: None
+    album.save(0, torch.zeros(1, 3, 1024, 1024))
+    assert Image.open(tmp_path / "samples/step-000000/00-0.png").size == (1024, 1024)
+    assert max(Image.open(tmp_path / "samples/step-000000.png").size) < 1024
+
+
 # ---------------------------------------------------------------------------------------------- resumed at the last step
 
 
