@@ -7,8 +7,9 @@ Every epoch, with the policy as it is:
   4. update     a few times over: replay each picture's steps in a random order and follow the clipped policy gradient
 
 What differs from the paper: SD1.5's DDIM step is one of a rectified flow that keeps the schedule's noise (--transition cps); noise and
-training in a window of 3 early steps, the last step never (--window_size 0 --window_range 0 9: all others, as in the paper); no guidance;
-clip in nats of the joint probability. What differs from train_grpo_sd3.py: no groups, but running statistics of each prompt; no KL.
+training in a window of 3 early steps, the last step never (--window_size 0 --window_range 0 9 --transition flow --clip_nats 6.55: all
+others, as in the paper); no guidance; clip in nats of the joint probability. What differs from train_grpo_sd3.py: no groups, but running
+statistics of each prompt; no KL.
 
   bash scripts/train_aesthetic_ddpo_sd3.sh                           # SD3.5-medium on one GPU
   TINY=1 bash scripts/train_aesthetic_ddpo_sd3.sh                    # the tiny model, pictures that JPEG compresses well, on a CPU
@@ -64,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
     if args.per_prompt_stat_tracking and not 2 <= least <= size:
         raise ValueError(f"--per_prompt_stat_tracking_min_count {least} must lie in 2 .. {size}, the buffer's size: one reward has no "
                          "deviation, and a buffer never holds more than its size")  # fmt: skip
-    policy.check_steps(args)
+    policy.check_steps(args, updates_per_epoch(args))
     if not args.dry_run:
         checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, num_epochs=args.num_epochs, updates=updates_per_epoch(args))
 

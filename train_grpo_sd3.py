@@ -58,7 +58,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--updates_per_epoch {args.updates_per_epoch} does not divide --sample_num_batches_per_epoch "
                          f"{args.sample_num_batches_per_epoch}: every update takes equally many batches; try 1")  # fmt: skip
     if args.loss != "nft":
-        policy.check_steps(args)
+        policy.check_steps(args, args.updates_per_epoch)
     if args.kl_form == "flow_grpo" and args.transition != "flow":
         raise ValueError(f"--kl_form flow_grpo belongs to --transition flow, got {args.transition}; use --kl_form exact")
     if not args.dry_run:

@@ -352,6 +352,12 @@ def test_windows_outside_the_steps_are_refused(steps, size, window_range, messag
 # --------------------------------------------------------------------------- the schedule, and refusals
 
 
+@pytest.mark.parametrize(("steps", "shift"), [(4, 3.0), (10, 3.0), (28, 1.5)])
+def test_the_formula_gives_the_schedulers_own_schedule(world, steps, shift):
+    expected = sd3_rollout.schedule(world[0], steps, shift)
+    torch.testing.assert_close(sd3_rollout.schedule_by_formula(steps, shift), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_schedule_is_the_schedulers_own(world):
     from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -296,6 +296,15 @@ def test_the_first_ratio_of_every_epoch_is_checked(train, monkeypatch):
         (dict(noise_level=0), "--noise_level must be above 0"),
         (dict(window_range=(0, 4)), "--window_range 0 4 .* of 4 steps the last has no log-probability"),
         (dict(window_size=9), "--window_size 9 must lie in 1 .. 3"),
+        (
+            dict(mixed_precision="bf16", transition="precise"),
+            "--window_range 0 3: precise's noise at step 2 is so small that rounding to bf16 "
+            "would decide the ratio; use --window_range 0 2, --transition flow --clip_nats 6.55 or --mixed_precision no",
+        ),
+        (
+            dict(mixed_precision="bf16", transition="flow", noise_level=0.1),
+            "flow's noise at step 1 .* --window_range 0 1 or --mixed_precision",
+        ),
         (dict(train_timestep_fraction=0), "--train_timestep_fraction"),
         (dict(lr_scheduler="linear", lr_warmup_steps=9), "--lr_warmup_steps 9 must be less than the 4 optimizer steps of --num_epochs 2"),
     ],
@@ -307,6 +316,19 @@ def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, flags,
     assert stopped.value.code == 2 and said.count("\n") == 1
     assert re.search(message, said), said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [dict(mixed_precision="no"), dict(window_range=(0, 8)), dict(transition="flow", clip_nats=6.55),
+     dict(train_gradient_accumulation_steps=2)],  # one update an epoch: every ratio is 1
+)  # fmt: skip
+def test_the_papers_window_is_let_through_where_rounding_does_not_decide(world, tmp_path, flags):
+    """Ten steps, all but the last: |B| / step_std is 32 for cps at step 8, at most 1.1 before, and at most 1.5 for flow; the bound is 2."""
+    paper = dict(mixed_precision="bf16", num_inference_steps=10, window_size=0, window_range=(0, 9))
+    script.parse_args(world.argv(tmp_path / "run", **(paper | flags)))
+    with pytest.raises(SystemExit):
+        script.parse_args(world.argv(tmp_path / "run", **paper))
 
 
 def test_older_programs_flags_keep_working(world, tmp_path):

@@ -612,7 +612,7 @@ def test_a_negative_prompt_is_one_text_and_counts(train):
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_adapters_and_optimizer_stay_fp32_under_bf16(train, live, precision):
     """The ratio is 1 in bf16, too: sampling and training run the same kernels (asserted in every epoch)."""
-    out = train(mixed_precision=precision, checkpointing_epochs=2)
+    out = train(mixed_precision=precision, checkpointing_epochs=2, window_range=(0, 2))
     assert {value.dtype for value in weights(out).values()} == {torch.float32}
     assert {p.dtype for p in live["actor"].transformer.parameters() if not p.requires_grad} == {torch.bfloat16}
 
@@ -670,6 +670,11 @@ BAD = {
     "window beyond the steps": (dict(window_range=(0, 4)), "--window_range 0 4", "try --window_range 0 3"),
     "window larger than its range": (dict(window_size=4), "--window_size 4", "1 .. 3"),
     "too few steps": (dict(num_inference_steps=1), "--num_inference_steps", "at least 2"),
+    "a ratio of rounding alone": (
+        dict(mixed_precision="bf16"),
+        "--window_range 0 3: cps's noise at step 2",
+        "use --window_range 0 2, --transition flow --clip_nats 6.55, --loss guard or --mixed_precision no",
+    ),
     "ode for training": (dict(transition="ode"), "--transition ode", "cps"),
     "no noise": (dict(noise_level=0), "--noise_level", "above 0"),
     "too much noise": (dict(noise_level=1.5), "--noise_level 1.5", "0.8"),
