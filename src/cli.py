@@ -840,8 +840,12 @@ def scorer_options(args: argparse.Namespace) -> dict[str, object]:
 
 def _judged_by(args: argparse.Namespace, name: str) -> bool:
     """Whether a scorer stands in --scorer, or in the --eval_scorers of a script that has it."""
-    specs = [args.scorer, getattr(args, "eval_scorers", None)]
-    return name in [part.partition("=")[0].strip() for spec in specs if spec for part in spec.split(",")]
+    return any(name in _scorers_of(spec) for spec in (args.scorer, getattr(args, "eval_scorers", None)))
+
+
+def _scorers_of(spec: str | None) -> dict[str, str]:
+    """The parts of NAME=WEIGHT,... by their names; empty if unset."""
+    return {part.partition("=")[0].strip(): part for part in spec.split(",")} if spec else {}
 
 
 # --------------------------------------------------------------------------- --config
@@ -1061,6 +1065,7 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
 _BELONG_TOGETHER = (
     (("learning_rate",), ("use_lora", "full_weights")),
     (("chosen_column", "rejected_column", "label_column", "caption_column", "image_column"), ("dataset_name",)),
+    (("eval_prompts",), ("prompts",)),  # a verifier may judge no others than its own
 )
 
 
@@ -1199,7 +1204,7 @@ def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """Every flag by its strongest source: what is given, a --config given with it, what a wrapper says, its own --config, the default.
 
     A wrapper's flags stand before a lone `--`. Its values are of its own recipe: those that have no effect beside what is given, or belong
-    to another data set or to other weights than those that are given, yield, too.
+    to another data set, other prompts or other weights than those that are given, yield, too; so do held-out scorers that are trained on.
 
     Raises:
         ValueError: an unknown flag, or what `read_config` refuses.
@@ -1224,6 +1229,9 @@ def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
         if any(name in values and values[name] != own.get(name, parser.get_default(name)) for name in others):
             values = {name: value for name, value in values.items() if name not in names or name not in wrapper or name in given}
     args = parser.parse_args([], argparse.Namespace(**values))
+    if "eval_scorers" in wrapper and "eval_scorers" not in given:
+        unseen = [part for name, part in _scorers_of(args.eval_scorers).items() if name not in _scorers_of(args.scorer)]
+        args.eval_scorers = ",".join(unseen) or None
     for names, counts, _ in _WITHOUT_EFFECT:
         for name in names:
             if name in wrapper and name not in given and not counts(args):
