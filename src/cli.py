@@ -699,7 +699,7 @@ def add_rollout_args(parser: Parser, *, epochs: int, batches: int) -> None:
         "--guidance_scale", "--sample_guidance_scale", type=non_negative_float, default=1.0,
         help="guidance weight in sampling and training; 1: off, at half the cost (training distils it)",
     )
-    g.add_argument("--negative_prompt", default="", help="what guidance moves away from")
+    g.add_argument("--negative_prompt", default="", help="what guidance moves away from, in evaluation, too")
     g.add_argument(
         "--transition", choices=("cps", "precise", "flow", "ode"), default="cps",
         help="stochastic step: cps and precise keep the schedule's noise, flow (Flow-GRPO) leaves grain; ode has no log-probability",

@@ -46,8 +46,8 @@ NAMES = {
     "policy_loss": "the part of the loss that follows the reward; 0 at ratio 1, so its size says nothing",
     "kl": "KL divergence of a denoising step from the reference's, nats, joint over the latent (flow_grpo: times the length of the step; "
     "nft: squared velocity difference); 0 where it has no weight",
-    "log_ratio": "mean absolute log-ratio of a denoising step to the policy that drew it, nats; 0 in the first update of an epoch",
-    "clip_fraction": "share of the trained steps whose log-ratio lies beyond the clip",
+    "log_ratio": "mean absolute log-ratio of a replayed denoising step to the policy that drew it, nats; 0 in the first update of an epoch",
+    "clip_fraction": "share of the replayed steps whose log-ratio lies beyond the clip",
     "skipped_updates": "updates of the epoch that were left out because no advantage was other than 0",
     "eval_reward": "the training reward on the evaluation prompts, deterministic sampler, fixed seeds",
     "images_per_second": "training samples per second over all processes, without validation and saving",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from src import activations, inputs, lora, memory, norms, optim, policy, quantize, rewards, rounding, speed
-from src.data import buckets, captions
+from src.data import buckets, captions, prompts
 from src.pipelines import sd3, sd15
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number, by --mixed_precision
@@ -162,7 +162,9 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
     forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
-    prompts = {"", args.negative_prompt, *found.texts}
+    sampler = prompts.GroupSampler(found.training, group_size=vars(args).get("group_size", 1), batch_size=args.sample_batch_size,
+                                   batches_per_epoch=args.sample_num_batches_per_epoch, seed=args.seed or 0)  # fmt: skip
+    texts = {args.negative_prompt, *sampler.drawn(args.num_epochs), *found.evaluated}
     entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
         _activation_row(args, peak, f"{together} picture(s)"),
@@ -175,7 +177,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
         ("compute", f"{_flops(each * pictures)} per epoch, {_total(each * pictures * args.num_epochs)}, at {tokens} text tokens"),
         ("  a picture", f"{each / forward:.1f} forward passes' worth; decoding and scoring come on top"),
         ("checkpoints", _checkpoints(args, trained, written, args.num_epochs // args.checkpointing_epochs, averages=other_passes)),
-        _cache_row(args, "text", len(prompts), len(prompts) * (entry + ENTRY_BYTES)),
+        _cache_row(args, "text", len(texts), len(texts) * (entry + ENTRY_BYTES)),
     ]  # fmt: skip
     _print(rows)
 

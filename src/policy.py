@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from src import card, ema, full, lora, optim, quantize, runtime, seeds, sharding, speed, transitions
+from src.data import prompts
 from src.pipelines import sd3, sd3_rollout
 
 
@@ -83,9 +85,46 @@ def window(args: argparse.Namespace, epoch: int) -> range:
     )  # fmt: skip
 
 
+def window_size(args: argparse.Namespace) -> int:
+    """Steps of every window."""
+    first, stop = args.window_range
+    return args.window_size or stop - first
+
+
 def samples_per_epoch(args: argparse.Namespace) -> int:
     """Pictures of an epoch over all processes, of which the launcher says how many there are."""
     return args.sample_batch_size * args.sample_num_batches_per_epoch * int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """b pictures that wait for the update: the trajectory on the CPU; advantage (b,), 0 for pictures that were not `judged` (b,)."""
+
+    batch: prompts.Batch
+    trajectory: sd3_rollout.Trajectory
+    advantage: Tensor
+    judged: Tensor
+
+
+def rollouts(
+    batches: Sequence[prompts.Batch], trajectories: Sequence[sd3_rollout.Trajectory], advantages: Tensor, judged: Tensor,
+    device: torch.device,
+) -> list[Rollout]:  # fmt: skip
+    """This process's batches with what was drawn and found out; advantages, judged: (N,), of all processes, by position."""
+    return [
+        Rollout(
+            batch=batch, trajectory=trajectory, advantage=advantages[batch.positions].to(device), judged=judged[batch.positions].to(device)
+        )
+        for batch, trajectory in zip(batches, trajectories, strict=True)
+    ]
+
+
+def with_advantage(advantages: Tensor, batches: int) -> Tensor:
+    """Which batches of an epoch hold any advantage other than 0, (batches,): the policy gradient of the others is 0.
+
+    The same on every process: a batch is what all of them draw at a time. Advantages: (N,), by position.
+    """
+    return advantages.view(batches, -1).any(1)
 
 
 def adapt(transformer: nn.Module, args: argparse.Namespace) -> None:

@@ -30,6 +30,11 @@ class Prompts:
     evaluation: list[prompts.Prompt]
 
     @property
+    def evaluated(self) -> list[str]:
+        """The texts of the evaluation."""
+        return [prompt.text for prompt in self.evaluation]
+
+    @property
     def texts(self) -> list[str]:
         """Every prompt once."""
         return list(dict.fromkeys(prompt.text for prompt in (*self.training, *self.evaluation)))
@@ -248,7 +253,8 @@ class Evaluator:
         args, run, count = self.args, self.run_, len(self.prompts)
         share = -(-count // run.world)  # every process draws equally many, the last prompt again if need be
         mine = [min(i, count - 1) for i in range(run.rank * share, (run.rank + 1) * share)]
-        negative = self.texts.condition([""]) if args.eval_guidance_scale > 1 else None
+        against = getattr(args, "negative_prompt", "")  # what training moves away from; ReFL has no such flag
+        negative = self.texts.condition([against]) if args.eval_guidance_scale > 1 else None
         names, columns, kept = [], [], []
         for start in range(0, share, self.batch_size):
             part = mine[start : start + self.batch_size]

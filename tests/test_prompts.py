@@ -171,6 +171,14 @@ def test_every_prompt_is_drawn_equally_often_and_in_a_new_order():
     assert len({tuple(order[start : start + 10]) for start in (0, 10, 20)}) == 3
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 5, 10**12])
+def test_what_is_drawn_is_known_before(epochs):
+    """6 of 10 prompts in the first epoch, all from the second on; the twice-told one is one text."""
+    one = GroupSampler([*ANIMALS[:9], ANIMALS[0]], group_size=4, batch_size=4, batches_per_epoch=6, seed=0)
+    found = one.drawn(epochs)
+    assert len(found) == len(set(found)) and set(found) == {text for epoch in range(min(epochs, 5)) for text in one.texts(epoch)}
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     assert drawn([sampler()], 2) == drawn([sampler()], 2)
     assert drawn([sampler(seed=1)], 2) != drawn([sampler()], 2)

@@ -196,6 +196,26 @@ def test_an_update_makes_good_steps_likelier_than_bad_ones(train, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_batch_without_advantage_is_not_replayed_and_changes_nothing(train, monkeypatch):
+    """One of an update's two batches has no advantage: 2 passes of 4 in each of 2 inner epochs, and the same gradient to the bit."""
+    given, replayed, replay = script.PromptStatistics.advantages, [], sd3_rollout.replay
+
+    def half(self, texts, reward, limit):
+        return given(self, texts, reward, limit) * (torch.arange(8) >= 4)
+
+    monkeypatch.setattr(script.PromptStatistics, "advantages", half)
+    monkeypatch.setattr(sd3_rollout, "replay", lambda *args: replayed.append(None) or replay(*args))
+    flags = dict(num_epochs=1, num_inner_epochs=2, train_gradient_accumulation_steps=2)
+    one = train("one", **flags)
+    assert len(replayed) == 4
+    monkeypatch.setattr(script.policy, "with_advantage", lambda advantages, batches: torch.ones(batches, dtype=torch.bool))
+    other = train("other", **flags)
+    assert len(replayed) == 4 + 8
+    runs.assert_identical(runs.weights(one), runs.weights(other))
+    assert runs.values(one, "grad_norm") == runs.values(other, "grad_norm")
+
+
+@pytest.mark.slow
 def test_resumed_it_ends_like_an_uninterrupted_run(train, monkeypatch):
     """Everything that has a state: optimizer, schedule, average, statistics that are used already, a random window."""
     flags = dict(num_epochs=4, checkpointing_epochs=2, use_ema=True, lr_scheduler="cosine", num_inner_epochs=2, window_size=1,

@@ -311,6 +311,10 @@ class GroupSampler:
         """The prompt of each position of an epoch, over all processes."""
         return [self.prompts[index].text for index in self._chosen(epoch) for _ in range(self.group_size)]
 
+    def drawn(self, epochs: int) -> list[str]:
+        """The prompts of so many epochs, each once: of the first pass alone, since the others hold the same."""
+        return list(dict.fromkeys(self.prompts[index].text for index in self._shuffled(0)[: epochs * self.groups_per_epoch]))
+
     def updates(self, epoch: int, count: int) -> list[list[int]]:
         """Which batches, by number, each of `count` optimizer steps trains on: each batch once, the same numbers on every process.
 
