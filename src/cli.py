@@ -763,11 +763,12 @@ def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: f
     g.add_argument("--eval_guidance_scale", type=non_negative_float, default=guidance_scale, help="guidance weight; 1: off")
     g.add_argument("--num_eval_images", type=positive_int, default=8, help="pictures that are kept in samples/")
     g.add_argument(
-        "--eval_scorers", metavar="NAME[,NAME...]", help="measures that training does not see, as --scorer: they tell a hacked reward"
+        "--eval_scorers", metavar="NAME[,NAME...]", help="held-out scorers, written as --scorer; they reveal reward hacking"
     )
     g.add_argument(
         "--stop_if_eval_drops", type=positive_float, metavar="FRACTION",
-        help="end the run when one of --eval_scorers has fallen by more than this share of its value before training",
+        help="end the run when one of --eval_scorers has fallen, since before training, by more than this share of its usual range, "
+        "as docs/scorers.md has it: 0.1 is 0.4 of image_reward, 0.02 of clip, 10 points of a percentage",
     )
 
 

@@ -80,6 +80,7 @@ def test_column_of_a_data_set_folder_a_table_and_a_csv(tmp_path):
 
 def test_a_hub_id_is_let_through_before_and_its_absence_named_later(tmp_path):
     assert not prompts.is_local("somebody/prompts") and prompts.is_local("simple_animals")  # nothing is asked of the network
+    assert not prompts.is_local("somebody/prompts-v1.1")  # a version, no kind of file
     with pytest.raises(ValueError, match="--prompts somebody/prompts.*Hub"):
         prompts.read("somebody/prompts", cache_dir=tmp_path)
 

@@ -131,6 +131,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     return found
 
 
+_KINDS = {".txt": "lines", ".json": "rows", ".jsonl": "rows", ".csv": "rows", ".parquet": "parquet"}  # how a file is read
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _ALLOWED = f"one of {', '.join(BUILT_IN)}, a .txt, .json, .jsonl, .csv or .parquet file, a data set folder, or a Hub id (owner/name)"
 
@@ -141,7 +142,7 @@ def _kind(source: str, flag: str) -> str:
     if source in BUILT_IN:
         return "built-in"
     if path.is_file():
-        kind = {".txt": "lines", ".json": "rows", ".jsonl": "rows", ".csv": "rows", ".parquet": "parquet"}.get(path.suffix.lower())
+        kind = _KINDS.get(path.suffix.lower())
         if kind:
             return kind
     elif path.is_dir():
@@ -149,7 +150,7 @@ def _kind(source: str, flag: str) -> str:
             return "rows"
         if any(path.glob("*.parquet")):
             return "parquet"
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.suffix and not Path(source.split("/")[0]).is_dir():
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix.lower() not in _KINDS and not Path(source.split("/")[0]).is_dir():
         return "hub"
     else:
         near = difflib.get_close_matches(source, BUILT_IN, n=1)
