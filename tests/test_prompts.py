@@ -85,6 +85,34 @@ def test_a_hub_id_is_let_through_before_and_its_absence_named_later(tmp_path):
         prompts.read("somebody/prompts", cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("column", [None, "other"])
+def test_of_a_data_set_of_the_hub_one_column_is_copied(tmp_path, described, column):
+    """Two pictures of a megabyte beside two texts; a folder stands for the repository, with the columns in its card or not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "repository").mkdir()
+    table = pyarrow.table({"image": [bytes(range(256)) * 4096] * 2, "text": ["a fox", "an owl"], "other": ["b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "repository/train-0.parquet", compression="none", use_dictionary=False)
+    if described:
+        kinds = {"image": "binary", "text": "string", "other": "string"}
+        features = "".join(f"  - name: {name}\n    dtype: {kind}\n" for name, kind in kinds.items())
+        (tmp_path / "repository/README.md").write_text(f"---\ndataset_info:\n  features:\n{features}---\n")
+    for _ in range(2):  # the second time from the copy
+        name, values = prompts._from_hub(str(tmp_path / "repository"), column, tmp_path / "cache", None, "--prompts a/b")
+        assert (name, values) == ((column, ["b", "c"]) if column else ("text", ["a fox", "an owl"]))
+    assert 0 < sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) < 10_000
+    with pytest.raises(ValueError, match="--prompts a/b has no column none; it has image, text, other: give one as --prompt_column"):
+        prompts._from_hub(str(tmp_path / "repository"), "none", tmp_path / "cache", None, "--prompts a/b")
+
+
+def test_a_data_set_of_the_hub_that_is_no_parquet_is_read_as_well(tmp_path):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/train.jsonl").write_text('{"n": 1, "caption": "a fox"}\n')
+    assert prompts._from_hub(str(tmp_path / "repository"), None, tmp_path / "cache", None, "--prompts a/b") == ("caption", ["a fox"])
+
+
 BAD = {
     "empty file": ("a.txt", "\n  \n", None, "holds no prompt"),
     "empty JSON lines": ("a.jsonl", "\n", None, "holds no prompt"),

@@ -14,7 +14,8 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,18 +239,36 @@ def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, rev
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{where} cannot be read as parquet: {str(error).splitlines()[0]}") from error
     else:
-        import datasets
+        name, values = _from_hub(source, column, cache_dir / "datasets", revision, where)
+    return _from_rows(_numbered({name: value} for value in values), name, where)
 
+
+def _from_hub(source: str, column: str | None, folder: Path, revision: str | None, where: str) -> tuple[str, list[Any]]:
+    """Name and values of the column of the prompts. Of parquet no other is copied to `folder`, where a run without network finds it."""
+    import datasets
+
+    @contextmanager
+    def available() -> Iterator[None]:
         try:
-            table = datasets.load_dataset(source, split="train", cache_dir=str(cache_dir / "datasets"), revision=revision)
+            yield
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
             raise ValueError(
                 f"{where} is no local path, and cannot be had from the Hugging Face Hub either ({str(error).strip().splitlines()[0]}); "
                 f"give {_ALLOWED}"
             ) from error
-        name = _column(table.column_names, column, where)
-        values = list(table.select_columns([name])[name])
-    return _from_rows(_numbered({name: value} for value in values), name, where)
+
+    folder /= "prompts" if column is None else f"prompts_{column}"  # apart from copies with all columns
+    with available():
+        builder = datasets.load_dataset_builder(source, cache_dir=str(folder), revision=revision)
+        parquet = hasattr(builder.config, "columns")
+        names = builder.info.features or (builder.as_streaming_dataset(split="train").column_names if parquet else None)
+    if parquet:
+        builder.config.columns = [_column(list(names), column, where)]
+    with available():
+        builder.download_and_prepare()
+        table = builder.as_dataset(split="train")
+    name = _column(table.column_names, column, where)
+    return name, list(table.select_columns([name])[name])
 
 
 # --------------------------------------------------------------------------- which prompts an epoch draws
