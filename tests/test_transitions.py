@@ -26,6 +26,13 @@ def test_sensitivity_by_hand():
     assert precise[8] > 30 and cps[:8].max() < 1.2 and precise[:8].max() < 1.2
 
 
+def test_the_public_clip_of_cps_in_nats():
+    """1e-5 on the mean over D of -(x' - mean)^2 is 65,536 x 1e-5 / (2 step_std^2) nats: at step 0 0.655 / (2 x 0.913^2) = 0.39."""
+    s, n = torch.tensor(PAIRS[:5], dtype=torch.float64).T
+    nats = 65_536 * 1e-5 / (2 * transitions.coefficients("cps", s, n, 0.8)[2] ** 2)
+    assert [round(value, 2) for value in nats.tolist()] == [0.39, 0.43, 0.49, 0.58, 0.72]
+
+
 def batch(values, shape=(2, 3)):
     """(b, *shape) standard normal numbers, and (b,) float32 columns of the pairs."""
     g = torch.Generator().manual_seed(1)
