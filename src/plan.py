@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -159,6 +159,8 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     together = passes * rollout_batch(args)
     peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, batch=together, accumulated=True,
                        averages=2 * other_passes)  # fmt: skip  # itself, and what it takes the place of while it is asked
+    decoding = drawing_bytes(args, sd15.vae_from_config(path, args.revision))
+    peak = replace(peak, peak=max(peak.peak, peak.resident + decoding))  # no gradient is there meanwhile
     step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
     forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
@@ -168,6 +170,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
         _activation_row(args, peak, f"{together} picture(s)"),
+        ("  decoding", f"{_size(decoding)}, {min(args.decode_batch_size, rollout_batch(args))} picture(s) at a time"),
         ("memory", _memory(args, weights, peak) + "; scorers come on top"),
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
         ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
@@ -407,6 +410,16 @@ def reward_gradient_memory(
         after = counted_memory(args, unet, **known, batch=args.train_batch_size, accumulated=True)
         found = replace(found, peak=max(found.peak, after.peak))
     return found, decoding
+
+
+def drawing_bytes(args: argparse.Namespace, vae: nn.Module) -> int:
+    """The most that decoding a batch of SD3's latents without gradient holds, --decode_batch_size pictures at a time; vae as below."""
+    for weight in vae.parameters():
+        weight.data = weight.data.to({"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision])
+    shape = (rollout_batch(args), vae.config.latent_channels, *[args.resolution // sd3.VAE_SCALE] * 2)
+    return activations.live(
+        vae, lambda module: sd3.decode_latents(SimpleNamespace(vae=module), torch.empty(shape), args.decode_batch_size)
+    )
 
 
 def decoding_bytes(args: argparse.Namespace, vae: nn.Module, family: ModuleType) -> int:

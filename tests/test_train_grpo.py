@@ -697,10 +697,18 @@ def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_
     for part in (
         "6 of ", "2 evaluated every 20 epochs", "8 pictures on one process, in batches of 4; 2 update(s)", "32 forward passes",
         "16 forward and backward passes", "4 in 2 epochs, 16 pictures", "text cache  ", "only while the text cache is filled",
-        "kept of 4 picture(s)", "at the peak of a step; scorers come on top",
+        "kept of 4 picture(s)", "at the peak of a step; scorers come on top", "  decoding   ", ", 4 picture(s) at a time",
     ):  # fmt: skip
         assert part in plan, plan
     assert not (tmp_path / "out").exists()
+
+
+def test_decoding_is_the_plans_peak_where_it_takes_more_than_a_step(world, tmp_path, monkeypatch, capsys):
+    """A terabyte, beside what is there all the time: weights, optimizer state, no gradient."""
+    monkeypatch.setattr(script.plan, "drawing_bytes", lambda args, vae: 10**12)
+    runs.train(script, world.argv(tmp_path / "out", **GRPO, dry_run=True))
+    shown = capsys.readouterr().out
+    assert "1000.00 GB, 4 picture(s) at a time" in shown and "1000.00 GB (931.3 GiB) at the peak of a step" in shown
 
 
 # --------------------------------------------------------------------------- bad input
