@@ -42,10 +42,8 @@ def check(args: argparse.Namespace) -> None:
         sharding.check_whole(os.environ)
 
 
-# Velocities in 16 bits are off by about 0.01 once a weight has changed. By 2 deviations for each unit of velocity that is
-# 65,536 (2 x 0.01)^2 / 2 = 13 nats at 512 px, twice the paper's clip of 6.55. The steps of 10 have 0.04 to 1.5, but 32 where cps and
-# precise take the last but one.
-MAX_SENSITIVITY = 2.0
+ROUNDING = 0.01  # by which a velocity in 16 bits is off, in the mean square, once any weight has changed: measured in bf16
+MAX_ROUNDING = 2.0  # clips: the paper's, 6.55 nats of `flow` at every step, is let pass, whose last but one has 7.2
 
 
 def check_steps(args: argparse.Namespace, updates: int) -> None:
@@ -58,23 +56,31 @@ def check_steps(args: argparse.Namespace, updates: int) -> None:
         ValueError: naming the flag and the cure.
     """
     transitions.check(args.transition, args.noise_level or 0.0)
-    (first, stop), steps = args.window_range, args.num_inference_steps
-    sd3_rollout.check_window(steps, args.window_size or None, (first, stop))
+    (first, stop), clip = args.window_range, args.clip_nats
+    sd3_rollout.check_window(args.num_inference_steps, args.window_size or None, (first, stop))
     guarded = getattr(args, "loss", None) == "guard"  # takes the drift, which is nearly all of it, out of the ratio
     if args.mixed_precision == "no" or guarded or updates == 1:
         return
-    levels = sd3_rollout.schedule_by_formula(steps, sd3.local_shift(args.pretrained_model_name_or_path))
-    found = transitions.sensitivity(args.transition, levels[first:stop], levels[first + 1 : stop + 1], args.noise_level)
-    sharp = (found > MAX_SENSITIVITY).nonzero().flatten().tolist()
-    if sharp:
-        step = first + sharp[0]
+    nats = rounding_nats(args)
+    noisy = (nats > MAX_ROUNDING * clip).nonzero().flatten().tolist()
+    if noisy:
+        step = first + noisy[0]
         cures = [f"--window_range {first} {step}"] if step > first else []
-        cures += ["--transition flow --clip_nats 6.55"] if args.transition != "flow" else []
+        cures += ["--transition flow --clip_nats 6.55"] if args.transition != "flow" or clip < 6.55 else []
         cures += ["--loss guard"] if hasattr(args, "loss") else []
         raise ValueError(
-            f"--window_range {first} {stop}: {args.transition}'s noise at step {step} is so small that rounding to {args.mixed_precision} "
-            f"would decide the ratio; use {', '.join(cures)} or --mixed_precision no"
+            f"--window_range {first} {stop}: at step {step} rounding to {args.mixed_precision} alone makes a log-ratio of "
+            f"{nats[step - first]:.2g} nats with {args.transition}, against --clip_nats {clip:g}; "
+            f"use {', '.join(cures)} or --mixed_precision no"
         )
+
+
+def rounding_nats(args: argparse.Namespace) -> Tensor:
+    """Mean size of the log-ratio that 16 bits make of nothing at each step of --window_range, nats: (stop - first,)."""
+    first, stop = args.window_range
+    levels = sd3_rollout.schedule_by_formula(args.num_inference_steps, sd3.local_shift(args.pretrained_model_name_or_path))
+    found = transitions.sensitivity(args.transition, levels[first:stop], levels[first + 1 : stop + 1], args.noise_level)
+    return sd3_rollout.CHANNELS * (args.resolution // sd3.VAE_SCALE) ** 2 * (ROUNDING * found) ** 2 / 2
 
 
 def window(args: argparse.Namespace, epoch: int) -> range:

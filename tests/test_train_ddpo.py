@@ -1,5 +1,6 @@
 """DDPO: running statistics, order of the steps, the clipped surrogate, and the trainer in this process on the smallest model."""
 
+import argparse
 import json
 import math
 import re
@@ -318,12 +319,12 @@ def test_the_first_ratio_of_every_epoch_is_checked(train, monkeypatch):
         (dict(window_size=9), "--window_size 9 must lie in 1 .. 3"),
         (
             dict(mixed_precision="bf16", transition="precise"),
-            "--window_range 0 3: precise's noise at step 2 is so small that rounding to bf16 "
-            "would decide the ratio; use --window_range 0 2, --transition flow --clip_nats 6.55 or --mixed_precision no",
+            "--window_range 0 3: at step 2 rounding to bf16 alone makes a log-ratio of 57 nats with precise, against --clip_nats 0.66; "
+            "use --window_range 0 2, --transition flow --clip_nats 6.55 or --mixed_precision no",
         ),
         (
-            dict(mixed_precision="bf16", transition="flow", noise_level=0.1),
-            "flow's noise at step 1 .* --window_range 0 1 or --mixed_precision",
+            dict(mixed_precision="bf16", transition="flow", noise_level=0.01, clip_nats=6.55),
+            "at step 2 rounding .* 50 nats with flow, against --clip_nats 6.55; use --window_range 0 2 or --mixed_precision no",
         ),
         (dict(train_timestep_fraction=0), "--train_timestep_fraction"),
         (dict(lr_scheduler="linear", lr_warmup_steps=9), "--lr_warmup_steps 9 must be less than the 4 optimizer steps of --num_epochs 2"),
@@ -338,13 +339,24 @@ def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, flags,
     assert not (tmp_path / "run").exists()
 
 
+def test_what_rounding_makes_of_the_ratio_by_hand():
+    """At 512 px, D = 65,536, by a velocity that is off by 0.01: D (0.01 |B| / step_std)^2 / 2. cps: 0.276 at step 4, 32.2 at step 8,
+    1.10 before that: 0.25, 3,390 and 3.9 nats; flow: 1.487 at step 8, 7.2 nats. A side twice as long has four times as many."""
+    args = argparse.Namespace(pretrained_model_name_or_path="models/tiny-sd3", num_inference_steps=10, resolution=512, window_range=[4, 9],
+                              transition="cps", noise_level=0.8)  # fmt: skip
+    nats = script.policy.rounding_nats(args)
+    assert nats[[0, 3, 4]].tolist() == pytest.approx([0.25, 3.94, 3390], rel=0.02)
+    args.resolution, args.transition, args.noise_level = 1024, "flow", 0.7
+    assert script.policy.rounding_nats(args)[4].item() == pytest.approx(4 * 7.25, rel=0.01)
+
+
 @pytest.mark.parametrize(
     "flags",
-    [dict(mixed_precision="no"), dict(window_range=(0, 8)), dict(transition="flow", clip_nats=6.55),
+    [dict(mixed_precision="no"), dict(window_range=(0, 8)), dict(transition="flow", clip_nats=6.55), dict(clip_nats=100.0),
      dict(train_gradient_accumulation_steps=2)],  # one update an epoch: every ratio is 1
 )  # fmt: skip
 def test_the_papers_window_is_let_through_where_rounding_does_not_decide(world, tmp_path, flags):
-    """Ten steps, all but the last: |B| / step_std is 32 for cps at step 8, at most 1.1 before, and at most 1.5 for flow; the bound is 2."""
+    """Ten steps, all but the last, at 32 px: D = 256, so that 32.2 makes 13 nats against 2 x 0.66, and 1.1 before that 0.02."""
     paper = dict(mixed_precision="bf16", num_inference_steps=10, window_size=0, window_range=(0, 9))
     script.parse_args(world.argv(tmp_path / "run", **(paper | flags)))
     with pytest.raises(SystemExit):
