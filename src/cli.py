@@ -770,7 +770,7 @@ def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: f
     g.add_argument(
         "--stop_if_eval_drops", type=positive_float, metavar="FRACTION",
         help="end the run when one of --eval_scorers has fallen, since before training, by more than this share of its usual range, "
-        "as docs/scorers.md has it: 0.1 is 0.4 of image_reward, 0.02 of clip, 10 points of a percentage",
+        "as docs/scorers.md has it: 0.1 is 0.4 of image_reward, 0.02 of clip",
     )
 
 
