@@ -7,8 +7,9 @@ Every epoch, with the policy as it is:
   4. update     a few times over: replay each picture's steps in a random order and follow the clipped policy gradient
 
 What differs from the paper: SD1.5's DDIM step is one of a rectified flow that keeps the schedule's noise (--transition cps); noise and
-training in a window of 3 early steps, the last step never (--window_size 0 --window_range 0 9: all others, as in the paper); no guidance;
-clip in nats of the joint probability. What differs from train_grpo_sd3.py: no groups, but running statistics of each prompt; no KL.
+training in a window of 3 early steps, the last step never (--window_size 0 --window_range 0 9 --transition flow --clip_nats 6.55: all
+others, as in the paper); no guidance; clip in nats of the joint probability. What differs from train_grpo_sd3.py: no groups, but running
+statistics of each prompt; no KL.
 
   bash scripts/train_aesthetic_ddpo_sd3.sh                           # SD3.5-medium on one GPU
   TINY=1 bash scripts/train_aesthetic_ddpo_sd3.sh                    # the tiny model, pictures that JPEG compresses well, on a CPU
@@ -18,7 +19,6 @@ import argparse
 import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def check(args: argparse.Namespace) -> None:
     if args.per_prompt_stat_tracking and not 2 <= least <= size:
         raise ValueError(f"--per_prompt_stat_tracking_min_count {least} must lie in 2 .. {size}, the buffer's size: one reward has no "
                          "deviation, and a buffer never holds more than its size")  # fmt: skip
-    policy.check_steps(args)
+    policy.check_steps(args, updates_per_epoch(args))
     if not args.dry_run:
         checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, num_epochs=args.num_epochs, updates=updates_per_epoch(args))
 
@@ -151,19 +151,10 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_nats: float, dimensio
 # end twin
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """b pictures that wait for the update: the trajectory on the CPU; advantage (b,), 0 for pictures that were not `judged` (b,)."""
-
-    batch: prompts.Batch
-    trajectory: sd3_rollout.Trajectory
-    advantage: Tensor
-    judged: Tensor
-
-
 def surrogate(
-    actor: policy.Policy, rollout: Rollout, t: Tensor, condition: sd3.Conditioning, negative: sd3.Conditioning | None, clip_nats: float
-) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:
+    actor: policy.Policy, rollout: policy.Rollout, t: Tensor, condition: sd3.Conditioning, negative: sd3.Conditioning | None,
+    clip_nats: float,
+) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:  # fmt: skip
     """Loss (b,) of step t (b,) of each picture, what is logged of it, and the step itself."""
     step = sd3_rollout.replay(actor.network, rollout.trajectory, t, condition, negative)
     loss = policy_loss(step.log_ratio, rollout.advantage, clip_nats, rollout.trajectory.dimensions)
@@ -175,20 +166,18 @@ def surrogate(
 
 
 def main(args: argparse.Namespace) -> None:
-    updates, (first, stop) = updates_per_epoch(args), args.window_range
-    turns = max(1, round(args.train_timestep_fraction * (args.window_size or stop - first)))  # steps of each picture per inner epoch
+    updates = updates_per_epoch(args)
+    turns = max(1, round(args.train_timestep_fraction * policy.window_size(args)))  # steps of each picture per inner epoch
     if args.dry_run:
         return plan.show_rollouts(args, updates=updates, reference=False, trained_steps=turns * args.num_inner_epochs)
     run = runtime.start(args)
 
-    # Prompts: encoded once; no text encoder stays in memory.
+    # Prompts: those that will be drawn are encoded once; no text encoder stays in memory.
     found = run.from_main(lambda: rewards.read_prompts(args))
-    texts = inputs.prepare_texts(run, args, ["", args.negative_prompt, *found.texts])
+    sampler = prompts.GroupSampler(found.training, group_size=1, batch_size=args.train_batch_size, seed=args.seed,
+                                   batches_per_epoch=batches_per_epoch(args), rank=run.rank, world=run.world)  # fmt: skip
+    texts = inputs.prepare_texts(run, args, [args.negative_prompt, *sampler.drawn(args.num_epochs), *found.evaluated])
     negative = texts.condition([args.negative_prompt]) if args.guidance_scale > 1 else None
-    sampler = prompts.GroupSampler(
-        found.training, group_size=1, batch_size=args.train_batch_size, batches_per_epoch=batches_per_epoch(args),
-        seed=args.seed, rank=run.rank, world=run.world,
-    )  # fmt: skip
 
     # Policy: a LoRA on frozen weights, or all weights.
     actor = policy.Policy(run, args, needs_reference=False)
@@ -220,10 +209,14 @@ def main(args: argparse.Namespace) -> None:
     if first_epoch == 0:
         evaluator.run(0)
 
+    # An epoch has `updates` optimizer steps, equally many in each of its inner epochs: a round is one of them. It takes as many `passes`,
+    # forward and backward, as its batches have `steps`, of which each picture has its own.
     for epoch in range(first_epoch, args.num_epochs):
-        saver.hold(epoch * updates, copy=not args.full_weights)
+        saver.hold(epoch * updates, copy=not args.full_weights)  # stopped inside it, a run goes back to its start: docs/scaling.md
         window = policy.window(args, epoch)
-        batches, trajectories, values, rollouts, passes = sampler.batches(epoch), [], defaultdict(list), (), ()  # frees the last epoch's
+        batches = sampler.batches(epoch)
+        values = defaultdict(list)  # of each metric, one a pass
+        trajectories, rollouts, passes = [], [], []  # frees those of the epoch before
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
             # 1. rollout
             trajectory = sd3_rollout.sample(
@@ -240,27 +233,28 @@ def main(args: argparse.Namespace) -> None:
 
         # 3. advantage
         advantages = statistics.advantages(sampler.texts(epoch), scored.total, args.max_advantage)  # (N,)
-        rollouts = [
-            Rollout(batch, trajectory, *(part[batch.positions].to(run.device) for part in (advantages, scored.total.isfinite())))
-            for batch, trajectory in zip(batches, trajectories, strict=True)
-        ]
+        rollouts = policy.rollouts(batches, trajectories, advantages, scored.total.isfinite(), run.device)
+        teaches = policy.with_advantage(advantages, len(batches))  # (batches,)
 
         # 4. update
-        rounds = [(inner, members) for inner in range(args.num_inner_epochs)
-                  for members in sampler.updates(epoch * args.num_inner_epochs + inner, updates // args.num_inner_epochs)]  # fmt: skip
+        rounds = []  # inner epoch, and numbers of the batches, of each update
+        for inner in range(args.num_inner_epochs):
+            for members in sampler.updates(epoch * args.num_inner_epochs + inner, updates // args.num_inner_epochs):
+                rounds.append((inner, members))
         for update, (inner, members) in enumerate(rounds):
-            if not advantages.view(len(batches), -1)[members].any():  # on all processes: nothing to learn
+            used = [i for i in members if teaches[i]]  # the gradient of the others is 0
+            if not used:
                 schedule.step()
                 continue
-            steps = {i: shuffled_steps(window, batches[i].positions, turns, args.seed, epoch, inner) for i in members}  # each (b, turns)
-            passes = [(rollouts[i], steps[i][:, turn]) for i in members for turn in range(turns)]
+            steps = {i: shuffled_steps(window, batches[i].positions, turns, args.seed, epoch, inner) for i in used}  # each (b, turns)
+            passes = [(rollouts[i], steps[i][:, turn]) for i in used for turn in range(turns)]
             for number, (rollout, t) in enumerate(run.progress(passes, f"epoch {epoch + 1}, update {update + 1}")):
                 condition = texts.condition(rollout.batch.texts)
                 with run.no_sync(actor.network, last=number == len(passes) - 1):
                     loss, logged, step = surrogate(actor, rollout, t, condition, negative, args.clip_nats)
                     if not values:  # the first pass of an epoch
                         sd3_rollout.check_on_policy(step, sd3_rollout.tolerance(run.weight_dtype, args.compile))
-                    run.accelerator.backward((loss * rollout.judged).mean() / len(passes))
+                    run.accelerator.backward((loss * rollout.judged).mean() / (len(members) * turns))
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
                 if not args.full_weights and run.stop_requested():  # all weights, 27 GB and more, finish the epoch

@@ -16,7 +16,6 @@ scripts/presets/flow_grpo.yaml has the paper's settings. --loss guard is GRPO-Gu
 
 import argparse
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--updates_per_epoch {args.updates_per_epoch} does not divide --sample_num_batches_per_epoch "
                          f"{args.sample_num_batches_per_epoch}: every update takes equally many batches; try 1")  # fmt: skip
     if args.loss != "nft":
-        policy.check_steps(args)
+        policy.check_steps(args, args.updates_per_epoch)
     if args.kl_form == "flow_grpo" and args.transition != "flow":
         raise ValueError(f"--kl_form flow_grpo belongs to --transition flow, got {args.transition}; use --kl_form exact")
     if not args.dry_run:
@@ -82,7 +81,7 @@ def group_advantages(reward: Tensor, groups: Tensor, scale: str = "group", limit
     Raises:
         ValueError: a group of one, whose advantage would always be 0.
     """
-    index, size = torch.unique(groups, return_inverse=True, return_counts=True)[1:]
+    _, index, size = torch.unique(groups, return_inverse=True, return_counts=True)  # (n,) which group, (groups,) pictures of each
     if (size < 2).any():
         raise ValueError("GRPO compares pictures of one prompt, but a group holds only one: --group_size must be at least 2")
     judged = reward.isfinite()
@@ -115,19 +114,10 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_nats: float, dimensio
 # end twin
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """b pictures that wait for the update: the trajectory on the CPU; advantage (b,), 0 for pictures that were not `judged` (b,)."""
-
-    batch: prompts.Batch
-    trajectory: sd3_rollout.Trajectory
-    advantage: Tensor
-    judged: Tensor
-
-
 def surrogate(
-    actor: policy.Policy, rollout: Rollout, t: int, condition: sd3.Conditioning, negative: sd3.Conditioning | None, args: argparse.Namespace
-) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:
+    actor: policy.Policy, rollout: policy.Rollout, t: int, condition: sd3.Conditioning, negative: sd3.Conditioning | None,
+    args: argparse.Namespace,
+) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:  # fmt: skip
     """Loss (b,) of step t of the window, what is logged of it, and the step itself."""
     trajectory, kl = rollout.trajectory, torch.zeros_like(rollout.advantage)
     if args.kl_weight:  # first, before there is a graph: the reference may be the same parameters holding other values for a while
@@ -151,14 +141,15 @@ def surrogate(
 
 
 def forward_process(
-    actor: policy.Policy, old: ema.Ema, rollout: Rollout, level: int, epoch: int, condition: sd3.Conditioning, args: argparse.Namespace
-) -> tuple[Tensor, dict[str, Tensor]]:
+    actor: policy.Policy, old_policy: ema.Ema, rollout: policy.Rollout, level: int, epoch: int, condition: sd3.Conditioning,
+    args: argparse.Namespace,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """DiffusionNFT's loss (b,) at noise level number `level` of each picture, and what is logged of it."""
     x0, where = seeds.send(rollout.trajectory.final, condition.embeds.device), (args.seed, epoch, rollout.batch.positions)
     noise = seeds.normal(*where, f"nft noise {level}", x0.shape[1:], x0.device)  # (b, 16, h, w)
     sigma = flow.sigmas(seeds.uniform(*where, f"nft level {level}", x0.device), density="uniform", shift=actor.model.shift)  # (b,)
     x_t, kl = flow.interpolate(x0, noise, sigma), torch.zeros_like(rollout.advantage)
-    with torch.no_grad(), old.applied():  # both before the policy's own pass, as above
+    with torch.no_grad(), old_policy.applied():  # both before the policy's own pass, as above
         old_velocity = sd3.velocity(actor.transformer, x_t, sigma, condition)
     if args.kl_weight:
         with actor.reference() as network:
@@ -175,20 +166,18 @@ def forward_process(
 
 
 def main(args: argparse.Namespace) -> None:
+    nft = args.loss == "nft"
     if args.dry_run:
-        nft, (first, stop) = args.loss == "nft", args.window_range
         return plan.show_rollouts(args, updates=args.updates_per_epoch, reference=args.kl_weight > 0, other_passes=int(nft),
-                                  trained_steps=args.nft_levels if nft else args.window_size or stop - first)  # fmt: skip
+                                  trained_steps=args.nft_levels if nft else policy.window_size(args))  # fmt: skip
     run = runtime.start(args)
 
-    # Prompts: encoded once; no text encoder stays in memory.
+    # Prompts: those that will be drawn are encoded once; no text encoder stays in memory.
     found = run.from_main(lambda: rewards.read_prompts(args))
-    texts = inputs.prepare_texts(run, args, ["", args.negative_prompt, *found.texts])
+    sampler = prompts.GroupSampler(found.training, group_size=args.group_size, batch_size=args.sample_batch_size, seed=args.seed,
+                                   batches_per_epoch=args.sample_num_batches_per_epoch, rank=run.rank, world=run.world)  # fmt: skip
+    texts = inputs.prepare_texts(run, args, [args.negative_prompt, *sampler.drawn(args.num_epochs), *found.evaluated])
     negative = texts.condition([args.negative_prompt]) if args.guidance_scale > 1 else None
-    sampler = prompts.GroupSampler(
-        found.training, group_size=args.group_size, batch_size=args.sample_batch_size, batches_per_epoch=args.sample_num_batches_per_epoch,
-        seed=args.seed, rank=run.rank, world=run.world,
-    )  # fmt: skip
 
     # Policy: a LoRA on frozen weights, or all weights. What it starts as is the reference.
     actor = policy.Policy(run, args, needs_reference=args.kl_weight > 0)
@@ -203,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
                               cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
     optimizer = actor.prepare(optimizer)
     average = ema.Ema(actor.weights, args.ema_decay) if args.use_ema else None
-    old = ema.Ema(actor.weights, 0.0, warmup=False) if args.loss == "nft" else None  # the policy that samples, there
+    old_policy = ema.Ema(actor.weights, 0.0, warmup=False) if nft else None  # what draws the pictures there
     run.print(f"{sum(p.numel() for p in actor.weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
@@ -211,7 +200,7 @@ def main(args: argparse.Namespace) -> None:
     scoring = rewards.Rewards(run, rewards.build(run, args, args.scorer), background=args.async_rewards)
     evaluator = rewards.Evaluator(run, args, actor.model, texts, found.evaluation, log, scoring.mixture, average=average)
     parts = actor.parts(updates) | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator}
-    parts |= {name: part for name, part in (("ema", average), ("old", old)) if part}
+    parts |= {name: part for name, part in (("ema", average), ("old", old_policy)) if part}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_epochs * updates, keep=args.checkpoints_total_limit,
                                     parts=parts, write_weights=actor.writer(average))  # fmt: skip
     first_epoch = saver.resume(args.resume_from_checkpoint) // updates
@@ -219,17 +208,19 @@ def main(args: argparse.Namespace) -> None:
         evaluator.run(0)
 
     for epoch in range(first_epoch, args.num_epochs):
-        saver.hold(epoch * updates, copy=not args.full_weights)
-        window = range(0) if old else policy.window(args, epoch)
-        batches, trajectories, values, rollouts, passes = sampler.batches(epoch), [], defaultdict(list), (), ()  # frees the last epoch's
+        saver.hold(epoch * updates, copy=not args.full_weights)  # stopped inside it, a run goes back to its start: docs/scaling.md
+        window = range(0) if nft else policy.window(args, epoch)
+        batches = sampler.batches(epoch)
+        values = defaultdict(list)  # of each metric, one a pass
+        trajectories, rollouts, passes = [], [], []  # frees those of the epoch before
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
             # 1. rollout
-            with ema.applied(old):
+            with ema.applied(old_policy):
                 trajectory = sd3_rollout.sample(
                     actor.transformer, texts.condition(batch.texts), negative=negative, seed=args.seed, epoch=epoch,
                     positions=batch.positions, sigmas=sigmas, height=args.resolution, width=args.resolution,
                     guidance_scale=args.guidance_scale, transition=args.transition if window else "ode",
-                    noise_level=args.noise_level if window else None, window=window,
+                    noise_level=args.noise_level if window else None, window=window, keep_means=args.loss == "guard",
                 )  # fmt: skip
             trajectories.append(trajectory.to("cpu"))
             # 2. reward
@@ -241,27 +232,27 @@ def main(args: argparse.Namespace) -> None:
         # 3. advantage
         groups = torch.arange(sampler.samples_per_epoch) // args.group_size
         advantages = group_advantages(scored.total, groups, args.advantage_std, args.max_advantage)  # (N,)
-        rollouts = [
-            Rollout(batch, trajectory, *(part[batch.positions].to(run.device) for part in (advantages, scored.total.isfinite())))
-            for batch, trajectory in zip(batches, trajectories, strict=True)
-        ]
+        rollouts = policy.rollouts(batches, trajectories, advantages, scored.total.isfinite(), run.device)
+        teaches = policy.with_advantage(advantages, len(batches)) | (args.kl_weight > 0)  # (batches,)
 
         # 4. update
         for update, members in enumerate(sampler.updates(epoch, updates)):
-            if not args.kl_weight and not advantages.view(len(batches), -1)[members].any():  # on all processes: nothing to learn
+            used = [i for i in members if teaches[i] or (nft and teaches[members].any())]  # else its gradient is 0, but for nft's
+            if not used:
                 schedule.step()
                 continue
-            passes = [(rollouts[i], t) for i in members for t in (window or range(args.nft_levels))]
+            steps = window or range(args.nft_levels)
+            passes = [(rollouts[i], t) for i in used for t in steps]
             for number, (rollout, t) in enumerate(run.progress(passes, f"epoch {epoch + 1}, update {update + 1}")):
                 condition = texts.condition(rollout.batch.texts)
                 with run.no_sync(actor.network, last=number == len(passes) - 1):
-                    if old:
-                        loss, logged = forward_process(actor, old, rollout, t, epoch, condition, args)
+                    if nft:
+                        loss, logged = forward_process(actor, old_policy, rollout, t, epoch, condition, args)
                     else:
                         loss, logged, step = surrogate(actor, rollout, t, condition, negative, args)
                         if not values:  # the first pass of an epoch
                             sd3_rollout.check_on_policy(step, sd3_rollout.tolerance(run.weight_dtype, args.compile))
-                    run.accelerator.backward((loss * rollout.judged).mean() / len(passes))
+                    run.accelerator.backward((loss * rollout.judged).mean() / (len(members) * len(steps)))
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
                 if not args.full_weights and run.stop_requested():  # all weights, 27 GB and more, finish the epoch
@@ -272,9 +263,9 @@ def main(args: argparse.Namespace) -> None:
             optimizer.zero_grad()
             if average:
                 average.update()
-        if old:
-            old.decay = min(args.nft_old_rate * (epoch + 1), args.nft_old_decay)
-            old.update()
+        if nft:
+            old_policy.decay = min(args.nft_old_rate * (epoch + 1), args.nft_old_decay)
+            old_policy.update()
 
         # twin: rl-tail
         done = (epoch + 1) * updates

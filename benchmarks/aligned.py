@@ -76,8 +76,9 @@ class RolloutLoop(Loop):
             self.actor.transformer, self.condition, negative=self.negative, seed=args.seed, epoch=epoch, positions=self.batch.positions,
             sigmas=self.sigmas, height=side, width=side, guidance_scale=args.guidance_scale, transition=args.transition,
             noise_level=args.noise_level, window=policy.window(args, epoch),
+            keep_means=getattr(args, "loss", None) == "guard",
         )  # fmt: skip
-        return self.script.Rollout(self.batch, trajectory.to("cpu"), self.advantage, torch.ones_like(self.advantage, dtype=torch.bool))
+        return policy.Rollout(self.batch, trajectory.to("cpu"), self.advantage, torch.ones_like(self.advantage, dtype=torch.bool))
 
     def surrogate(self, rollout: Any, t: int) -> tuple[Tensor, sd3_rollout.Step]:
         """Loss (b,) of step t, the script's own, and the step."""

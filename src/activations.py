@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -48,16 +51,7 @@ def count(
         autocast: 16-bit dtype; None: none.
         units: of the copy: modules that gradient checkpointing computes again in the backward pass.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    model = copy.deepcopy(model)
-    with FakeTensorMode(), torch.device("cuda"), _FusedAttention(), _autocast(autocast):
-        for module in model.modules():
-            for name, weight in module._parameters.items():
-                if weight is not None:
-                    module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    with _without_memory(model) as model, _FusedAttention(), _autocast(autocast):
         again = units(model)
         book = _Book(model, again)
         with torch.autograd.graph.saved_tensors_hooks(book.keep, lambda tensor: tensor):
@@ -69,6 +63,59 @@ def count(
         total=sum(outside), again=max(map(sum, inside), default=0), copies=sum(2 * weight.numel() for weight in converted),
         largest=max(chain(outside, *inside), default=0),
     )  # fmt: skip
+
+
+def live(model: nn.Module, forward: Callable[[Any], Any]) -> int:
+    """Run `forward` on a copy of the model without gradient: the most bytes that its tensors hold at once, weights aside.
+
+    Args:
+        model, forward: as for `count`.
+    """
+    with _without_memory(model) as model, torch.no_grad(), _FusedAttention(), _Live() as held:
+        forward(model)
+    return held.peak
+
+
+@contextlib.contextmanager
+def _without_memory(model: nn.Module) -> Iterator[nn.Module]:
+    """A copy of the model, as on a GPU, whose tensors have sizes alone; so do those that are made meanwhile."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = copy.deepcopy(model)
+    with FakeTensorMode(), torch.device("cuda"):
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), weight.requires_grad)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        yield model
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that operations make, from then on until nothing refers to them."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._now, self._known = 0, 0, {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: tuple = (), named: dict[str, Any] | None = None) -> Any:
+        made = function(*given, **(named or {}))
+        before = {storage._cdata for storage in self._storages((given, named))}  # views, and what is written in place
+        for storage in self._storages(made):
+            key = storage._cdata
+            if key not in before and key not in self._known:
+                self._known[key] = storage.nbytes()
+                self._now += storage.nbytes()
+                weakref.finalize(storage, self._free, key)
+        self.peak = max(self.peak, self._now)
+        return made
+
+    def _storages(self, tree: Any) -> list[Any]:
+        return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+    def _free(self, key: int) -> None:
+        self._now -= self._known.pop(key)
 
 
 class _Book:

@@ -46,8 +46,8 @@ NAMES = {
     "policy_loss": "the part of the loss that follows the reward; 0 at ratio 1, so its size says nothing",
     "kl": "KL divergence of a denoising step from the reference's, nats, joint over the latent (flow_grpo: times the length of the step; "
     "nft: squared velocity difference); 0 where it has no weight",
-    "log_ratio": "mean absolute log-ratio of a denoising step to the policy that drew it, nats; 0 in the first update of an epoch",
-    "clip_fraction": "share of the trained steps whose log-ratio lies beyond the clip",
+    "log_ratio": "mean absolute log-ratio of a replayed denoising step to the policy that drew it, nats; 0 in the first update of an epoch",
+    "clip_fraction": "share of the replayed steps whose log-ratio lies beyond the clip",
     "skipped_updates": "updates of the epoch that were left out because no advantage was other than 0",
     "eval_reward": "the training reward on the evaluation prompts, deterministic sampler, fixed seeds",
     "images_per_second": "training samples per second over all processes, without validation and saving",
@@ -91,6 +91,7 @@ class Log:
         self._known: list[set[str]] = []  # names in each line that the run resumed from wrote at its very step
         self._bar: tqdm | None = None
         self._began, self._clock = time.monotonic(), None  # the clock starts after the first step: it loads, compiles, warms up
+        self._first = self._began  # when the first step began: what was loaded, resumed and validated before is none of it
         self._timed = 0  # steps since the clock started
 
     @property
@@ -124,7 +125,7 @@ class Log:
         self._settle()
         means = {name: math.fsum(values) / len(values) for name, values in self._settled.items()}
         now = time.monotonic()
-        steps, since = (self._timed, self._clock) if self._timed else (1, self._began)  # a window of the first step alone
+        steps, since = (self._timed, self._clock) if self._timed else (1, self._first)  # a window of the first step alone
         speed = steps * self.images_per_add / max(now - since, 1e-9)
         timing = {"images_per_second": speed, "seconds": now - self._began, "memory_gb": self.run.peak_memory() / 1e9}
         self._settled, self._written, self._timed, self._clock = {}, step, 0, now
@@ -162,8 +163,11 @@ class Log:
         try:
             yield
         finally:
-            if self._clock is not None:
-                self._clock += time.monotonic() - began
+            now = time.monotonic()
+            if self._clock is None:
+                self._first = now
+            else:
+                self._clock += now - began
 
     def _settle(self) -> None:
         """Moves the fresh values to the host as means over the processes: one synchronisation."""
@@ -223,7 +227,7 @@ class Log:
         self._step = self._resumed = int(state["step"])
         self._written = int(state["written"])
         self._settled = {name: list(values) for name, values in state["window"].items()}
-        self._fresh, self._timed = {}, 0
+        self._fresh, self._timed, self._first = {}, 0, time.monotonic()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -8,14 +8,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
 from src import activations, inputs, lora, memory, norms, optim, policy, quantize, rewards, rounding, speed
-from src.data import buckets, captions
+from src.data import buckets, captions, prompts
 from src.pipelines import sd3, sd15
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number, by --mixed_precision
@@ -159,13 +159,18 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     together = passes * rollout_batch(args)
     peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, batch=together, accumulated=True,
                        averages=2 * other_passes)  # fmt: skip  # itself, and what it takes the place of while it is asked
+    decoding = drawing_bytes(args, sd15.vae_from_config(path, args.revision))
+    peak = replace(peak, peak=max(peak.peak, peak.resident + decoding))  # no gradient is there meanwhile
     step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
     forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
-    prompts = {"", args.negative_prompt, *found.texts}
+    sampler = prompts.GroupSampler(found.training, group_size=vars(args).get("group_size", 1), batch_size=args.sample_batch_size,
+                                   batches_per_epoch=args.sample_num_batches_per_epoch, seed=args.seed or 0)  # fmt: skip
+    texts = {args.negative_prompt, *sampler.drawn(args.num_epochs), *found.evaluated}
     entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
         _activation_row(args, peak, f"{together} picture(s)"),
+        ("  decoding", f"{_size(decoding)}, {min(args.decode_batch_size, rollout_batch(args))} picture(s) at a time"),
         ("memory", _memory(args, weights, peak) + "; scorers come on top"),
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
         ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
@@ -175,7 +180,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
         ("compute", f"{_flops(each * pictures)} per epoch, {_total(each * pictures * args.num_epochs)}, at {tokens} text tokens"),
         ("  a picture", f"{each / forward:.1f} forward passes' worth; decoding and scoring come on top"),
         ("checkpoints", _checkpoints(args, trained, written, args.num_epochs // args.checkpointing_epochs, averages=other_passes)),
-        _cache_row(args, "text", len(prompts), len(prompts) * (entry + ENTRY_BYTES)),
+        _cache_row(args, "text", len(texts), len(texts) * (entry + ENTRY_BYTES)),
     ]  # fmt: skip
     _print(rows)
 
@@ -405,6 +410,16 @@ def reward_gradient_memory(
         after = counted_memory(args, unet, **known, batch=args.train_batch_size, accumulated=True)
         found = replace(found, peak=max(found.peak, after.peak))
     return found, decoding
+
+
+def drawing_bytes(args: argparse.Namespace, vae: nn.Module) -> int:
+    """The most that decoding a batch of SD3's latents without gradient holds, --decode_batch_size pictures at a time; vae as below."""
+    for weight in vae.parameters():
+        weight.data = weight.data.to({"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision])
+    shape = (rollout_batch(args), vae.config.latent_channels, *[args.resolution // sd3.VAE_SCALE] * 2)
+    return activations.live(
+        vae, lambda module: sd3.decode_latents(SimpleNamespace(vae=module), torch.empty(shape), args.decode_batch_size)
+    )
 
 
 def decoding_bytes(args: argparse.Namespace, vae: nn.Module, family: ModuleType) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from src import card, ema, full, lora, optim, quantize, runtime, seeds, sharding, speed, transitions
+from src.data import prompts
 from src.pipelines import sd3, sd3_rollout
 
 
@@ -40,10 +42,45 @@ def check(args: argparse.Namespace) -> None:
         sharding.check_whole(os.environ)
 
 
-def check_steps(args: argparse.Namespace) -> None:
-    """Refuse stochastic steps that do not exist or have no log-probability; raises ValueError naming the flag."""
+ROUNDING = 0.01  # by which a velocity in 16 bits is off, in the mean square, once any weight has changed: measured in bf16
+MAX_ROUNDING = 2.0  # clips: the paper's, 6.55 nats of `flow` at every step, is let pass, whose last but one has 7.2
+
+
+def check_steps(args: argparse.Namespace, updates: int) -> None:
+    """Refuse stochastic steps that do not exist, have no log-probability, or one that is rounding noise.
+
+    Args:
+        updates: optimizer steps of an epoch; in the first no weight has changed, and ratios are 1.
+
+    Raises:
+        ValueError: naming the flag and the cure.
+    """
     transitions.check(args.transition, args.noise_level or 0.0)
-    sd3_rollout.check_window(args.num_inference_steps, args.window_size or None, tuple(args.window_range))
+    (first, stop), clip = args.window_range, args.clip_nats
+    sd3_rollout.check_window(args.num_inference_steps, args.window_size or None, (first, stop))
+    guarded = getattr(args, "loss", None) == "guard"  # takes the drift, which is nearly all of it, out of the ratio
+    if args.mixed_precision == "no" or guarded or updates == 1:
+        return
+    nats = rounding_nats(args)
+    noisy = (nats > MAX_ROUNDING * clip).nonzero().flatten().tolist()
+    if noisy:
+        step = first + noisy[0]
+        cures = [f"--window_range {first} {step}"] if step > first else []
+        cures += ["--transition flow --clip_nats 6.55"] if args.transition != "flow" or clip < 6.55 else []
+        cures += ["--loss guard"] if hasattr(args, "loss") else []
+        raise ValueError(
+            f"--window_range {first} {stop}: at step {step} rounding to {args.mixed_precision} alone makes a log-ratio of "
+            f"{nats[step - first]:.2g} nats with {args.transition}, against --clip_nats {clip:g}; "
+            f"use {', '.join(cures)} or --mixed_precision no"
+        )
+
+
+def rounding_nats(args: argparse.Namespace) -> Tensor:
+    """Mean size of the log-ratio that 16 bits make of nothing at each step of --window_range, nats: (stop - first,)."""
+    first, stop = args.window_range
+    levels = sd3_rollout.schedule_by_formula(args.num_inference_steps, sd3.local_shift(args.pretrained_model_name_or_path))
+    found = transitions.sensitivity(args.transition, levels[first:stop], levels[first + 1 : stop + 1], args.noise_level)
+    return sd3_rollout.CHANNELS * (args.resolution // sd3.VAE_SCALE) ** 2 * (ROUNDING * found) ** 2 / 2
 
 
 def window(args: argparse.Namespace, epoch: int) -> range:
@@ -54,9 +91,46 @@ def window(args: argparse.Namespace, epoch: int) -> range:
     )  # fmt: skip
 
 
+def window_size(args: argparse.Namespace) -> int:
+    """Steps of every window."""
+    first, stop = args.window_range
+    return args.window_size or stop - first
+
+
 def samples_per_epoch(args: argparse.Namespace) -> int:
     """Pictures of an epoch over all processes, of which the launcher says how many there are."""
     return args.sample_batch_size * args.sample_num_batches_per_epoch * int(os.environ.get("WORLD_SIZE", 1))
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """b pictures that wait for the update: the trajectory on the CPU; advantage (b,), 0 for pictures that were not `judged` (b,)."""
+
+    batch: prompts.Batch
+    trajectory: sd3_rollout.Trajectory
+    advantage: Tensor
+    judged: Tensor
+
+
+def rollouts(
+    batches: Sequence[prompts.Batch], trajectories: Sequence[sd3_rollout.Trajectory], advantages: Tensor, judged: Tensor,
+    device: torch.device,
+) -> list[Rollout]:  # fmt: skip
+    """This process's batches with what was drawn and found out; advantages, judged: (N,), of all processes, by position."""
+    return [
+        Rollout(
+            batch=batch, trajectory=trajectory, advantage=advantages[batch.positions].to(device), judged=judged[batch.positions].to(device)
+        )
+        for batch, trajectory in zip(batches, trajectories, strict=True)
+    ]
+
+
+def with_advantage(advantages: Tensor, batches: int) -> Tensor:
+    """Which batches of an epoch hold any advantage other than 0, (batches,): the policy gradient of the others is 0.
+
+    The same on every process: a batch is what all of them draw at a time. Advantages: (N,), by position.
+    """
+    return advantages.view(batches, -1).any(1)
 
 
 def adapt(transformer: nn.Module, args: argparse.Namespace) -> None:

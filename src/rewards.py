@@ -30,6 +30,11 @@ class Prompts:
     evaluation: list[prompts.Prompt]
 
     @property
+    def evaluated(self) -> list[str]:
+        """The texts of the evaluation."""
+        return [prompt.text for prompt in self.evaluation]
+
+    @property
     def texts(self) -> list[str]:
         """Every prompt once."""
         return list(dict.fromkeys(prompt.text for prompt in (*self.training, *self.evaluation)))
@@ -200,7 +205,7 @@ class Evaluator:
         self.mixtures = [mixture] + ([build(run, args, args.eval_scorers)] if args.eval_scorers else [])
         shown = [prompt.text for prompt in self.prompts[: args.num_eval_images]]
         self.album = validation.Album(run, Path(args.output_dir), shown, [[f"{i:02d}-{i}.png"] for i in range(len(shown))])
-        self.before: dict[str, float] = {}  # of each held-out scorer, at step 0
+        self.before: dict[str, float] = {}  # of each held-out scorer, at its first evaluation: step 0
         self.now: dict[str, float] = {}
         self._step = -1  # of the last evaluation
         self.every = getattr(args, "eval_epochs", None) or getattr(args, "eval_steps", None)
@@ -223,7 +228,7 @@ class Evaluator:
             self.album.save(step, pictures)
         names = self.mixtures[1].names if len(self.mixtures) > 1 else []
         self.now = {name: means[f"eval/{name}"] for name in names}
-        self.before, self._step = self.before or self.now, step
+        self.before, self._step = self.now | self.before, step  # a scorer that a resumed run brings along begins here
 
     def run_last(self, step: int) -> None:
         """The last evaluation, unless this step has had it, then `summary.png` from everything that was logged."""
@@ -235,12 +240,16 @@ class Evaluator:
             validation.summary(Path(self.args.output_dir), self.album.prompts, panels)
 
     def dropped(self) -> str | None:
-        """What to say if a held-out measure has fallen further than --stop_if_eval_drops allows, else None."""
+        """What to say if a held-out measure has fallen further than --stop_if_eval_drops allows, else None.
+
+        A fall is measured by the scorer's usual range: of a score around 0, such as ImageReward's, the value itself is no measure.
+        """
         limit = self.args.stop_if_eval_drops
         for name, value in self.now.items() if limit else ():
-            start = self.before[name]
-            if not start - value <= limit * abs(start):  # a value that is NaN has fallen, too
-                return f"{name} fell from {start:.4g} to {value:.4g}, more than --stop_if_eval_drops {limit:g} allows: a hacked reward?"
+            start, (low, high) = self.before[name], scorers.get(name).range
+            if not start - value <= limit * (high - low):  # a value that is NaN has fallen, too
+                fell = f"{name} fell from {start:.4g} to {value:.4g}"
+                return f"{fell}, by more than --stop_if_eval_drops {limit:g} of its usual range, {low:g} to {high:g}: a hacked reward?"
         return None
 
     def _draw_and_score(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -248,7 +257,8 @@ class Evaluator:
         args, run, count = self.args, self.run_, len(self.prompts)
         share = -(-count // run.world)  # every process draws equally many, the last prompt again if need be
         mine = [min(i, count - 1) for i in range(run.rank * share, (run.rank + 1) * share)]
-        negative = self.texts.condition([""]) if args.eval_guidance_scale > 1 else None
+        against = getattr(args, "negative_prompt", "")  # what training moves away from; ReFL has no such flag
+        negative = self.texts.condition([against]) if args.eval_guidance_scale > 1 else None
         names, columns, kept = [], [], []
         for start in range(0, share, self.batch_size):
             part = mine[start : start + self.batch_size]

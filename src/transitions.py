@@ -83,6 +83,15 @@ def coefficients(
     return 1 - n + kept, kept * (1 - s) - (1 - n) * s, step_std
 
 
+def sensitivity(transition: str, sigma: Tensor, sigma_next: Tensor, noise_level: float | None = None) -> Tensor:
+    """|B| / step_std: by how many of its own deviations a step's mean moves where the velocity moves by 1; as `coefficients`, float64.
+
+    A velocity that is off by e in all of D dimensions costs a log-ratio D (sensitivity e)^2 / 2 nats, in the mean.
+    """
+    _, b, step_std = coefficients(transition, sigma, sigma_next, noise_level)
+    return b.abs() / step_std
+
+
 def moments(
     transition: str, x_t: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise_level: float | None = None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -3,15 +3,20 @@
 `tests/test_fake_gpu.py` has the same of whole training steps, by the counters of torch's own allocator.
 """
 
+import argparse
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
+from test_rollout import LiveBytes
 from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import geometry
-from src import activations, lora, speed
-from src.pipelines import sd15
+from src import activations, lora, plan, speed
+from src.pipelines import sd3, sd15
 
 BF16 = torch.bfloat16
 UNET = geometry.MODELS["sd1.5"]["unet"] | {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -127,3 +132,25 @@ def test_a_unet_in_fp32_keeps_what_a_cpu_does(adapted):
     assert found.total == pytest.approx(seen, rel=0.02)
     again = activations.count(unet, run, units=speed.blocks)
     assert 0 < again.again < 0.3 * found.total and again.total < 0.6 * found.total
+
+
+# --------------------------------------------------------------------------- without gradient
+
+
+def test_live_bytes_by_hand():
+    """10 rows in fp32: 8 numbers come in and stay; 16 and their ReLU are there at once; then 4 beside the ReLU: 40 x (8 + 16 + 16)."""
+    model = meta(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    assert activations.live(model, lambda copy: copy(torch.empty(10, 8))) == 40 * (8 + 16 + 16)
+
+
+@pytest.mark.parametrize(("pictures", "at_once"), [(2, 2), (4, 2), (4, 1)])
+def test_decoding_holds_what_was_counted(pictures, at_once):
+    """Against the storages that are alive on a CPU; in fp32, a small VAE of SD3 at 64 px."""
+    config = geometry.MODELS["sd3.5-medium"]["vae"] | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}
+    args = argparse.Namespace(mixed_precision="no", resolution=64, sample_batch_size=pictures, decode_batch_size=at_once)
+    planned = plan.drawing_bytes(args, geometry.build(config))
+    with torch.device("cpu"):
+        vae = AutoencoderKL.from_config(config).eval().requires_grad_(False)
+    with torch.no_grad(), LiveBytes() as memory:
+        sd3.decode_latents(SimpleNamespace(vae=vae), torch.zeros(pictures, 16, 8, 8), at_once)
+    assert planned == pytest.approx(memory.peak, rel=0.03)

@@ -102,7 +102,7 @@ if __name__ == "__main__":
     loop.step()
     print("planned", planned, "seen", torch.cuda.max_memory_allocated())
 """
-ROLLOUT = "--num_inference_steps 4 --window_range 0 3 --window_size 2"
+ROLLOUT = "--num_inference_steps 4 --window_range 0 2 --window_size 2"
 PLANNED = [
     "lora 2", "lora 2 --gradient_checkpointing", "lora 2 --gradient_checkpointing --checkpoint_every 2", "lora 2 --lora_dropout 0.1",
     "lora 2 --use_dora", "lora 2 --use_dora --gradient_checkpointing",

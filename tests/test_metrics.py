@@ -103,6 +103,27 @@ def test_timing_fields(tmp_path, monkeypatch):
     assert first["memory_gb"] == 3.0
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_first_line_counts_neither_the_evaluation_nor_what_is_loaded_before(tmp_path, monkeypatch, resumed):
+    """Scorers are loaded until 40 s, an evaluation (or reading a checkpoint) ends at 100 s; a first step of 3 s makes 6 / 3 = 2 images/s,
+    a second of 2 s 3."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    log = metrics.Log(FakeRun(tmp_path), every=1)
+    now[0] = 40.0
+    if resumed:
+        now[0] = 100.0
+        log.load_state_dict({"step": 0, "written": 0, "window": {}})
+    else:
+        with log.untimed():
+            now[0] = 100.0
+    for step, seconds in ((1, 3), (2, 2)):
+        now[0] += seconds
+        log.add(loss=torch.tensor(1.0))
+        log.write(step)
+    assert [(line["images_per_second"], line["seconds"]) for line in metrics.read(log.path)] == [(2.0, 103.0), (3.0, 105.0)]
+
+
 def test_what_the_gpu_still_has_to_do_counts_as_training(tmp_path, monkeypatch):
     """Steps 2 and 3 are queued in no time; the GPU is done with them at 6 s: 12 pictures, 2 a second. A validation of 100 s begins
     before that, and has to wait for the GPU itself if nobody did."""

@@ -98,8 +98,37 @@ def test_a_folder_of_tables_is_what_a_data_set_is(tmp_path):
 
 def test_a_hub_id_is_let_through_before_and_its_absence_named_later(tmp_path):
     assert not prompts.is_local("somebody/prompts") and prompts.is_local("simple_animals")  # nothing is asked of the network
+    assert not prompts.is_local("somebody/prompts-v1.1")  # a version, no kind of file
     with pytest.raises(ValueError, match="--prompts somebody/prompts.*Hub"):
         prompts.read("somebody/prompts", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("column", [None, "other"])
+def test_of_a_data_set_of_the_hub_one_column_is_copied(tmp_path, described, column):
+    """Two pictures of a megabyte beside two texts; a folder stands for the repository, with the columns in its card or not."""
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "repository").mkdir()
+    table = pyarrow.table({"image": [bytes(range(256)) * 4096] * 2, "text": ["a fox", "an owl"], "other": ["b", "c"]})
+    pyarrow.parquet.write_table(table, tmp_path / "repository/train-0.parquet", compression="none", use_dictionary=False)
+    if described:
+        kinds = {"image": "binary", "text": "string", "other": "string"}
+        features = "".join(f"  - name: {name}\n    dtype: {kind}\n" for name, kind in kinds.items())
+        (tmp_path / "repository/README.md").write_text(f"---\ndataset_info:\n  features:\n{features}---\n")
+    for _ in range(2):  # the second time from the copy
+        name, values = prompts._from_hub(str(tmp_path / "repository"), column, tmp_path / "cache", None, "--prompts a/b")
+        assert (name, values) == ((column, ["b", "c"]) if column else ("text", ["a fox", "an owl"]))
+    assert 0 < sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) < 10_000
+    with pytest.raises(ValueError, match="--prompts a/b has no column none; it has image, text, other: give one as --prompt_column"):
+        prompts._from_hub(str(tmp_path / "repository"), "none", tmp_path / "cache", None, "--prompts a/b")
+
+
+def test_a_data_set_of_the_hub_that_is_no_parquet_is_read_as_well(tmp_path):
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/train.jsonl").write_text('{"n": 1, "caption": "a fox"}\n')
+    assert prompts._from_hub(str(tmp_path / "repository"), None, tmp_path / "cache", None, "--prompts a/b") == ("caption", ["a fox"])
 
 
 BAD = {
@@ -187,6 +216,14 @@ def test_every_prompt_is_drawn_equally_often_and_in_a_new_order():
     order = [text for epoch in range(5) for text in dict(drawn([sampler()], epoch).values()).values()]
     assert Counter(order) == dict.fromkeys([prompt.text for prompt in ANIMALS], 3)
     assert len({tuple(order[start : start + 10]) for start in (0, 10, 20)}) == 3
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 10**12])
+def test_what_is_drawn_is_known_before(epochs):
+    """6 of 10 prompts in the first epoch, all from the second on; the twice-told one is one text."""
+    one = GroupSampler([*ANIMALS[:9], ANIMALS[0]], group_size=4, batch_size=4, batches_per_epoch=6, seed=0)
+    found = one.drawn(epochs)
+    assert len(found) == len(set(found)) and set(found) == {text for epoch in range(min(epochs, 5)) for text in one.texts(epoch)}
 
 
 def test_order_depends_on_seed_and_epoch_alone():

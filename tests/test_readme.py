@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from src import cli, runtime
+from src import cli, runtime, scorers
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "models", "datas", "outputs", "benchmarks")
@@ -316,6 +316,14 @@ GRPO = "train_aesthetic_rlhf_grpo_lora_sd3.sh"
         (GRPO, ["--optimizer", "prodigy"], {"learning_rate": 1}),
         (GRPO, ["--config", "scripts/presets/flow_grpo.yaml"], {"transition": "flow", "window_size": 0, "prompts": "simple_animals"}),
         ("train_aesthetic_ddpo_sd3.sh", ["--full_weights"], {"learning_rate": 1e-5}),
+        (GRPO, [], {"eval_prompts": "activities", "eval_scorers": "image_reward"}),
+        (GRPO, ["--prompts", "geneval.jsonl", "--scorer", "geneval"], {"eval_prompts": None, "eval_scorers": "image_reward"}),
+        (GRPO, ["--prompts", "mine.txt", "--eval_prompts", "activities"], {"eval_prompts": "activities"}),
+        (GRPO, ["--scorer", "image_reward"], {"eval_scorers": "clip"}),
+        (GRPO, ["--scorer", "clip,image_reward"], {"eval_scorers": None}),
+        ("train_aesthetic_ddpo_sd3.sh", ["--scorer", "clip=0.5,image_reward=0.5"], {"eval_scorers": None}),
+        ("train_aesthetic_ddpo_sd3.sh", ["--scorer", "clip", "--eval_scorers", "clip"], {"eval_scorers": "clip"}),  # refused later
+        ("train_refl_v1_5.sh", ["--scorer", "clip"], {"eval_scorers": None}),
         ("train_text_to_image_lora_sd3.sh", ["--optimizer", "prodigy"], {"learning_rate": 1}),
         ("train_text_to_image_lora_sd3.sh", ["--config", "scripts/presets/12gb.yaml"], {"gradient_checkpointing": True, "rank": 16}),
         ("train_text_to_image_lora_sd3.sh", ["--validation_prompt", "mine"], {"validation_prompt": ["mine"]}),
@@ -348,6 +356,31 @@ def test_a_config_changes_what_belongs_to_it_as_flags_do(tmp_path):
     file.write_text("use_lora: true\nlearning_rate: 2e-4")
     args = wrapped("train_dpo_sd_v1_5.sh", "--config", str(file))
     assert (args.learning_rate, args.chosen_column) == (2e-4, "chosen")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrapper", "flags"),
+    [
+        (GRPO, ["--prompts", "geneval.jsonl", "--scorer", "geneval"]), (GRPO, ["--scorer", "pickscore=1"]),
+        (GRPO, ["--config", "mine.yaml"]), (GRPO, ["--scorer", "clip,image_reward"]),
+        ("train_aesthetic_ddpo_sd3.sh", ["--scorer", "jpeg_compressibility", "--prompts", "mine.txt"]),
+        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "geneval.jsonl", "--scorer", "geneval"]),
+    ],
+)  # fmt: skip
+def test_a_documented_variant_of_a_wrapper_makes_a_plan(wrapper, flags, tmp_path, monkeypatch, capsys):
+    """With the tiny model, as if the weights of all scorers were there: what the wrapper adds must not be refused beside what is given."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(scorers.base.Scorer, "trouble", lambda scorer, given: None)
+    (tmp_path / "geneval.jsonl").write_text('{"prompt": "a photo of two cats", "include": [{"class": "cat", "count": 2}]}')
+    (tmp_path / "mine.txt").write_text("a fox")
+    (tmp_path / "mine.yaml").write_text("scorer: image_reward")
+    flags = [str(tmp_path / flag) if "." in flag else flag for flag in flags]
+    words = printed(wrapper, *flags, "--pretrained_model_name_or_path", "models/tiny-sd3", "--resolution", "64", "--dry_run",
+                    "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"))  # fmt: skip
+    module = importlib.import_module(words[1].removesuffix(".py"))
+    module.main(module.parse_args(words[2:]))
+    assert "dry run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrapper", sorted(path.name for path in (ROOT / "scripts").glob("train_*.sh")))

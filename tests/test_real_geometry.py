@@ -22,8 +22,8 @@ def arguments(*argv):
 
 
 SHORT = {  # few denoising steps
-    "grpo": ("--num_inference_steps", "3", "--window_range", "0", "2", "--window_size", "1", "--lora_layers", "attn.to_q"),
-    "ddpo": ("--num_inference_steps", "3", "--window_range", "0", "2", "--window_size", "1", "--lora_layers", "attn.to_q"),
+    "grpo": ("--num_inference_steps", "3", "--window_range", "0", "1", "--window_size", "1", "--lora_layers", "attn.to_q"),
+    "ddpo": ("--num_inference_steps", "3", "--window_range", "0", "1", "--window_size", "1", "--lora_layers", "attn.to_q"),
     "refl": ("--num_inference_steps", "3"),
 }
 CONSTANT = ("--lr_scheduler", "constant")  # with a warm-up the first rate is 0

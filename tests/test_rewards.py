@@ -1,6 +1,7 @@
 """Scores of rollouts, on a thread or not, in the order of positions; and when an evaluation ends a run."""
 
 import argparse
+import contextlib
 import threading
 import time
 from types import SimpleNamespace
@@ -131,15 +132,33 @@ def test_pictures_that_cannot_be_judged_are_counted_and_left_out_of_the_means(ru
 # --------------------------------------------------------------------------- when an evaluation ends a run
 
 
-@pytest.mark.parametrize(("limit", "before", "now", "ends"), [
-    (0.05, 20.0, 19.1, False), (0.05, 20.0, 18.9, True), (0.05, -20.0, -20.9, False), (0.05, -20.0, -21.1, True), (0.05, 20.0, 30.0, False),
-    (0.05, 20.0, float("nan"), True), (None, 20.0, 0.0, False),
+@pytest.mark.parametrize(("name", "limit", "before", "now", "ends"), [
+    ("clip", 0.1, 0.25, 0.231, False), ("clip", 0.1, 0.25, 0.229, True),  # usual range 0.15 to 0.35: 0.02
+    ("image_reward", 0.1, 0.05, -0.34, False), ("image_reward", 0.1, 0.05, -0.36, True),  # -2 to 2: 0.4, wherever it starts
+    ("jpeg_compressibility", 0.05, -20.0, -25.0, False), ("jpeg_compressibility", 0.05, -20.0, -26.0, True),  # -120 to -5: 5.75
+    ("clip", 0.05, 0.2, 0.3, False), ("clip", 0.05, 0.2, float("nan"), True), ("clip", None, 0.2, 0.0, False),
 ])  # fmt: skip
-def test_a_held_out_measure_may_fall_by_a_share_of_what_it_was(limit, before, now, ends):
+def test_a_held_out_measure_may_fall_by_a_share_of_its_usual_range(name, limit, before, now, ends):
     evaluator = rewards.Evaluator.__new__(rewards.Evaluator)
     evaluator.args = argparse.Namespace(stop_if_eval_drops=limit)
-    evaluator.before, evaluator.now = {"steady": 1.0, "clip": before}, {"steady": 1.0, "clip": now}
+    evaluator.before, evaluator.now = {"shapes": 1.0, name: before}, {"shapes": 1.0, name: now}
     reason = evaluator.dropped()
     assert (reason is not None) is ends
     if ends:
-        assert reason.startswith("clip fell from") and "--stop_if_eval_drops 0.05" in reason
+        assert reason.startswith(f"{name} fell from") and f"--stop_if_eval_drops {limit} of its usual range" in reason
+
+
+def test_a_resumed_run_may_bring_other_held_out_scorers(monkeypatch):
+    """The one that was there keeps its start, 0.3; the new one starts with the first evaluation of this run."""
+    evaluator = rewards.Evaluator.__new__(rewards.Evaluator)
+    evaluator.args = argparse.Namespace(stop_if_eval_drops=0.1)
+    evaluator.log = SimpleNamespace(untimed=contextlib.nullcontext, record=lambda step, **means: None)
+    evaluator.album, evaluator.average = SimpleNamespace(save=lambda step, pictures: None), None
+    evaluator.mixtures = [None, SimpleNamespace(names=["clip", "image_reward"])]
+    monkeypatch.setattr(rewards.speed, "as_written", lambda args: contextlib.nullcontext())
+    evaluator.load_state_dict({"before": {"clip": 0.3, "hps": 0.2}})
+    for clip, image_reward, ends in ((0.29, 1.0, None), (0.29, 0.5, "image_reward fell from 1 to 0.5"), (0.27, 1.0, "clip fell from 0.3")):
+        scores = {"reward": torch.ones(2), "clip": torch.full((2,), clip), "image_reward": torch.full((2,), image_reward)}
+        evaluator._draw_and_score = lambda scores=scores: (scores, None)
+        evaluator.run(4)
+        assert (evaluator.dropped() or "").startswith(ends or "") and (evaluator.dropped() is None) is (ends is None)

@@ -32,7 +32,9 @@ def world(tiny_sd3_folder):
 
 def draw(world, *, guided=False, rows=slice(0, BATCH), **changes):
     model, condition, negative, sigmas = world
-    options = dict(transition="cps", noise_level=0.8, window=range(1, 3), sigmas=sigmas, positions=range(BATCH)[rows]) | OPTIONS
+    options = (
+        dict(transition="cps", noise_level=0.8, window=range(1, 3), sigmas=sigmas, positions=range(BATCH)[rows], keep_means=True) | OPTIONS
+    )
     options |= dict(guidance_scale=3.0, negative=negative) if guided else {}
     return sd3_rollout.sample(model.transformer, condition[rows], **(options | changes))
 
@@ -53,6 +55,13 @@ def test_shapes_and_types_of_a_trajectory(world):
     assert trajectory.log_probs.shape == (BATCH, 2) and trajectory.log_probs.dtype == torch.float64
     assert trajectory.sigmas.shape == (STEPS + 1,) and trajectory.sigmas[0] == 1 and trajectory.sigmas[-1] == 0
     assert not any(kept.requires_grad for kept in (trajectory.final, trajectory.latents, trajectory.means, trajectory.log_probs))
+
+
+def test_means_are_kept_only_if_asked_for(world):
+    one, other = draw(world), draw(world, keep_means=False)
+    assert other.means is None and other.to("meta").means is None and torch.equal(one.latents, other.latents)
+    step = replay(world, other, 1)
+    assert step.old_mean is None and not step.log_ratio.any()
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -90,7 +99,7 @@ def test_without_a_window_it_is_the_stock_sampler(world, guided, monkeypatch):
     """`sd3.render`, which is the stock pipeline, from the same noise."""
     model, condition, negative, sigmas = world
     trajectory = draw(world, guided=guided, transition="ode", noise_level=None, window=range(0))
-    assert trajectory.means.shape[1] == trajectory.log_probs.shape[1] == 0
+    assert trajectory.means is None and trajectory.log_probs.shape[1] == 0
     noises = iter(trajectory.latents[:, 0])  # x before step 0
     monkeypatch.setattr(torch, "randn", lambda *shape, **options: next(noises)[None])
     images = sd3.render(
@@ -352,6 +361,12 @@ def test_windows_outside_the_steps_are_refused(steps, size, window_range, messag
 # --------------------------------------------------------------------------- the schedule, and refusals
 
 
+@pytest.mark.parametrize(("steps", "shift"), [(4, 3.0), (10, 3.0), (28, 1.5)])
+def test_the_formula_gives_the_schedulers_own_schedule(world, steps, shift):
+    expected = sd3_rollout.schedule(world[0], steps, shift)
+    torch.testing.assert_close(sd3_rollout.schedule_by_formula(steps, shift), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_schedule_is_the_schedulers_own(world):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -460,7 +475,7 @@ def epoch(world, batches):
     with LiveBytes() as memory:
         kept = []
         for number in range(batches):
-            trajectory = draw(world, positions=range(4 * number, 4 * number + 4))
+            trajectory = draw(world, positions=range(4 * number, 4 * number + 4), keep_means=False)
             sd3.decode_latents(model, trajectory.final, batch_size=2)
             kept.append(trajectory)
         del trajectory
@@ -474,10 +489,10 @@ def epoch(world, batches):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_pictures_of_an_epoch_but_for_the_waiting_latents(world):
-    """A picture of D = 256 numbers waits as 1 finished latent, 3 states and 2 means in fp32, and 2 log-probs in fp64."""
+    """A picture of D = 256 numbers waits as 1 finished latent and 3 states in fp32, and 2 log-probs in fp64."""
     epoch(world, 1)  # what is made once
     (few_peak, few_kept), (many_peak, many_kept) = epoch(world, 2), epoch(world, 8)
-    assert few_kept == 8 * (6 * 256 * 4 + 2 * 8) and many_kept == 4 * few_kept
+    assert few_kept == 8 * (4 * 256 * 4 + 2 * 8) and many_kept == 4 * few_kept
     assert few_peak > 5 * few_kept, "the peak must be that of a batch's activations, or this shows nothing"
     assert many_peak - many_kept <= 1.01 * (few_peak - few_kept)
 

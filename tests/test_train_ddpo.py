@@ -1,5 +1,6 @@
 """DDPO: running statistics, order of the steps, the clipped surrogate, and the trainer in this process on the smallest model."""
 
+import argparse
 import json
 import math
 import re
@@ -196,6 +197,26 @@ def test_an_update_makes_good_steps_likelier_than_bad_ones(train, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_batch_without_advantage_is_not_replayed_and_changes_nothing(train, monkeypatch):
+    """One of an update's two batches has no advantage: 2 passes of 4 in each of 2 inner epochs, and the same gradient to the bit."""
+    given, replayed, replay = script.PromptStatistics.advantages, [], sd3_rollout.replay
+
+    def half(self, texts, reward, limit):
+        return given(self, texts, reward, limit) * (torch.arange(8) >= 4)
+
+    monkeypatch.setattr(script.PromptStatistics, "advantages", half)
+    monkeypatch.setattr(sd3_rollout, "replay", lambda *args: replayed.append(None) or replay(*args))
+    flags = dict(num_epochs=1, num_inner_epochs=2, train_gradient_accumulation_steps=2)
+    one = train("one", **flags)
+    assert len(replayed) == 4
+    monkeypatch.setattr(script.policy, "with_advantage", lambda advantages, batches: torch.ones(batches, dtype=torch.bool))
+    other = train("other", **flags)
+    assert len(replayed) == 4 + 8
+    runs.assert_identical(runs.weights(one), runs.weights(other))
+    assert runs.values(one, "grad_norm") == runs.values(other, "grad_norm")
+
+
+@pytest.mark.slow
 def test_resumed_it_ends_like_an_uninterrupted_run(train, monkeypatch):
     """Everything that has a state: optimizer, schedule, average, statistics that are used already, a random window."""
     flags = dict(num_epochs=4, checkpointing_epochs=2, use_ema=True, lr_scheduler="cosine", num_inner_epochs=2, window_size=1,
@@ -295,6 +316,15 @@ def test_the_first_ratio_of_every_epoch_is_checked(train, monkeypatch):
         (dict(noise_level=0), "--noise_level must be above 0"),
         (dict(window_range=(0, 4)), "--window_range 0 4 .* of 4 steps the last has no log-probability"),
         (dict(window_size=9), "--window_size 9 must lie in 1 .. 3"),
+        (
+            dict(mixed_precision="bf16", transition="precise"),
+            "--window_range 0 3: at step 2 rounding to bf16 alone makes a log-ratio of 57 nats with precise, against --clip_nats 0.66; "
+            "use --window_range 0 2, --transition flow --clip_nats 6.55 or --mixed_precision no",
+        ),
+        (
+            dict(mixed_precision="bf16", transition="flow", noise_level=0.01, clip_nats=6.55),
+            "at step 2 rounding .* 50 nats with flow, against --clip_nats 6.55; use --window_range 0 2 or --mixed_precision no",
+        ),
         (dict(train_timestep_fraction=0), "--train_timestep_fraction"),
         (dict(lr_scheduler="linear", lr_warmup_steps=9), "--lr_warmup_steps 9 must be less than the 4 optimizer steps of --num_epochs 2"),
     ],
@@ -306,6 +336,30 @@ def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, flags,
     assert stopped.value.code == 2 and said.count("\n") == 1
     assert re.search(message, said), said
     assert not (tmp_path / "run").exists()
+
+
+def test_what_rounding_makes_of_the_ratio_by_hand():
+    """At 512 px, D = 65,536, by a velocity that is off by 0.01: D (0.01 |B| / step_std)^2 / 2. cps: 0.276 at step 4, 32.2 at step 8,
+    1.10 before that: 0.25, 3,390 and 3.9 nats; flow: 1.487 at step 8, 7.2 nats. A side twice as long has four times as many."""
+    args = argparse.Namespace(pretrained_model_name_or_path="models/tiny-sd3", num_inference_steps=10, resolution=512, window_range=[4, 9],
+                              transition="cps", noise_level=0.8)  # fmt: skip
+    nats = script.policy.rounding_nats(args)
+    assert nats[[0, 3, 4]].tolist() == pytest.approx([0.25, 3.94, 3390], rel=0.02)
+    args.resolution, args.transition, args.noise_level = 1024, "flow", 0.7
+    assert script.policy.rounding_nats(args)[4].item() == pytest.approx(4 * 7.25, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [dict(mixed_precision="no"), dict(window_range=(0, 8)), dict(transition="flow", clip_nats=6.55), dict(clip_nats=100.0),
+     dict(train_gradient_accumulation_steps=2)],  # one update an epoch: every ratio is 1
+)  # fmt: skip
+def test_the_papers_window_is_let_through_where_rounding_does_not_decide(world, tmp_path, flags):
+    """Ten steps, all but the last, at 32 px: D = 256, so that 32.2 makes 13 nats against 2 x 0.66, and 1.1 before that 0.02."""
+    paper = dict(mixed_precision="bf16", num_inference_steps=10, window_size=0, window_range=(0, 9))
+    script.parse_args(world.argv(tmp_path / "run", **(paper | flags)))
+    with pytest.raises(SystemExit):
+        script.parse_args(world.argv(tmp_path / "run", **paper))
 
 
 def test_older_programs_flags_keep_working(world, tmp_path):

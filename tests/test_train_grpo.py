@@ -199,6 +199,32 @@ def test_equal_rewards_skip_the_update_as_a_whole(train, judge, live):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", [dict(), dict(loss="guard"), dict(loss="nft", window_size=None, window_range=None, nft_levels=2)])
+def test_a_batch_without_advantage_is_not_replayed_and_changes_nothing(train, judge, monkeypatch, flags):
+    """Two of an update's three batches have equal rewards: 2 passes of 6, whose gradient is the same to the bit. nft learns from all."""
+    calls, losses = [], {"surrogate": script.surrogate, "forward_process": script.forward_process}
+
+    def verdict(images, texts):  # the evaluation, then three batches an epoch
+        calls.append(None)
+        return brightness(images, texts) * (len(calls) % 3 == 0)
+
+    judge(verdict)
+    passes = []
+    for name, real in losses.items():
+        monkeypatch.setattr(script, name, lambda *given, real=real: passes.append(None) or real(*given))
+    flags = flags | dict(num_epochs=2, sample_num_batches_per_epoch=3, updates_per_epoch=1)
+    one = train("one", **flags)
+    assert len(passes) == 2 * (6 if "nft_levels" in flags else 2)
+    calls.clear(), passes.clear()
+    monkeypatch.setattr(script.policy, "with_advantage", lambda advantages, batches: torch.ones(batches, dtype=torch.bool))
+    other = train("other", **flags)
+    assert len(passes) == 2 * 6
+    runs.assert_identical(weights(one), weights(other))
+    assert runs.values(one, "grad_norm") == runs.values(other, "grad_norm") and min(runs.values(one, "grad_norm")) > 0
+    assert runs.values(one, "no_signal") == pytest.approx([2 / 3] * 2)
+
+
+@pytest.mark.slow
 def test_pictures_that_cannot_be_judged_are_left_out(train, judge):
     """NaN for 2 pictures of a batch of 4: counted, and the weights stay finite; all of them: said so."""
     judge(lambda images, texts: torch.where(torch.arange(len(images)) < 2, torch.nan, brightness(images, texts)))
@@ -239,11 +265,11 @@ def actor_with(weights_of, world, tmp_path, **flags):
     condition = texts.condition(["a fox"] * 4)
     trajectory = sd3_rollout.sample(
         actor.transformer, condition, seed=0, epoch=0, positions=range(4), sigmas=sd3_rollout.schedule(actor.model, 4), height=32, width=32,
-        transition=args.transition, noise_level=args.noise_level, window=range(0, 2),
+        transition=args.transition, noise_level=args.noise_level, window=range(0, 2), keep_means=True,
     )  # fmt: skip
     batch = script.prompts.Batch(list(range(4)), [script.prompts.Prompt("a fox")] * 4, [0] * 4)
     advantage, judged = (part.to(run.device) for part in (torch.zeros(4), torch.ones(4, dtype=torch.bool)))
-    rollout = script.Rollout(batch, trajectory, advantage, judged)
+    rollout = script.policy.Rollout(batch, trajectory, advantage, judged)
     run.finish()
     return args, actor, rollout, condition
 
@@ -608,6 +634,13 @@ def test_nft_samples_with_the_old_policy_which_follows(train, live, monkeypatch)
     assert not torch.equal(drawn_with[-1][1], live["actor"].weights[1])
 
 
+def test_guidance_of_the_evaluation_moves_away_from_what_training_does(train, monkeypatch):
+    asked, condition = [], script.inputs.Texts.condition
+    monkeypatch.setattr(script.inputs.Texts, "condition", lambda self, texts: asked.append(list(texts)) or condition(self, texts))
+    train(guidance_scale=3.0, negative_prompt="two cats", eval_guidance_scale=2.0, num_epochs=1)
+    assert asked.count(["two cats"]) == 3 and [""] not in asked  # for training, and two evaluations
+
+
 def test_a_negative_prompt_is_one_text_and_counts(train):
     """A trailing comma made it a nested list in the seed project."""
     guided = dict(guidance_scale=3.0, num_epochs=1)
@@ -619,9 +652,23 @@ def test_a_negative_prompt_is_one_text_and_counts(train):
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_adapters_and_optimizer_stay_fp32_under_bf16(train, live, precision):
     """The ratio is 1 in bf16, too: sampling and training run the same kernels (asserted in every epoch)."""
-    out = train(mixed_precision=precision, checkpointing_epochs=2)
+    out = train(mixed_precision=precision, checkpointing_epochs=2, window_range=(0, 2))
     assert {value.dtype for value in weights(out).values()} == {torch.float32}
     assert {p.dtype for p in live["actor"].transformer.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_only_prompts_that_will_be_drawn_are_encoded(train, monkeypatch, capsys):
+    """Of 6 prompts an epoch draws 2, and 2 are evaluated: no more than 4, and the one of guidance. Another epoch, resumed, adds its own."""
+    encoded, prepare = [], script.inputs.prepare_texts
+    monkeypatch.setattr(script.inputs, "prepare_texts", lambda run, args, texts: encoded.append(set(texts)) or prepare(run, args, texts))
+    first = dict(num_epochs=1, checkpointing_epochs=1)
+    train(**first, dry_run=True)
+    planned = int(re.search(r"text cache +(\d+) entries", capsys.readouterr().out)[1])
+    train(**first)
+    assert len(encoded[0]) == planned <= 5
+    train(num_epochs=2, resume_from_checkpoint="latest")
+    assert encoded[0] < encoded[1] and len(encoded[1]) <= 7
 
 
 # --------------------------------------------------------------------------- dry run
@@ -657,10 +704,18 @@ def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_
     for part in (
         "6 of ", "2 evaluated every 20 epochs", "8 pictures on one process, in batches of 4; 2 update(s)", "32 forward passes",
         "16 forward and backward passes", "4 in 2 epochs, 16 pictures", "text cache  ", "only while the text cache is filled",
-        "kept of 4 picture(s)", "at the peak of a step; scorers come on top",
+        "kept of 4 picture(s)", "at the peak of a step; scorers come on top", "  decoding   ", ", 4 picture(s) at a time",
     ):  # fmt: skip
         assert part in plan, plan
     assert not (tmp_path / "out").exists()
+
+
+def test_decoding_is_the_plans_peak_where_it_takes_more_than_a_step(world, tmp_path, monkeypatch, capsys):
+    """A terabyte, beside what is there all the time: weights, optimizer state, no gradient."""
+    monkeypatch.setattr(script.plan, "drawing_bytes", lambda args, vae: 10**12)
+    runs.train(script, world.argv(tmp_path / "out", **GRPO, dry_run=True))
+    shown = capsys.readouterr().out
+    assert "1000.00 GB, 4 picture(s) at a time" in shown and "1000.00 GB (931.3 GiB) at the peak of a step" in shown
 
 
 # --------------------------------------------------------------------------- bad input
@@ -677,6 +732,11 @@ BAD = {
     "window beyond the steps": (dict(window_range=(0, 4)), "--window_range 0 4", "try --window_range 0 3"),
     "window larger than its range": (dict(window_size=4), "--window_size 4", "1 .. 3"),
     "too few steps": (dict(num_inference_steps=1), "--num_inference_steps", "at least 2"),
+    "a ratio of rounding alone": (
+        dict(mixed_precision="bf16"),
+        "--window_range 0 3: at step 2 rounding to bf16 alone makes a log-ratio of 63 nats with cps, against --clip_nats 0.66",
+        "use --window_range 0 2, --transition flow --clip_nats 6.55, --loss guard or --mixed_precision no",
+    ),
     "no noise": (dict(noise_level=0), "--noise_level", "above 0"),
     "too much noise": (dict(noise_level=1.5), "--noise_level 1.5", "0.8"),
     "packed weights that are trained": (dict(full_weights=True, rank=None, quantize_base="int8"), "--quantize_base int8", "--full_weights"),

@@ -14,6 +14,25 @@ SIGMAS = [3 * u / (1 + 2 * u) for u in (1 - (1 - 0.003 / 1.002) * i / 9 for i in
 PAIRS = list(zip(SIGMAS[:-1], SIGMAS[1:], strict=True))  # the steps that can be stochastic
 
 
+def test_sensitivity_by_hand():
+    """cps at 0.8, step 8 of 10, 0.278 -> 0.0089: step_std = 0.0089 sin 72 deg = 0.0085, k = 0.0089 cos 72 deg = 0.00276,
+    B = k (1 - 0.278) - (1 - 0.0089) 0.278 = -0.2735, so 32; step 4, 0.7904 -> 0.7073: B = 0.2186 x 0.2096 - 0.2927 x 0.7904 = -0.1855,
+    step_std 0.6727: 0.276. flow at 0.7, step 8: c^2 = 0.49 x 0.278 / 0.722 = 0.1887, dt = -0.2691, B = -0.2691 (1 + 0.1887 x 0.722 / 0.556)
+    = -0.335, step_std = sqrt(0.1887 x 0.2691) = 0.2253: 1.487."""
+    s, n = torch.tensor(PAIRS, dtype=torch.float64).T
+    cps, flow, precise = (transitions.sensitivity(name, s, n, LEVELS[name]) for name in ("cps", "flow", "precise"))
+    assert cps[8].item() == pytest.approx(32.2, abs=0.1) and cps[4].item() == pytest.approx(0.276, abs=1e-3)
+    assert flow[8].item() == pytest.approx(1.487, abs=1e-3) and flow.max() == flow[8]
+    assert precise[8] > 30 and cps[:8].max() < 1.2 and precise[:8].max() < 1.2
+
+
+def test_the_public_clip_of_cps_in_nats():
+    """1e-5 on the mean over D of -(x' - mean)^2 is 65,536 x 1e-5 / (2 step_std^2) nats: at step 0 0.655 / (2 x 0.913^2) = 0.39."""
+    s, n = torch.tensor(PAIRS[:5], dtype=torch.float64).T
+    nats = 65_536 * 1e-5 / (2 * transitions.coefficients("cps", s, n, 0.8)[2] ** 2)
+    assert [round(value, 2) for value in nats.tolist()] == [0.39, 0.43, 0.49, 0.58, 0.72]
+
+
 def batch(values, shape=(2, 3)):
     """(b, *shape) standard normal numbers, and (b,) float32 columns of the pairs."""
     g = torch.Generator().manual_seed(1)

@@ -14,7 +14,8 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     return found
 
 
+_KINDS = {".txt": "lines", ".json": "rows", ".jsonl": "rows", ".csv": "rows", ".parquet": "parquet"}  # how a file is read
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _ALLOWED = f"one of {', '.join(BUILT_IN)}, a .txt, .json, .jsonl, .csv or .parquet file, a data set folder, or a Hub id (owner/name)"
 
@@ -142,7 +144,7 @@ def _kind(source: str, flag: str) -> str:
     if source in BUILT_IN:
         return "built-in"
     if path.is_file():
-        kind = {".txt": "lines", ".json": "rows", ".jsonl": "rows", ".csv": "rows", ".parquet": "parquet"}.get(path.suffix.lower())
+        kind = _KINDS.get(path.suffix.lower())
         if kind:
             return kind
     elif path.is_dir():
@@ -150,7 +152,7 @@ def _kind(source: str, flag: str) -> str:
             return "rows"
         if _tables(path):
             return "parquet"
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not path.suffix and not Path(source.split("/")[0]).is_dir():
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and path.suffix.lower() not in _KINDS and not Path(source.split("/")[0]).is_dir():
         return "hub"
     else:
         near = difflib.get_close_matches(source, BUILT_IN, n=1)
@@ -247,18 +249,36 @@ def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, rev
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"{where} cannot be read as parquet: {str(error).splitlines()[0]}") from error
     else:
-        import datasets
+        name, values = _from_hub(source, column, cache_dir / "datasets", revision, where)
+    return _from_rows(_numbered({name: value} for value in values), name, where)
 
+
+def _from_hub(source: str, column: str | None, folder: Path, revision: str | None, where: str) -> tuple[str, list[Any]]:
+    """Name and values of the column of the prompts. Of parquet no other is copied to `folder`, where a run without network finds it."""
+    import datasets
+
+    @contextmanager
+    def available() -> Iterator[None]:
         try:
-            table = datasets.load_dataset(source, split="train", cache_dir=str(cache_dir / "datasets"), revision=revision)
+            yield
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
             raise ValueError(
                 f"{where} is no local path, and cannot be had from the Hugging Face Hub either ({str(error).strip().splitlines()[0]}); "
                 f"give {_ALLOWED}"
             ) from error
-        name = _column(table.column_names, column, where)
-        values = list(table.select_columns([name])[name])
-    return _from_rows(_numbered({name: value} for value in values), name, where)
+
+    folder /= "prompts" if column is None else f"prompts_{column}"  # apart from copies with all columns
+    with available():
+        builder = datasets.load_dataset_builder(source, cache_dir=str(folder), revision=revision)
+        parquet = hasattr(builder.config, "columns")
+        names = builder.info.features or (builder.as_streaming_dataset(split="train").column_names if parquet else None)
+    if parquet:
+        builder.config.columns = [_column(list(names), column, where)]
+    with available():
+        builder.download_and_prepare()
+        table = builder.as_dataset(split="train")
+    name = _column(table.column_names, column, where)
+    return name, list(table.select_columns([name])[name])
 
 
 # --------------------------------------------------------------------------- which prompts an epoch draws
@@ -320,6 +340,10 @@ class GroupSampler:
     def texts(self, epoch: int) -> list[str]:
         """The prompt of each position of an epoch, over all processes."""
         return [self.prompts[index].text for index in self._chosen(epoch) for _ in range(self.group_size)]
+
+    def drawn(self, epochs: int) -> list[str]:
+        """The prompts of so many epochs, each once: of the first pass alone, since the others hold the same."""
+        return list(dict.fromkeys(self.prompts[index].text for index in self._shuffled(0)[: epochs * self.groups_per_epoch]))
 
     def updates(self, epoch: int, count: int) -> list[list[int]]:
         """Which batches, by number, each of `count` optimizer steps trains on: each batch once, the same numbers on every process.

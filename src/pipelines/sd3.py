@@ -84,6 +84,13 @@ def check_resolution(path: str | Path, *sides: int) -> None:
         raise ValueError(f"--resolution {max(sides)}: the position embeddings of {path} end at {limit} pixels; try {limit}")
 
 
+def local_shift(path: str | Path) -> float:
+    """The timestep shift of a local model folder; SD3's own for a Hub id, which nothing is downloaded of, and for a folder without."""
+    name = "scheduler/scheduler_config.json"
+    local = not is_hub_id(str(path)) and (Path(path).expanduser() / name).is_file()
+    return float(read_config(path, name)["shift"]) if local else 3.0
+
+
 def block_count(path: str | Path) -> int | None:
     """Transformer blocks of a local model folder; None for a Hub id, which nothing is downloaded of."""
     return None if is_hub_id(str(path)) else read_config(path, "transformer/config.json")["num_layers"]

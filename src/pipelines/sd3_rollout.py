@@ -12,12 +12,12 @@ may choose other kernels without, and torch.compile makes a graph for each.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from src import seeds, transitions
+from src import flow, seeds, transitions
 from src.lora import unwrap
 from src.pipelines import sd3
 
@@ -31,7 +31,7 @@ class Trajectory:
     Attributes:
         final: (b, 16, h, w) float32, for `sd3.decode_latents`.
         latents: (b, W + 1, 16, h, w), the state before each step of the window and after its last; in the dtype given to `sample`.
-        means: (b, W, 16, h, w) float32, of those steps by the policy that drew them.
+        means: (b, W, 16, h, w) float32, of those steps by the policy that drew them; None unless asked for.
         log_probs: (b, W) float64, of those steps, joint over all dimensions, nats.
         sigmas: (T + 1,) float32 on the CPU, the whole schedule from 1 to 0.
         window: numbers of the stochastic steps, within 0 .. T - 2.
@@ -41,7 +41,7 @@ class Trajectory:
 
     final: Tensor
     latents: Tensor
-    means: Tensor
+    means: Tensor | None
     log_probs: Tensor
     sigmas: Tensor
     window: range
@@ -59,8 +59,8 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> "Trajectory":
         """Moved; keep what waits for training on the CPU, then GPU memory does not grow with the number of pictures."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name in ("final", "latents", "means", "log_probs")}
-        return replace(self, **moved)
+        tensors = {name: getattr(self, name) for name in ("final", "latents", "means", "log_probs")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Step:
     """One denoising step of b pictures under the policy of now, beside what it was when the pictures were drawn.
 
     Attributes:
-        mean, old_mean: (b, 16, h, w) float32, of the next latent; by this policy and by the one that sampled.
+        mean, old_mean: (b, 16, h, w) float32, of the next latent; by this policy, and by the one that sampled if its means were kept.
         step_std: (b, 1, 1, 1) float32, the same for both.
         log_prob, old_log_prob: (b,) float64, of the latent that was drawn, joint over all dimensions, nats.
         sigma, sigma_next: (b,) float32 on the CPU, noise levels before and after.
     """
 
     mean: Tensor
-    old_mean: Tensor
+    old_mean: Tensor | None
     step_std: Tensor
     log_prob: Tensor
     old_log_prob: Tensor
@@ -155,6 +155,12 @@ def schedule(model: sd3.SD3, num_inference_steps: int, shift: float | None = Non
     return scheduler.sigmas.cpu()
 
 
+def schedule_by_formula(num_inference_steps: int, shift: float) -> Tensor:
+    """What `schedule` returns, without the seconds that an import of diffusers takes; its steps shift the smallest level twice."""
+    least = flow.shift_sigma(torch.tensor(1 / flow.TRAIN_TIMESTEPS), shift)
+    return torch.cat([flow.shift_sigma(torch.linspace(1, float(least), num_inference_steps), shift), torch.zeros(1)])
+
+
 def _velocity(
     network: nn.Module, x: Tensor, sigma: Tensor, condition: sd3.Conditioning, negative: sd3.Conditioning | None, guidance_scale: float
 ) -> Tensor:
@@ -184,7 +190,7 @@ def _bare_in_eval_mode(policy: nn.Module) -> nn.Module:
 def sample(
     policy: nn.Module, condition: sd3.Conditioning, *, negative: sd3.Conditioning | None = None, seed: int, epoch: int,
     positions: Sequence[int], sigmas: Tensor, height: int, width: int, guidance_scale: float = 1.0, transition: str = "ode",
-    noise_level: float | None = None, window: range = range(0), dtype: torch.dtype = torch.float32,
+    noise_level: float | None = None, window: range = range(0), keep_means: bool = False, dtype: torch.dtype = torch.float32,
 ) -> Trajectory:  # fmt: skip
     """Denoise b pictures from noise in one batch; stochastic steps in `window`, deterministic ones elsewhere.
 
@@ -197,6 +203,7 @@ def sample(
         sigmas: (T + 1,) on the CPU, from `schedule`.
         height, width: pixels, multiples of 16.
         window: steps within 0 .. T - 2; empty for the plain ODE, which takes transition "ode" and no noise level.
+        keep_means: for GRPO-Guard, which compares means; as much memory as the latents.
         dtype: of the kept latents; samples are rounded to it before they are scored and before denoising goes on.
 
     Raises:
@@ -224,14 +231,14 @@ def sample(
             mean, step_std = transitions.moments(transition, x, velocity, sigma, sigma_next, noise_level)
             x = transitions.draw(mean, step_std, noise, dtype)
             latents.append(x)
-            means.append(mean)
+            means += [mean] if keep_means else []
             log_probs.append(transitions.log_prob(x, mean, step_std))
         else:
             x = transitions.moments("ode", x, velocity, sigma, sigma_next)[0].to(dtype)
     if not x.isfinite().all():
         raise FloatingPointError("the sampled latents hold NaN or infinity; try --mixed_precision bf16 or no, or a smaller --learning_rate")
     return Trajectory(
-        final=x.float(), latents=torch.stack(latents, 1), means=torch.stack(means, 1) if means else x.new_empty(len(x), 0, *shape),
+        final=x.float(), latents=torch.stack(latents, 1), means=torch.stack(means, 1) if means else None,
         log_probs=torch.stack(log_probs, 1) if log_probs else x.new_empty(len(x), 0, dtype=torch.float64),
         sigmas=sigmas, window=window, transition=transition, noise_level=noise_level, guidance_scale=guidance_scale,
     )  # fmt: skip
@@ -255,12 +262,9 @@ def replay(
     assert all(step in trajectory.window for step in steps.tolist()), f"step {t} is not in the window {trajectory.window}"
     rows, columns = torch.arange(len(trajectory)), steps - trajectory.window.start
     device = condition.embeds.device
-    x, drawn, old_mean, old_log_prob = (
-        seeds.send(kept[rows, place], device)
-        for kept, place in (
-            (trajectory.latents, columns), (trajectory.latents, columns + 1), (trajectory.means, columns), (trajectory.log_probs, columns),
-        )
-    )  # fmt: skip
+    x, drawn = (seeds.send(trajectory.latents[rows, place], device) for place in (columns, columns + 1))  # each (b, 16, h, w)
+    old_log_prob = seeds.send(trajectory.log_probs[rows, columns], device)  # (b,)
+    old_mean = None if trajectory.means is None else seeds.send(trajectory.means[rows, columns], device)
     sigma, sigma_next = trajectory.sigmas[steps], trajectory.sigmas[steps + 1]  # (b,)
     velocity = _velocity(network, x, sigma, condition, negative, trajectory.guidance_scale)
     mean, step_std = transitions.moments(trajectory.transition, x, velocity, sigma, sigma_next, trajectory.noise_level)
