@@ -269,7 +269,7 @@ def main(args: argparse.Namespace) -> None:
         # twin: rl-tail
         done = (epoch + 1) * updates
         log.add(**{name: torch.stack(value).mean() for name, value in values.items()})
-        log.write(done, lr=schedule.get_last_lr()[0], epoch=epoch + 1, no_signal=(advantages == 0).float().mean().item(),
+        log.write(done, lr=optim.rate(schedule), epoch=epoch + 1, no_signal=(advantages == 0).float().mean().item(),
                   skipped_updates=updates - len(values["grad_norm"]), **scored.metrics())  # fmt: skip
         evaluator.run_if_due(epoch + 1, done)
         saver.save_if_due(done)

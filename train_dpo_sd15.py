@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import card, checkpoint, cli, ddpm, ema, inputs, lora, metrics, plan, runtime, seeds, speed, unet, validation
+from src import card, checkpoint, cli, ddpm, ema, inputs, lora, metrics, optim, plan, runtime, seeds, speed, unet, validation
 from src.data import buckets, samples
 from src.pipelines import sd15
 
@@ -243,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
         done = step + 1
         # end twin
         log.add(grad_norm=grad_norm, **{name: torch.stack([measures[name] for measures in found]).mean() for name in found[0]})
-        log.write(done, lr=schedule.get_last_lr()[0], epoch=done / data.plan.steps_per_epoch)
+        log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
         validator.run_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():

@@ -199,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
         log.add(loss=total, grad_norm=grad_norm, **({f"{kind}_loss": mean for kind, mean in means.items()} if prior else {}))
         # twin: tail
         done = step + 1
-        log.write(done, lr=schedule.get_last_lr()[0], epoch=done / data.plan.steps_per_epoch)
+        log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
         validator.run_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from src import card, checkpoint, cli, ddpm, ema, inputs, metrics, plan, rewards, runtime, seeds, speed, unet
+from src import card, checkpoint, cli, ddpm, ema, inputs, metrics, optim, plan, rewards, runtime, seeds, speed, unet
 from src.data import prompts
 from src.pipelines import sd15, sd15_rollout
 from src.pipelines.common import evaluating
@@ -272,7 +272,7 @@ def main(args: argparse.Namespace) -> None:
         done = step + 1
         # end twin
         log.add(grad_norm=grad_norm, **{name: torch.stack(value).mean() for name, value in values.items()})
-        log.write(done, lr=schedule.get_last_lr()[0])
+        log.write(done, lr=optim.rate(schedule))
         evaluator.run_if_due(done, done)
         saver.save_if_due(done)
         if run.stop_requested():

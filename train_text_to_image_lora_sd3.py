@@ -172,7 +172,7 @@ def main(args: argparse.Namespace) -> None:
         log.add(loss=torch.stack(losses).mean(), grad_norm=grad_norm)
         # twin: tail
         done = step + 1
-        log.write(done, lr=schedule.get_last_lr()[0], epoch=done / data.plan.steps_per_epoch)
+        log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
         validator.run_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():

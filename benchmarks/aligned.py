@@ -224,15 +224,20 @@ class RewardGradientLoop(UNetLoop):
     def draw(self, batch: int) -> None:
         seeds.seed_everything(0, "batch")
         self.condition, self.negative = self.texts(batch), self.texts(1) if self.args.guidance_scale > 1 else None
+        self.noised: Tensor | None = None  # (b, 4, h, w), where the gradient of `losses` begins
 
     def adopt(self, other: "RewardGradientLoop") -> None:
         super().adopt(other)
-        dtype = self.run.weight_dtype
+        dtype, self.noised = self.run.weight_dtype, other.noised  # what 30 steps make of rounding is not compared
         self.condition = other.condition.to(dtype)
         self.negative = None if other.negative is None else other.negative.to(dtype)
 
-    def pictures(self, step: int) -> Iterator[Tensor]:
-        """The losses (b,) of each picture that --method trains; run backward on one before taking the next."""
+    def pictures(self, step: int, noised: Tensor | None = None) -> Iterator[Tensor]:
+        """The losses (b,) of each picture that --method trains; run backward on one before taking the next.
+
+        Args:
+            noised: latents that the rollout ended with; None: it is run.
+        """
         args, script = self.args, self.script
         where = args.seed, step, list(range(len(self.condition)))
         predict = script.predictor(self.run, self.model, self.condition, self.negative, args.guidance_scale)
@@ -241,17 +246,19 @@ class RewardGradientLoop(UNetLoop):
             return seeds.normal(*where, stream, self.latent_shape, self.run.device)
 
         first = script.first_steps(args, where)
-        with script.sampling(self.run, self.model):
-            x_t = sd15_rollout.rollout(predict, first, self.schedule, draw)
+        if noised is None:
+            with script.sampling(self.run, self.model):
+                noised = sd15_rollout.rollout(predict, first, self.schedule, draw)
+        self.noised = noised
         for x0 in script.clean_latents(
-            predict, x_t, first, self.schedule, draw, method=args.method,
+            predict, noised, first, self.schedule, draw, method=args.method,
             num_renoised=args.num_renoised if args.method == "draft_lv" else 0,
         ):  # fmt: skip
             reward = (script.decode(self.parts, x0, args.decode_batch_size) * self.weighing).sum(dim=(1, 2, 3))  # (b,)
             yield args.grad_scale * script.reward_loss(reward, args.reward_threshold)
 
     def losses(self) -> Tensor:
-        return next(self.pictures(0))
+        return next(self.pictures(0, self.noised))
 
     def step(self) -> Tensor:
         found = []

@@ -25,7 +25,7 @@ NAMES = {
     "instance_loss": "DreamBooth: the part of loss that the subject's pictures give",
     "prior_loss": "DreamBooth: the same for pictures of its class; loss is instance_loss + --prior_loss_weight * this",
     "grad_norm": "global norm of the gradient before clipping, mean over the window",
-    "lr": "learning rate that the schedule has reached: that of the next step",
+    "lr": "learning rate of the next step; prodigy's is the step size that it has found, times that of the schedule",
     "epoch": "passes over the training set so far; in reinforcement learning rounds of sampling and training",
     "accuracy": "share of pairs that the model prefers as people do: its error fell more on the winner than on the loser; ties count half",
     "policy_margin": "squared error of the predicted noise on the loser minus that on the winner",

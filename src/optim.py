@@ -106,6 +106,12 @@ def schedule(
     )
 
 
+def rate(schedule: LRScheduler) -> float:
+    """The learning rate of the next step; prodigy's is what the schedule says times the step size that it has found so far."""
+    group = schedule.optimizer.param_groups[0]
+    return group["lr"] * group.get("d", 1.0)
+
+
 def learning_rate(peak: float, scale: bool, global_batch: int) -> float:
     """The learning rate that results: `peak`, times the global batch with --scale_lr (batch x accumulation x processes)."""
     return peak * global_batch if scale else peak

@@ -197,6 +197,21 @@ def test_the_schedule_counts_optimizer_steps_and_nothing_else():
     assert schedule.get_last_lr() == [pytest.approx(0.1)]
 
 
+def test_the_rate_is_the_schedules_and_prodigys_the_step_size_that_it_found():
+    _, optimizer, step = problem("adamw", learning_rate=0.5)
+    schedule = optim.schedule(optimizer, "linear", total_steps=10)
+    step(0)
+    schedule.step()
+    assert optim.rate(schedule) == schedule.get_last_lr()[0] == pytest.approx(0.45)
+    pytest.importorskip("prodigyopt")
+    _, optimizer, step = problem("prodigy", learning_rate=1.0)
+    schedule = optim.schedule(optimizer, "constant", total_steps=10)
+    assert optim.rate(schedule) == 1e-6  # where it begins
+    for number in range(30):
+        step(number)
+    assert optim.rate(schedule) == optimizer.param_groups[0]["d"] > 2e-6
+
+
 def test_scaled_learning_rate_by_hand():
     """4 samples x 2 micro-batches x 3 processes = 24 samples per step."""
     assert optim.learning_rate(1e-4, True, 4 * 2 * 3) == pytest.approx(24e-4)
