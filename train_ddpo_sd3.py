@@ -148,6 +148,8 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_nats: float, dimensio
     gain = dimensions * torch.expm1(log_ratio / dimensions)
     clipped = dimensions * torch.expm1(log_ratio.clamp(-clip_nats, clip_nats) / dimensions)
     return torch.maximum(-advantage * gain, -advantage * clipped)
+
+
 # end twin
 
 

@@ -77,6 +77,8 @@ def flow_matching_loss(transformer: torch.nn.Module, x0: Tensor, noise: Tensor, 
     x_t = flow.interpolate(x0, noise, sigma)  # (b, 16, h, w)
     velocity = sd3.velocity(transformer, x_t, sigma, condition)  # (b, 16, h, w)
     return flow.velocity_loss(velocity, flow.velocity_target(x0, noise))  # (b,)
+
+
 # end twin
 
 

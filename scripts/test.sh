@@ -16,6 +16,7 @@ if [ "$#" -gt 0 ] && [ "$1" != fast ]; then exec python -m pytest "$@"; fi
 
 say "Lint"
 ruff check .
+ruff format --check .
 say "Fast tests"
 python -m pytest -q "${workers[@]}"
 if [ "${1:-}" = fast ]; then exit 0; fi

@@ -219,6 +219,8 @@ def existing_file(text: str) -> Path:
 
 
 # --------------------------------------------------------------------------- groups
+# A flag has two lines, how it is read and what it means: formatted, it would have six.
+# fmt: off
 
 
 def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.5-medium") -> None:
@@ -308,7 +310,7 @@ def add_data_args(
     g = parser.add_argument_group("captioned pictures, sizes and caches" if pretrain else "data")
     layouts = "folder (metadata.jsonl/.csv) or parquet of pairs, or Hub id" if pairs else (
         "folder (metadata.jsonl/.csv or one .txt per picture), parquet, webdataset or Hub id"
-    )  # fmt: skip
+    )
     if pretrain:
         g.add_argument(
             "--pretrain_dataset_name", type=path_or_name, help=f"pictures of the pre-training loss: {layouts} (unset: no such loss)"
@@ -331,7 +333,7 @@ def add_data_args(
         help=f"side of the square in pixels; with --aspect_buckets, the square root of a bucket's area{unset}",
     )
     g.add_argument("--aspect_buckets", action=argparse.BooleanOptionalAction, default=False,
-                   help="keep aspect ratios up to 2:1, one per global batch; off: squares")  # fmt: skip
+                   help="keep aspect ratios up to 2:1, one per global batch; off: squares")
     g.add_argument("--random_crop", action="store_true", help="random instead of centre crop (not with --cache_latents)")
     g.add_argument("--no_hflip", action="store_true", help="never mirror a picture (unset: half of the time)")
     g.add_argument("--caption_dropout", type=fraction, default=caption_dropout, help="share of captions left empty (teaches guidance)")
@@ -377,7 +379,7 @@ def add_timestep_args(parser: Parser) -> None:
 def add_optimization_args(
     parser: Parser, *, learning_rate: float, lora_learning_rate: float | None = None, weight_decay: float = 1e-2, ema_decay: float = 0.999,
     warmup: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Optimizer, schedule, clipping and the moving average of the weights.
 
     Args:
@@ -402,7 +404,7 @@ def add_optimization_args(
     g.add_argument("--adam_epsilon", type=positive_float, default=1e-8, help="floor of the denominator")
     g.add_argument("--max_grad_norm", type=non_negative_float, default=1.0, help="clip the global gradient norm to this; 0: no clipping")
     g.add_argument("--use_ema", action=argparse.BooleanOptionalAction, default=False,
-                   help="validate and save a moving average of the trained weights; they themselves go to raw/")  # fmt: skip
+                   help="validate and save a moving average of the trained weights; they themselves go to raw/")
     g.add_argument("--ema_decay", type=decay, default=ema_decay, help="decay of that average per optimizer step")
 
     def usual(args: argparse.Namespace) -> float:
@@ -818,7 +820,7 @@ def add_scorer_settings(g: argparse._ArgumentGroup) -> None:
     g.add_argument("--judge_url", metavar="URL", help="server of vlm_judge, like http://localhost:8000/v1; its key, if any: $JUDGE_API_KEY")
     g.add_argument("--judge_model", help="model name on the --judge_url server")
     g.add_argument("--judge_template", type=path_or_name, metavar="FILE",
-                   help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")  # fmt: skip
+                   help="question of vlm_judge, with {prompt} in it (unset: src/scorers/vlm_judge.txt)")
     g.add_argument("--judge_max", type=positive_float, help="highest mark that the question asks for (unset: 10)")
     g.add_argument("--judge_timeout", type=positive_float, help="seconds to wait for an answer of vlm_judge (unset: 60)")
     g.add_argument("--judge_concurrency", type=positive_int, help="questions to vlm_judge at a time (unset: 8)")
@@ -831,7 +833,7 @@ SCORER_OPTIONS = {
     **dict.fromkeys(
         ("judge_url", "judge_model", "judge_template", "judge_max", "judge_timeout", "judge_concurrency", "judge_cache"), "vlm_judge"
     ),
-}  # fmt: skip
+}
 
 
 def add_page_args(parser: Parser) -> None:
@@ -850,7 +852,7 @@ def scorer_options(args: argparse.Namespace) -> dict[str, object]:
         "hps_version": args.hps_version, "judge_url": args.judge_url, "judge_model": args.judge_model,
         "judge_template": args.judge_template, "judge_max": args.judge_max, "judge_timeout": args.judge_timeout,
         "judge_concurrency": args.judge_concurrency, "judge_cache": args.judge_cache,
-    }  # fmt: skip
+    }
 
 
 def _judged_by(args: argparse.Namespace, name: str) -> bool:
@@ -863,6 +865,7 @@ def _scorers_of(spec: str | None) -> dict[str, str]:
     return {part.partition("=")[0].strip(): part for part in spec.split(",")} if spec else {}
 
 
+# fmt: on
 # --------------------------------------------------------------------------- --config
 
 

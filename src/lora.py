@@ -131,9 +131,7 @@ def add_text(encoder: nn.Module, *, rank: int, alpha: float | None = None) -> No
     _attach(encoder, names, rank=rank, alpha=alpha)
 
 
-def _attach(
-    module: nn.Module, names: list[str], *, rank: int, alpha: float | None, dropout: float = 0.0, use_dora: bool = False
-) -> None:
+def _attach(module: nn.Module, names: list[str], *, rank: int, alpha: float | None, dropout: float = 0.0, use_dora: bool = False) -> None:
     from peft import LoraConfig
 
     module.requires_grad_(False)
@@ -372,8 +370,10 @@ def _read(path: str | Path, denoiser: str) -> tuple[dict[str, Tensor], dict[str,
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{flag}: cannot be read as safetensors ({error}); is the file complete?") from error
     if not any(key.startswith(f"{denoiser}.") and key.endswith("lora_A.weight") for key in tensors):
-        raise ValueError(f"{flag}: holds no LoRA of {'an SD3 transformer' if denoiser == 'transformer' else 'a UNet'} in diffusers' format "
-                         f"(no {denoiser}.*.lora_A.weight)")
+        raise ValueError(
+            f"{flag}: holds no LoRA of {'an SD3 transformer' if denoiser == 'transformer' else 'a UNet'} in diffusers' format "
+            f"(no {denoiser}.*.lora_A.weight)"
+        )
     return tensors, metadata or {}
 
 

@@ -101,9 +101,7 @@ def schedule(
     """
     from diffusers.optimization import get_scheduler
 
-    return get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps, num_cycles=cycles, power=power
-    )
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps, num_cycles=cycles, power=power)
 
 
 def rate(schedule: LRScheduler) -> float:

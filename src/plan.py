@@ -417,9 +417,7 @@ def drawing_bytes(args: argparse.Namespace, vae: nn.Module) -> int:
     for weight in vae.parameters():
         weight.data = weight.data.to({"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision])
     shape = (rollout_batch(args), vae.config.latent_channels, *[args.resolution // sd3.VAE_SCALE] * 2)
-    return activations.live(
-        vae, lambda module: sd3.decode_latents(SimpleNamespace(vae=module), torch.empty(shape), args.decode_batch_size)
-    )
+    return activations.live(vae, lambda module: sd3.decode_latents(SimpleNamespace(vae=module), torch.empty(shape), args.decode_batch_size))
 
 
 def decoding_bytes(args: argparse.Namespace, vae: nn.Module, family: ModuleType) -> int:
@@ -540,9 +538,7 @@ def text_tokens(args: argparse.Namespace, family: ModuleType = sd3) -> int:
 # --------------------------------------------------------------------------- what it costs
 
 
-def sample_flops(
-    family: ModuleType, denoiser: nn.Module, args: argparse.Namespace, tokens: int, preference: Preference | None
-) -> int:
+def sample_flops(family: ModuleType, denoiser: nn.Module, args: argparse.Namespace, tokens: int, preference: Preference | None) -> int:
     """Of one sample in an optimizer step: a picture; or a pair, with the reference's forward passes (without one, its winner alone)."""
     step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
     if preference is None or not preference.reference:

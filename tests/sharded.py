@@ -45,6 +45,7 @@ def load(model: str, world: int, kind: str) -> torch.nn.Module:
 
 def loss_of(transformer: torch.nn.Module, step: int, positions: range) -> torch.Tensor:
     """Of this process's part of the global batch: (b,)."""
+
     def draw(stream, *shape):
         return seeds.normal(0, step, positions, stream, shape)
 

@@ -244,6 +244,7 @@ def test_fill_computes_batches_of_all_keys_in_which_one_is_missing(tmp_path):
 @pytest.mark.parametrize("written", range(1, 7))
 def test_an_interrupted_filling_ends_with_the_same_entries(tmp_path, written, monkeypatch):
     """Values that depend on the batch, as those of real kernels do in their last bits; stopped after 1 to 6 of 7 entries."""
+
     def compute(keys):
         return [{"mean": torch.tensor([float(len(keys)), float(ord(key))])} for key in keys]
 

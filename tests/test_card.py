@@ -15,7 +15,7 @@ import yaml
 from src import card, lora, metrics
 from src.pipelines import sd3
 
-NASTY = 'a "red" heart: {on} a\nblue | `background` # 🙂 \'quoted\''
+NASTY = "a \"red\" heart: {on} a\nblue | `background` # 🙂 'quoted'"
 
 
 @pytest.fixture

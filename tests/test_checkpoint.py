@@ -121,6 +121,7 @@ def test_the_time_of_saving_does_not_count_for_the_speed(tmp_path, monkeypatch):
     run.mean, run.peak_memory, run.accelerator.log = lambda tensor: tensor, lambda: 0, lambda values, step: None
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     log = metrics.Log(run, every=3, images_per_add=1)
+
     def write(folder):
         now[0] += 50
 

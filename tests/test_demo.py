@@ -65,7 +65,7 @@ def refusal(capsys, *argv):
 
 
 def test_names_are_safe_whatever_the_prompt_holds():
-    prompts = ["../../etc/passwd", "a/b\\c:d*?\"<>|", "🙂", "", "日本語", "line\nbreak\ttab", "x" * 300, "con.", "-rf ~", "$(reboot)"]
+    prompts = ["../../etc/passwd", 'a/b\\c:d*?"<>|', "🙂", "", "日本語", "line\nbreak\ttab", "x" * 300, "con.", "-rf ~", "$(reboot)"]
     names = [gallery.file_name(i, prompt, 7) for i, prompt in enumerate(prompts)]
     assert names[0] == "000-etc-passwd-seed7.png" and names[2] == "002-picture-seed7.png" and names[5] == "005-line-break-tab-seed7.png"
     assert len(set(names)) == len(prompts)

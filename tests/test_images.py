@@ -187,7 +187,6 @@ def test_measure_is_the_size_of_the_opened_picture(tag, options):
             measure(file[: int(len(file) * share)])
 
 
-
 @pytest.mark.parametrize("tag", range(1, 9))
 @pytest.mark.parametrize("form, options", [
     ("TIFF", {"compression": "raw"}), ("TIFF", {"compression": "tiff_lzw"}), ("TIFF", {"compression": "jpeg"}), ("PNG", {}), ("WEBP", {}),

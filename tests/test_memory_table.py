@@ -23,6 +23,7 @@ def test_the_newest_measurement_of_the_same_flags_counts():
 
 def test_a_line_by_hand(monkeypatch):
     """10 GiB for one picture, 13 for two, 8 compiled; 9 were measured, a tenth less."""
+
     class Plan:
         def __init__(self, peak):
             self.peak = peak * 2**30

@@ -145,6 +145,7 @@ def test_the_check_passes_at_tiny_size(trainer, uncompiled, gpu_defaults):
 
 def test_only_an_operation_that_waits_is_a_wait(monkeypatch):
     """torch warns once, when the mode is set, in words that are much the same."""
+
     def set_mode(mode):
         if mode == "warn":
             warnings.warn("Synchronization debug mode is a prototype and does not yet detect all synchronizing operations", stacklevel=1)

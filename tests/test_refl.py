@@ -21,6 +21,7 @@ def schedule_for(eta=0.0):
 
 def drawing(b=3, dtype=torch.float32):
     """draw(stream): the same noise for the same name, whenever it is asked for."""
+
     def draw(stream):
         generator = torch.Generator().manual_seed(sum(map(ord, stream)) * 1000)
         return torch.randn(b, 4, 8, 8, generator=generator).to(dtype)

@@ -67,8 +67,11 @@ def test_forward_passes_are_counted_by_what_they_are_for(benchmark):
     [
         ("ddpo", dict(num_inner_epochs=2), {"sample": 4, "train": 4, "reference": 0}),
         ("grpo", dict(group_size=4, kl_weight=0.1, guidance_scale=2.0), {"sample": 8, "train": 4, "reference": 4}),
-        ("grpo", dict(group_size=4, loss="nft", nft_levels=2, window_size=None, window_range=None),
-         {"sample": 4, "train": 2, "reference": 2}),
+        (
+            "grpo",
+            dict(group_size=4, loss="nft", nft_levels=2, window_size=None, window_range=None),
+            {"sample": 4, "train": 2, "reference": 2},
+        ),
     ],
 )
 def test_an_epoch_of_each_trainer_is_counted(benchmark, world, trainer, changes, expected, monkeypatch, capsys):

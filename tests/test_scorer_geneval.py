@@ -215,8 +215,17 @@ def weights(tmp_path_factory):
     swin = SwinConfig(image_size=32, embed_dim=8, depths=[1] * 4, num_heads=[1] * 4, window_size=2,
                       out_features=["stage1", "stage2", "stage3", "stage4"])  # fmt: skip
     config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=1,
-        decoder_layers=2, num_attention_heads=1, dim_feedforward=8, num_queries=6, num_labels=80,
+        backbone_config=swin,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=1,
+        dim_feedforward=8,
+        num_queries=6,
+        num_labels=80,
     )
     detector = folder / geneval.DETECTOR.folder
     Mask2FormerForUniversalSegmentation(config).save_pretrained(detector)

@@ -69,7 +69,7 @@ def test_the_gradient_points_to_the_right_colour(mixture):
     circle = shapes.Drawing("circle", "green", "white", "large", "in the centre", (0.5, 0.5), 0.3)
     image = shapes.draw(circle, 64)[None].requires_grad_()
     mixture(image, ["a red circle on a white background"]).total.sum().backward()
-    inside = (shapes.draw(replace(circle, color="black", background="white"), 64)[0] < 0.5)
+    inside = shapes.draw(replace(circle, color="black", background="white"), 64)[0] < 0.5
     red, green, _ = image.grad[0][:, inside].sum(1)
     assert red > 0 > green
 

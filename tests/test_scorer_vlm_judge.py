@@ -97,7 +97,7 @@ def not_judged(caplog):
 def test_a_request_holds_model_question_and_picture_at_temperature_0(server, judge):
     scores = judge(PICTURES[:1], ["a {red} circle"])
     assert scores.tolist() == pytest.approx([0.7]) and scores.dtype == torch.float32
-    (path, body), = server.requests
+    ((path, body),) = server.requests
     assert path == "/v1/chat/completions" and body["model"] == "looker" and body["temperature"] == 0
     (message,) = body["messages"]
     question, picture = message["content"]

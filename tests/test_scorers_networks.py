@@ -89,7 +89,7 @@ def test_clip_and_pickscore_equal_transformers_own_logits(mixtures, name, source
 def test_clips_vocabulary_is_that_of_open_clip():
     from open_clip.tokenizer import SimpleTokenizer
 
-    texts = ["A photo of  a cat.", "Zoë's \"naïve\" café, 123 42nd Street!", "", "a red fox " * 40, "日本語 and 😀"]
+    texts = ["A photo of  a cat.", 'Zoë\'s "naïve" café, 123 42nd Street!', "", "a red fox " * 40, "日本語 and 😀"]
     ours = networks.clip_tokenizer()(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
     theirs = SimpleTokenizer()(texts)
     assert torch.equal(ours.input_ids * ours.attention_mask, theirs)

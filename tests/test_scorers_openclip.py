@@ -156,11 +156,11 @@ def test_unknown_models_and_tags_are_refused_with_those_that_there_are():
 
 def test_weights_of_another_model_are_looked_for_under_its_own_name():
     """The folder says model and tag; open_clip's table says where the Hub has them."""
-    default, = openclip.weights({"openclip_model": openclip.MODEL, "openclip_pretrained": openclip.TAG})
+    (default,) = openclip.weights({"openclip_model": openclip.MODEL, "openclip_pretrained": openclip.TAG})
     import open_clip
 
     assert open_clip.get_pretrained_cfg(openclip.MODEL, openclip.TAG)["hf_hub"] == default.hub_id + "/"
-    other, = openclip.weights({"openclip_model": "ViT-L-14", "openclip_pretrained": "openai"})
+    (other,) = openclip.weights({"openclip_model": "ViT-L-14", "openclip_pretrained": "openai"})
     assert other.folder == "openclip-ViT-L-14-openai" and other.hub_id == "timm/vit_large_patch14_clip_224.openai"
     refusal = "models/openclip-ViT-L-14-openai has no open_clip_model.safetensors.* put the file there from timm/vit"
     with pytest.raises(ValueError, match=refusal):

@@ -18,12 +18,44 @@ needs_open_clip = pytest.mark.skipif(tokenizers.find_spec("open_clip") is None, 
 
 def tiny_args(folder, *more):
     """A handful of steps of a two-block model."""
-    return build.parse_args([
-        "--only", "sd3", "--output_dir", str(folder / "model"), "--checkpoint_dir", str(folder / "checkpoints"),
-        "--vae_steps", "2", "--decoder_steps", "2", "--vae_pictures", "8", "--vae_batch_size", "2", "--vae_channels", "4", "4", "8", "8",
-        "--transformer_steps", "2", "--drawings", "8", "--batch_size", "4", "--layers", "2", "--heads", "2",
-        "--evaluation_steps", "2", "--evaluation_prompts", "2", *more,
-    ])
+    return build.parse_args(
+        [
+            "--only",
+            "sd3",
+            "--output_dir",
+            str(folder / "model"),
+            "--checkpoint_dir",
+            str(folder / "checkpoints"),
+            "--vae_steps",
+            "2",
+            "--decoder_steps",
+            "2",
+            "--vae_pictures",
+            "8",
+            "--vae_batch_size",
+            "2",
+            "--vae_channels",
+            "4",
+            "4",
+            "8",
+            "8",
+            "--transformer_steps",
+            "2",
+            "--drawings",
+            "8",
+            "--batch_size",
+            "4",
+            "--layers",
+            "2",
+            "--heads",
+            "2",
+            "--evaluation_steps",
+            "2",
+            "--evaluation_prompts",
+            "2",
+            *more,
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +254,7 @@ def test_the_shipped_folder_is_small_and_complete():
 @needs_shipped
 def test_shipped_configs_name_no_path_of_the_machine_that_built_them():
     for file in SHIPPED.rglob("*.json"):
-        assert "_name_or_path\": \"/" not in file.read_text() and "/home/" not in file.read_text()
+        assert '_name_or_path": "/' not in file.read_text() and "/home/" not in file.read_text()
 
 
 @needs_shipped

@@ -139,7 +139,7 @@ def test_what_belongs_to_the_other_model_is_refused(argv, line, capsys):
 def test_the_shipped_folder_is_small_and_names_no_path_of_the_machine_that_built_it():
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 8e6
     for file in SHIPPED.rglob("*.json"):
-        assert "_name_or_path\": \"/" not in file.read_text() and "/home/" not in file.read_text()
+        assert '_name_or_path": "/' not in file.read_text() and "/home/" not in file.read_text()
 
 
 @needs_shipped

@@ -572,7 +572,10 @@ BAD = {  # what is wrong: flags, set-up, what the line must name, the cure in it
     "key in the config": (dict(config="config.yaml"), typo_in_config, "--config", "rank"),
     "config that is not there": (dict(config="nowhere.yaml"), None, "--config", "YAML"),
     "adamw8bit uninstalled": (
-        dict(optimizer="adamw8bit"), without("bitsandbytes"), "--optimizer", f"{sys.executable} -m pip install bitsandbytes"
+        dict(optimizer="adamw8bit"),
+        without("bitsandbytes"),
+        "--optimizer",
+        f"{sys.executable} -m pip install bitsandbytes",
     ),
     "prodigy uninstalled": (dict(optimizer="prodigy"), without("prodigyopt"), "--optimizer", f"{sys.executable} -m pip install prodigyopt"),
     "wandb uninstalled": (dict(report_to="all"), without("wandb"), "--report_to", f"{sys.executable} -m pip install wandb"),

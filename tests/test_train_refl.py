@@ -236,8 +236,14 @@ def test_one_batch_of_four_equals_four_accumulated(train, world):
 def test_no_two_pictures_of_a_run_start_from_the_same_noise(train, monkeypatch):
     """On the public code every rank drew the same."""
     seen, real = [], script.sd15_rollout.rollout
-    monkeypatch.setattr(script.sd15_rollout, "rollout", lambda predict, stops, schedule, draw: (
-        seen.extend(zip(draw("noise").flatten(1)[:, 0].tolist(), stops.tolist(), strict=True)), real(predict, stops, schedule, draw))[1])
+    monkeypatch.setattr(
+        script.sd15_rollout,
+        "rollout",
+        lambda predict, stops, schedule, draw: (
+            seen.extend(zip(draw("noise").flatten(1)[:, 0].tolist(), stops.tolist(), strict=True)),
+            real(predict, stops, schedule, draw),
+        )[1],
+    )
     train(max_train_steps=4, train_batch_size=4, gradient_accumulation_steps=2, num_inference_steps=8, **LORA)
     noises, stops = zip(*seen, strict=True)
     assert len(set(noises)) == len(noises) == 32 and set(stops) == {6, 7}  # the last quarter of 8
@@ -275,6 +281,7 @@ def test_xl_trains_too(world, tiny_sdxl_folder, tmp_path):
 
 def test_defaults_that_depend_on_others(world):
     """ReFL's published step is one of 30 .. 39 of 40; its threshold 2 belongs to ImageReward's scale."""
+
     def parsed(**flags):
         return cli.parse(script.build_parser(), runs.command_line(pretrained_model_name_or_path=world.model, report_to="none", **flags))
 

@@ -64,7 +64,7 @@ def pixels(shown):
 def test_the_page_draws_what_the_command_beside_it_draws(studio, tmp_path):
     """After another scale, guidance and prompt were drawn: nothing of them may be left."""
     draw(studio, "a blue star", seed=9, scale=2.0, guidance=1.0)
-    asked = wish("it's a \"heart\"; $(ls)", scale=-0.35, guidance=3.5, negative="-blue")
+    asked = wish('it\'s a "heart"; $(ls)', scale=-0.35, guidance=3.5, negative="-blue")
     shown = list(studio.draw(asked, lambda *progress: None))
     words = shlex.split(studio.command(asked))
     assert words[:2] == ["python", "demo.py"]

@@ -124,9 +124,7 @@ def checks(objects: dict[str, list[Detection]], metadata: dict, name_colors: Nam
         if "position" in wanted:
             relation, index = wanted["position"]
             targets = groups[index] if all(points) else None
-            points.append(
-                targets is not None and all(relation in relations(ours.box, theirs.box) for ours in found for theirs in targets)
-            )
+            points.append(targets is not None and all(relation in relations(ours.box, theirs.box) for ours in found for theirs in targets))
         groups.append(found if all(points) else None)
         results += points
     results += [len(objects.get(unwanted["class"], [])) < unwanted["count"] for unwanted in metadata.get("exclude", [])]
@@ -191,10 +189,12 @@ class Detector:
         )
         found = []
         for result in results:  # not strict: without a single segment, "segmentation" is a map of -1 instead of no masks
-            found.append([
-                Detection(CLASSES[segment["label_id"]], segment["score"], box_of(mask), mask.bool())
-                for segment, mask in zip(result["segments_info"], result["segmentation"], strict=False)
-            ])
+            found.append(
+                [
+                    Detection(CLASSES[segment["label_id"]], segment["score"], box_of(mask), mask.bool())
+                    for segment, mask in zip(result["segments_info"], result["segmentation"], strict=False)
+                ]
+            )
         return found
 
 

@@ -36,7 +36,7 @@ def target(prompt: str) -> str:
     """
     quoted = re.search(r"[\"“”](.*?)[\"“”]", prompt, re.S)
     if quoted is None:
-        raise ValueError(f"the prompt {prompt!r} has no text in double quotes; write for example: a sign that says \"OPEN\"")
+        raise ValueError(f'the prompt {prompt!r} has no text in double quotes; write for example: a sign that says "OPEN"')
     if not normalized(quoted[1]):
         raise ValueError(f"the prompt {prompt!r} asks for an empty text; put at least one letter between the double quotes")
     return quoted[1]

@@ -108,9 +108,7 @@ def _pass(levels: Tensor, weights: Tensor) -> Tensor:
     return _straight_through((smooth + 0.5).floor().clamp(0, 255), smooth)
 
 
-def _resize(
-    images: Tensor, size: tuple[int, int], starts: tuple[int, int] | list[int], window: tuple[int, int], kernel: Kernel
-) -> Tensor:
+def _resize(images: Tensor, size: tuple[int, int], starts: tuple[int, int] | list[int], window: tuple[int, int], kernel: Kernel) -> Tensor:
     """The window of (height, width) `window` at (top, left) `starts` of the pictures resized to `size`; only the window is computed."""
     height, width = images.shape[2:]
     rows = pil_weights(height, size[0], starts[0], window[0], kernel)  # (h, H)

@@ -28,6 +28,7 @@ def random_blots(rng: random.Random, resolution: int) -> torch.Tensor:
     Returns:
         Picture (3, H, W), float in [0, 1].
     """
+
     def color():
         return torch.tensor([rng.random() for _ in range(3)])[:, None, None]
 

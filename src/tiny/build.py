@@ -100,7 +100,9 @@ def build(args: argparse.Namespace) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m src.tiny.build", usage="%(prog)s --only {sd3,sd15} [options]", allow_abbrev=False,
+        prog="python -m src.tiny.build",
+        usage="%(prog)s --only {sd3,sd15} [options]",
+        allow_abbrev=False,
         description="Train the tiny models that the repository ships, from nothing, on a CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -108,16 +110,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", help="model folder to write; models/tiny-NAME when unset")
     parser.add_argument("--checkpoint_dir", help="folder of checkpoints and the log's neighbour; outputs/build-NAME when unset")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoints in --checkpoint_dir")
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all",
-                        help="one stage alone, from the checkpoints before it; decoder and transformer, or unet, may run side by side")
+    parser.add_argument(
+        "--stage",
+        choices=["all", *STAGES],
+        default="all",
+        help="one stage alone, from the checkpoints before it; decoder and transformer, or unet, may run side by side",
+    )
     parser.add_argument("--evaluate", metavar="PATH", help="only print the figures of the model folder PATH")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights, the drawings and the noise")
     parser.add_argument("--vae_steps", type=int, help="optimizer steps of the autoencoder; sd3 4000, sd15 10000 when unset")
     parser.add_argument("--decoder_steps", type=int, help="optimizer steps of its decoder alone; sd3 14000, sd15 4000 when unset")
     parser.add_argument("--vae_batch_size", type=int, default=8, help="pictures in a step of the autoencoder, over all processes")
     parser.add_argument("--vae_pictures", type=int, default=24000, help="pictures that the autoencoder learns from")
-    parser.add_argument("--vae_blots", type=int,
-                        help="every so many-th of them is random blots, so that new shapes survive; 0: none; sd3 4, sd15 0 when unset")
+    parser.add_argument(
+        "--vae_blots",
+        type=int,
+        help="every so many-th of them is random blots, so that new shapes survive; 0: none; sd3 4, sd15 0 when unset",
+    )
     parser.add_argument("--vae_channels", type=int, nargs=4, default=[16, 16, 32, 64], help="channels of the autoencoder's four levels")
     parser.add_argument("--stop_at", type=float, default=0.85, help="stop once this share of held-out prompts is right")
     parser.add_argument("--batch_size", type=int, default=64, help="drawings in a step of the denoiser, over all processes")

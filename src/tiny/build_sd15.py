@@ -28,8 +28,14 @@ def make_vae(channels: tuple[int, ...]):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=channels,
-        layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=RESOLUTION, scaling_factor=1.0,  # measured later
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=RESOLUTION,
+        scaling_factor=1.0,  # measured later
     )
 
 
@@ -43,11 +49,17 @@ def make_unet(channels: tuple[int, ...], text_width: int):
 
     attention = [True] * (len(channels) - 1) + [False]
     return UNet2DConditionModel(
-        sample_size=RESOLUTION // 8, in_channels=4, out_channels=4, block_out_channels=channels, layers_per_block=1,
+        sample_size=RESOLUTION // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=channels,
+        layers_per_block=1,
         down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention),
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attention)),
-        cross_attention_dim=text_width, attention_head_dim=4, norm_num_groups=8,
+        cross_attention_dim=text_width,
+        attention_head_dim=4,
+        norm_num_groups=8,
     )
 
 
@@ -55,11 +67,20 @@ def make_text_encoder(tokenizer, width: int = 96):
     """Return a `CLIPTextModel` of two layers; 768 wide in the real model."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length, hidden_act="quick_gelu", bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    ))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def make_sd15(seed: int, unet_channels: tuple[int, ...], vae_channels: tuple[int, ...]):
@@ -75,8 +96,14 @@ def make_sd15(seed: int, unet_channels: tuple[int, ...], vae_channels: tuple[int
     scheduler = PNDMScheduler(**{name: value for name, value in SCHEDULE.items() if name != "clip_sample"})
     scheduler.register_to_config(clip_sample=False)  # not PNDM's: for those who load another scheduler from this config, as DDIM
     return StableDiffusionPipeline(
-        vae=make_vae(vae_channels), text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=make_vae(vae_channels),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 

@@ -24,10 +24,18 @@ def make_vae(channels: tuple[int, ...] = (16, 16, 32, 64)):
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=channels,
-        layers_per_block=1, latent_channels=16, norm_num_groups=2, sample_size=RESOLUTION,
-        scaling_factor=1.0, shift_factor=0.0,  # measured later
-        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=channels,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=2,
+        sample_size=RESOLUTION,
+        scaling_factor=1.0,
+        shift_factor=0.0,  # measured later
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
     )
 
 
@@ -36,10 +44,19 @@ def make_transformer(layers: int = 6, heads: int = 4):
     from diffusers import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
-        sample_size=RESOLUTION // 8, patch_size=2, in_channels=16, out_channels=16, num_layers=layers, attention_head_dim=32,
-        num_attention_heads=heads, joint_attention_dim=128, caption_projection_dim=heads * 32, pooled_projection_dim=128,
+        sample_size=RESOLUTION // 8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=layers,
+        attention_head_dim=32,
+        num_attention_heads=heads,
+        joint_attention_dim=128,
+        caption_projection_dim=heads * 32,
+        pooled_projection_dim=128,
         pos_embed_max_size=16,  # positions for up to 256 pixels a side; the 384 of the real model would weigh 38 MB here
-        dual_attention_layers=tuple(range((layers + 1) // 2)), qk_norm="rms_norm",
+        dual_attention_layers=tuple(range((layers + 1) // 2)),
+        qk_norm="rms_norm",
     )
 
 
@@ -50,13 +67,31 @@ def make_text_encoders(tokenizers: list):
     encoders = []
     for tokenizer, activation in zip(tokenizers[:2], ("quick_gelu", "gelu"), strict=True):
         config = CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, projection_dim=64, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=tokenizer.model_max_length, hidden_act=activation,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            hidden_act=activation,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
         encoders.append(CLIPTextModelWithProjection(config))
-    t5 = T5Config(vocab_size=len(tokenizers[2]), d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4,
-                  feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0)
+    t5 = T5Config(
+        vocab_size=len(tokenizers[2]),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+        dropout_rate=0.0,
+    )
     return [*encoders, T5EncoderModel(t5)]
 
 
@@ -70,9 +105,15 @@ def make_sd3(seed: int = 0, layers: int = 6, heads: int = 4, vae_channels: tuple
     tokenizers = [clip_tokenizer(), clip_tokenizer(pad_token="!"), t5_tokenizer()]
     encoders = make_text_encoders(tokenizers)
     return StableDiffusion3Pipeline(
-        transformer=make_transformer(layers, heads), scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT), vae=make_vae(vae_channels),
-        text_encoder=encoders[0], tokenizer=tokenizers[0], text_encoder_2=encoders[1], tokenizer_2=tokenizers[1],
-        text_encoder_3=encoders[2], tokenizer_3=tokenizers[2],
+        transformer=make_transformer(layers, heads),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=make_vae(vae_channels),
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=encoders[2],
+        tokenizer_3=tokenizers[2],
     )
 
 

@@ -45,13 +45,26 @@ def make_model(tokenizer, width: int = 96, layers: int = 4):
     from transformers import CLIPConfig, CLIPModel
 
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "max_position_embeddings": tokenizer.model_max_length, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "projection_dim": 64,
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": 64,
     }
     vision = {
-        "image_size": RESOLUTION, "patch_size": 8, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": width // 24, "projection_dim": 64, "hidden_act": "gelu",
+        "image_size": RESOLUTION,
+        "patch_size": 8,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 24,
+        "projection_dim": 64,
+        "hidden_act": "gelu",
     }
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
@@ -60,8 +73,9 @@ def make_processor():
     """Return the `CLIPImageProcessor` that the folder carries: 64 pixels, [0, 1] to [-1, 1]."""
     from transformers import CLIPImageProcessor
 
-    return CLIPImageProcessor(size={"shortest_edge": RESOLUTION}, crop_size={"height": RESOLUTION, "width": RESOLUTION},
-                              image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return CLIPImageProcessor(
+        size={"shortest_edge": RESOLUTION}, crop_size={"height": RESOLUTION, "width": RESOLUTION}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
 
 
 def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
@@ -189,8 +203,9 @@ def train(model, pool: Pool, tokenizer, args: argparse.Namespace) -> None:
     average = [parameter.detach().clone() for parameter in parameters]
     decayed = [parameter for parameter in parameters if parameter.ndim > 1]
     others = [parameter for parameter in parameters if parameter.ndim <= 1]  # norms, biases and the scale
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-                                  lr=args.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=args.learning_rate, betas=(0.9, 0.98)
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(100, args.steps))
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "average": average}
     first = resume(args, "clip", **state)
@@ -312,7 +327,9 @@ def load_vae(path: str):
 def build_parser() -> argparse.ArgumentParser:
     """The command line's flags."""
     parser = argparse.ArgumentParser(
-        prog="python -m src.tiny.clip", usage="%(prog)s [options]", allow_abbrev=False,
+        prog="python -m src.tiny.clip",
+        usage="%(prog)s [options]",
+        allow_abbrev=False,
         description="Train the tiny world's text-image matching, from nothing, on a CPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

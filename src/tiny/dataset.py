@@ -2,6 +2,8 @@
 
     python -m src.tiny.dataset --output datas/shapes-new --new 240 --known 600
     python -m src.tiny.dataset --output datas/subject --subject purple
+
+from drawings that the base model never saw: --seed names the series, and its own was 0.
 """
 
 from __future__ import annotations
@@ -25,8 +27,12 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--new_shape", choices=shapes.NEW_SHAPES, default="heart", help="the shape that the base model does not know")
     g.add_argument("--new", type=cli.non_negative_int, default=240, help="drawings of the new shape")
     g.add_argument("--known", type=cli.non_negative_int, default=600, help="drawings of the known shapes, so that they are not forgotten")
-    g.add_argument("--subject", choices=shapes.COLORS, metavar="COLOUR",
-                   help=f"instead: {SUBJECT_PICTURES} drawings of one subject, the new shape in this colour, and prompts of its class")
+    g.add_argument(
+        "--subject",
+        choices=shapes.COLORS,
+        metavar="COLOUR",
+        help=f"instead: {SUBJECT_PICTURES} drawings of one subject, the new shape in this colour, and prompts of its class",
+    )
     g.add_argument("--resolution", type=cli.multiple_of_16, default=64, help="side of the pictures in pixels")
     g.add_argument("--seed", type=cli.seed, default=1, help="names the series of drawings; the base model saw seed 0")
     return parser

@@ -130,10 +130,18 @@ def generate(family: ModuleType, pipe, prompts: list[str], guidance_scale: float
     images = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        images.append(pipe(
-            chunk, height=RESOLUTION, width=RESOLUTION, num_inference_steps=20, guidance_scale=guidance_scale, **family.PIPELINE_OPTIONS,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))], output_type="pt",
-        ).images.float())
+        images.append(
+            pipe(
+                chunk,
+                height=RESOLUTION,
+                width=RESOLUTION,
+                num_inference_steps=20,
+                guidance_scale=guidance_scale,
+                **family.PIPELINE_OPTIONS,
+                generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
+                output_type="pt",
+            ).images.float()
+        )
     return torch.cat(images)
 
 

@@ -32,8 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--lora_weights_path", type=cli.path, help="LoRA to measure, after the base model without it")
     g.add_argument("--trained_model", type=cli.path, help="pipeline folder to measure, after the base model")
     g.add_argument("--new_shape", choices=(*shapes.NEW_SHAPES, "none"), default="heart", help="the shape that the base model does not know")
-    g.add_argument("--subject", choices=shapes.COLORS, metavar="COLOUR",
-                   help=f"measure prompts with {shapes.SUBJECT_WORD} instead: how many show the new shape in this colour")
+    g.add_argument(
+        "--subject",
+        choices=shapes.COLORS,
+        metavar="COLOUR",
+        help=f"measure prompts with {shapes.SUBJECT_WORD} instead: how many show the new shape in this colour",
+    )
     g.add_argument("--num_subject_images", type=cli.positive_int, default=SUBJECT_IMAGES, help="pictures of the subject")
     g.add_argument("--num_prompts", type=cli.positive_int, default=64, help="held-out prompts of the new and as many of the known shapes")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
@@ -48,10 +52,16 @@ def draw(pipeline, prompts: list[str], *, num_inference_steps: int, guidance_sca
     options = {"max_sequence_length": t5.model_max_length} if t5 else {}  # SD3 alone has one
     for start in range(0, len(prompts), 64):
         part = prompts[start : start + 64]
-        rendered.append(pipeline(
-            prompt=part, generator=[torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))], output_type="pt",
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **options,
-        ).images.float())
+        rendered.append(
+            pipeline(
+                prompt=part,
+                generator=[torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))],
+                output_type="pt",
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                **options,
+            ).images.float()
+        )
     return torch.cat(rendered)
 
 

@@ -20,8 +20,10 @@ def count(module: torch.nn.Module) -> int:
 
 def warmup_cosine(warmup: int, steps: int):
     """Return the learning rate's factor by step: up to 1 in `warmup` steps, then down a half cosine to 0.02."""
+
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+
     return factor
 
 

@@ -22,8 +22,14 @@ NEW_SHAPES = ("heart", "crescent")  # drawn and verified, but never shown to a b
 ALL_SHAPES = SHAPES + NEW_SHAPES
 # RGB in [0, 1]. No two lie closer than 0.43, so a reading may be off by 0.2 and is still the nearest colour.
 PALETTE = {
-    "red": (0.85, 0.08, 0.10), "orange": (0.98, 0.50, 0.05), "yellow": (1.00, 0.92, 0.20), "green": (0.10, 0.60, 0.20),
-    "blue": (0.10, 0.25, 0.85), "purple": (0.55, 0.15, 0.75), "black": (0.04, 0.04, 0.04), "white": (0.96, 0.96, 0.96),
+    "red": (0.85, 0.08, 0.10),
+    "orange": (0.98, 0.50, 0.05),
+    "yellow": (1.00, 0.92, 0.20),
+    "green": (0.10, 0.60, 0.20),
+    "blue": (0.10, 0.25, 0.85),
+    "purple": (0.55, 0.15, 0.75),
+    "black": (0.04, 0.04, 0.04),
+    "white": (0.96, 0.96, 0.96),
 }
 COLORS = tuple(PALETTE)
 SUBJECT_WORD = "sks"  # a token of its own in CLIP's vocabulary and in the tiny tokenizers, and in no caption
@@ -219,8 +225,10 @@ def partial_credit(readings: list[Reading], prompts: list[str]) -> torch.Tensor:
         asked = read_caption(prompt)
         names = [name for name in ("shape", "color", "background") if getattr(asked, name) is not None]
         if not names:
-            raise ValueError(f"nothing to verify in the prompt {prompt!r}: name a shape ({', '.join(ALL_SHAPES)}), "
-                             f"a colour ({', '.join(COLORS)}) or both")
+            raise ValueError(
+                f"nothing to verify in the prompt {prompt!r}: name a shape ({', '.join(ALL_SHAPES)}), "
+                f"a colour ({', '.join(COLORS)}) or both"
+            )
         credits.append(sum(getattr(reading, name) == getattr(asked, name) for name in names) / len(names))
     return torch.tensor(credits, dtype=torch.float32)
 

@@ -94,5 +94,6 @@ def t5_tokenizer():
     letters = [(character, -12.0) for character in ["▁", *string.ascii_letters, *string.digits, *string.punctuation, *latin]]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     known = {piece for piece, _ in pieces}
-    return T5Tokenizer(vocab=special + pieces + [entry for entry in letters if entry[0] not in known], extra_ids=0,
-                       model_max_length=MODEL_MAX_LENGTH)
+    return T5Tokenizer(
+        vocab=special + pieces + [entry for entry in letters if entry[0] not in known], extra_ids=0, model_max_length=MODEL_MAX_LENGTH
+    )

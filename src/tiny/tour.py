@@ -289,9 +289,10 @@ def visit(shell: Shell, stop: Stop) -> dict[str, Any]:
 
 def machine() -> str:
     """`2 CPU cores (x86_64), torch 2.15.0`, or the GPU instead of the cores."""
-    gpus = shutil.which("nvidia-smi") and subprocess.run(
-        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.splitlines()
+    gpus = (
+        shutil.which("nvidia-smi")
+        and subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True).stdout.splitlines()
+    )
     device = gpus[0] if gpus else f"{os.cpu_count()} CPU cores ({platform.machine()})"
     return f"{device}, torch {version('torch')}"
 
