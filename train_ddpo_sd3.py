@@ -4,7 +4,7 @@ Every epoch, with the policy as it is:
   1. rollout    draw a picture of each of many prompts; inside a window of denoising steps add noise, and keep what was drawn
   2. reward     decode and score the pictures
   3. advantage  reward minus the mean of the last rewards of that prompt, over their standard deviation
-  4. update     a few times over: replay each picture's steps in a random order and follow the clipped policy gradient
+  4. update     --num_inner_epochs times: replay each picture's steps in a random order and follow the clipped policy gradient
 
 What differs from the paper: SD1.5's DDIM step is one of a rectified flow that keeps the schedule's noise (--transition cps); noise and
 training in a window of 3 early steps, the last step never (--window_size 0 --window_range 0 9 --transition flow --clip_nats 6.55: all

@@ -4,7 +4,7 @@ Every optimizer step:
   1. data      take one global batch of captioned pictures: latents x_0 and text embeddings, from the caches on disk
   2. noise     draw noise and sigma for each picture; x_t = (1 - sigma) x_0 + sigma noise
   3. predict   the transformer, all of its weights trained, predicts the velocity noise - x_0
-  4. update    mean squared error, clipped gradient, AdamW on every weight, then on their moving average
+  4. update    mean squared error, clipped gradient, AdamW on every weight; --use_ema keeps their moving average
 
 What differs from the paper: training starts from a trained model (--from_config: from random weights, as there), and may run on bf16
 weights with stochastic rounding (https://arxiv.org/abs/1502.02551), or update each weight in the middle of the backward pass;

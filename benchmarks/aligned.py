@@ -232,13 +232,13 @@ class RewardGradientLoop(UNetLoop):
         self.condition = other.condition.to(dtype)
         self.negative = None if other.negative is None else other.negative.to(dtype)
 
-    def pictures(self, step: int, noised: Tensor | None = None) -> Iterator[Tensor]:
+    def pictures(self, step: int, *, again: bool = False) -> Iterator[Tensor]:
         """The losses (b,) of each picture that --method trains; run backward on one before taking the next.
 
         Args:
-            noised: latents that the rollout ended with; None: it is run.
+            again: from where the rollout ended that `losses` ran first, for these samples, in this or another precision.
         """
-        args, script = self.args, self.script
+        args, script, noised = self.args, self.script, self.noised if again else None
         where = args.seed, step, list(range(len(self.condition)))
         predict = script.predictor(self.run, self.model, self.condition, self.negative, args.guidance_scale)
 
@@ -249,7 +249,8 @@ class RewardGradientLoop(UNetLoop):
         if noised is None:
             with script.sampling(self.run, self.model):
                 noised = sd15_rollout.rollout(predict, first, self.schedule, draw)
-        self.noised = noised
+        if again:
+            self.noised = noised
         for x0 in script.clean_latents(
             predict, noised, first, self.schedule, draw, method=args.method,
             num_renoised=args.num_renoised if args.method == "draft_lv" else 0,
@@ -258,7 +259,7 @@ class RewardGradientLoop(UNetLoop):
             yield args.grad_scale * script.reward_loss(reward, args.reward_threshold)
 
     def losses(self) -> Tensor:
-        return next(self.pictures(0, self.noised))
+        return next(self.pictures(0, again=True))
 
     def step(self) -> Tensor:
         found = []

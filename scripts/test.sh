@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All CPU tests: lint, the fast tier (<= 60 s), then the slow tier. Makes the environment first if it is missing.
+# Lint, the fast tier of tests (<= 60 s), then the slow tier. Makes the environment first if it is missing.
 #
 #   bash scripts/test.sh              lint, fast, slow: what CI runs
 #   bash scripts/test.sh fast         lint and the fast tier

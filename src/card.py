@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
-from src import ema, lora, metrics, runtime
+from src import ema, full, lora, metrics, runtime
 from src.errors import first_line
 
 # What the Hub keeps of a run: not the checkpoints, which are for resuming. A `*` matches slashes too.
@@ -102,15 +102,26 @@ def write(
     run.print(f"uploaded to {repository}")
 
 
+# What a run may leave in a second form: files by name, and in these folders what a run writes there and nothing else.
+WEIGHT_FILES = (lora.WEIGHTS_NAME, lora.KOHYA_NAME, full.WEIGHTS_NAME, "model.safetensors", "config.json")
+
+
 def remove_stale(args: argparse.Namespace) -> None:
-    """Delete what an earlier run left in --output_dir in forms that this run does not write: they would pass for its results."""
-    written = {lora.KOHYA_NAME: vars(args).get("export_format") == "kohya", ema.RAW: args.use_ema}
-    written |= dict.fromkeys(("merged_transformer", "merged_unet"), vars(args).get("export_merged", False))
-    for path in (Path(args.output_dir) / name for name, ours in written.items() if not ours):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    """Delete what an earlier run left in --output_dir in a second form that this run does not write: it would pass for its result.
+
+    That is kohya's file, the weights beside an average, and merged ones. Files of other names are not ours, and stay with their folder.
+    """
+    folder, merged = Path(args.output_dir), vars(args).get("export_merged", False)
+    if vars(args).get("export_format") != "kohya":
+        (folder / lora.KOHYA_NAME).unlink(missing_ok=True)
+    for name, written in ((ema.RAW, args.use_ema), ("merged_transformer", merged), ("merged_unet", merged)):
+        if written or (folder / name).is_symlink():
+            continue
+        for place in (*(folder / name).glob("*/"), folder / name):
+            for file in WEIGHT_FILES:
+                (place / file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is not there, or not empty
+                place.rmdir()
 
 
 def text(args: argparse.Namespace, *, kind: str, trained_on: str, prompt: str, where: str) -> str:

@@ -269,7 +269,7 @@ def add_text_args(parser: Parser) -> None:
     g = parser.add_argument_group("text")
     g.add_argument(
         "--max_sequence_length", type=t5_length,
-        help="T5 tokens in training, validation and demo alike (unset: what the model's own tokenizer says, at most 256)",
+        help="T5 tokens in training and validation; give the demo the same (unset: what the model's own tokenizer says, at most 256)",
     )
 
 

@@ -65,7 +65,9 @@ def build(
             return Prodigy(parameters, use_bias_correction=True, safeguard_warmup=True, **adam)
     from transformers.optimization import Adafactor
 
-    return Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+    optimizer = Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
+    optimizer.kind = "Adafactor of transformers"  # checkpoints know it by this: torch's has the same name and another state
+    return optimizer
 
 
 def _adamw8bit() -> type[Optimizer]:

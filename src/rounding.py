@@ -82,7 +82,8 @@ class Pieces(Optimizer):
                 number += len(weights)
             options = self.pieces[-1].optimizer.param_groups[0]
             group.update({name: value for name, value in options.items() if name not in group})
-        self.kind = f"{type(self.pieces[-1].optimizer).__name__} in pieces"
+        inside = self.pieces[-1].optimizer
+        self.kind = f"{getattr(inside, 'kind', type(inside).__name__)} in pieces"
         if fused:
             for piece_ in self.pieces:
                 piece_.weights[0].register_post_accumulate_grad_hook(lambda _, piece_=piece_: self._update_fused(piece_))

@@ -186,7 +186,16 @@ def test_an_average_is_called_one(folder):
     assert "seed 7.\n" in written(folder)
 
 
-STALE = ("pytorch_lora_weights_kohya.safetensors", "raw/x.safetensors", "merged_transformer/x.safetensors", "merged_unet/x.safetensors")
+STALE = [
+    ["pytorch_lora_weights_kohya.safetensors"], ["raw/pytorch_lora_weights.safetensors", "raw/unet/config.json"],
+    ["merged_transformer/diffusion_pytorch_model.safetensors"], ["merged_unet/diffusion_pytorch_model.safetensors"],
+]  # fmt: skip
+
+
+def lay(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
 
 
 @pytest.mark.parametrize(("flags", "kept"), [
@@ -194,13 +203,23 @@ STALE = ("pytorch_lora_weights_kohya.safetensors", "raw/x.safetensors", "merged_
     (dict(use_ema=True), [1]), (dict(export_merged=True), [2, 3]),
 ])  # fmt: skip
 def test_what_an_earlier_run_left_in_forms_that_this_one_does_not_write_is_removed(folder, flags, kept):
-    for name in (*STALE, "pytorch_lora_weights.safetensors", "checkpoint-4/state.pt", "transformer/mine"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(b"x")
+    results = "pytorch_lora_weights.safetensors", "checkpoint-4/state.pt", "transformer/config.json"
+    lay(folder, *results, *sum(STALE, []))
     written(folder, **flags)
-    assert [i for i, name in enumerate(STALE) if (folder / name).exists()] == kept
-    for name in ("pytorch_lora_weights.safetensors", "checkpoint-4/state.pt", "transformer/mine"):
-        assert (folder / name).exists()
+    assert [i for i, names in enumerate(STALE) if all((folder / name).exists() for name in names)] == kept
+    assert [i for i, names in enumerate(STALE) if (folder / names[0].split("/")[0]).exists()] == kept
+    assert all((folder / name).exists() for name in results)
+
+
+def test_files_that_no_run_writes_are_not_removed(folder, tmp_path_factory):
+    """Somebody's photographs in a folder that has the name of ours, and a link to another one."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    lay(elsewhere, "config.json")
+    lay(folder, "raw/DSC_0001.NEF", "raw/holiday/DSC_0002.NEF")
+    (folder / "merged_unet").symlink_to(elsewhere)
+    written(folder)
+    assert (folder / "raw/DSC_0001.NEF").exists() and (folder / "raw/holiday/DSC_0002.NEF").exists()
+    assert (elsewhere / "config.json").exists()
 
 
 def test_only_the_main_process_writes(tmp_path):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src import checkpoint, metrics
+from src import checkpoint, metrics, optim
 
 ROOT = Path(__file__).parent.parent
 
@@ -305,8 +305,12 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
     """torch would load AdamW's state into Adafactor and fail at the next step."""
     ps = [torch.nn.Parameter(torch.zeros(2))]
     saver(tmp_path, parts={"optimizer": torch.optim.AdamW(ps)}, optimizer="adamw").save(1)
-    with pytest.raises(ValueError, match="saved by AdamW, this run uses Adafactor.*--optimizer adamw -> adafactor"):
-        saver(tmp_path, parts={"optimizer": torch.optim.Adafactor(ps)}, optimizer="adafactor").resume("latest")
+    ours = optim.build(ps, name="adafactor", learning_rate=1e-4, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="saved by AdamW, this run uses Adafactor of transformers.*--optimizer adamw -> adafactor"):
+        saver(tmp_path, parts={"optimizer": ours}, optimizer="adafactor").resume("latest")
+    saver(tmp_path / "torch", parts={"optimizer": torch.optim.Adafactor(ps)}, optimizer="adafactor").save(1)
+    with pytest.raises(ValueError, match="saved by Adafactor, this run uses Adafactor of transformers"):
+        saver(tmp_path / "torch", parts={"optimizer": ours}, optimizer="adafactor").resume("latest")
 
 
 def test_the_gradient_scaler_is_saved_too(tmp_path):

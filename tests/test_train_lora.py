@@ -388,6 +388,31 @@ def test_exports_say_the_same_as_the_lora(train, live):
             assert (sd3.velocity(live["transformer"], latents, sigma, condition) - tuned).abs().max() > 1e-2
 
 
+@pytest.mark.slow
+def test_all_forms_of_a_result_hold_the_average(train, world):
+    """Of the first query projection: kohya's product, here and in a checkpoint, and what was merged beyond the base model."""
+    from diffusers import SD3Transformer2DModel
+    from safetensors.torch import load_file
+
+    out = train(export_format="kohya", export_merged=True, use_ema=True, ema_decay=0.5, lora_alpha=2.0, learning_rate=0.1,
+                max_train_steps=4, checkpointing_steps=4)  # fmt: skip
+    name = "transformer_blocks.0.attn.to_q"
+
+    def product(folder):
+        ours = runs.weights(folder)
+        return ours[f"transformer.{name}.lora_B.weight"] @ ours[f"transformer.{name}.lora_A.weight"] * 2.0 / 4
+
+    average = product(out)
+    assert (average - product(out / "raw")).abs().max() > 0.01 * average.abs().max()
+    for folder in (out, out / "checkpoint-4"):
+        kohya, layer = load_file(folder / lora.KOHYA_NAME), "lora_unet_joint_blocks_0_x_block_attn_qkv"
+        fused = kohya[f"{layer}.lora_up.weight"] @ kohya[f"{layer}.lora_down.weight"] * kohya[f"{layer}.alpha"] / 12  # 3 ranks of 4
+        torch.testing.assert_close(fused[: len(average)], average)
+    base, merged = (SD3Transformer2DModel.from_pretrained(path) for path in (world.model / "transformer", out / "merged_transformer"))
+    found = merged.get_submodule(name).weight - base.get_submodule(name).weight
+    torch.testing.assert_close(found.detach(), average, rtol=1e-3, atol=1e-6)
+
+
 # --------------------------------------------------------------------------- variants
 
 
