@@ -541,12 +541,11 @@ def add_refl_args(parser: Parser) -> None:
         steps = args.num_inference_steps
         return [min(3 * steps // 4, steps - 1), steps - 1] if args.method == "refl" else None
 
-    parser.when_unset["mid_range"] = last_quarter
     def as_published(args: argparse.Namespace) -> float:
         """1e-3 is right for a reward of ImageReward's deviation of 1; beside another one pre-training would be next to all that is left."""
-        rewards = [part.partition("=")[0].strip() for part in args.scorer.split(",")]
-        return 1e-3 if args.pretrain_dataset_name is not None and "image_reward" in rewards else 1.0
+        return 1e-3 if args.pretrain_dataset_name is not None and "image_reward" in _scorers_of(args.scorer) else 1.0
 
+    parser.when_unset["mid_range"] = last_quarter
     parser.when_unset["grad_scale"] = as_published
     alone = ("image_reward", "image_reward=1", "image_reward=1.0")  # of weight 1, so that the threshold is in its own units
     parser.when_unset["reward_threshold"] = lambda args: 2.0 if args.scorer in alone else None
@@ -1056,7 +1055,9 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("dataset_revision",), lambda a: not os.path.exists(_data_of(a) or ""), "on a local --dataset_name"),
     (("rank", "lora_alpha", "use_dora", "lora_layers", "lora_blocks", "init_lora", "export_format", "export_merged", "quantize_base"),
      lambda a: not getattr(a, "full_weights", False), "with --full_weights"),
-    (("negative_prompt",), lambda a: a.guidance_scale > 1, "without --guidance_scale above 1"),
+    (("negative_prompt",), lambda a: hasattr(a, "eval_guidance_scale") or a.guidance_scale > 1, "without --guidance_scale above 1"),
+    (("negative_prompt",), lambda a: max(a.guidance_scale, getattr(a, "eval_guidance_scale", math.inf)) > 1,
+     "without --guidance_scale or --eval_guidance_scale above 1"),
     (("compare",), lambda a: not getattr(a, "ui", False), "with --ui, which always compares; leave it out"),
     (("num_images", "batch_size"), lambda a: not getattr(a, "ui", False), "with --ui, which draws one picture at a time; leave it out"),
     (("ui_host", "ui_port"), lambda a: a.ui, "without --ui"),

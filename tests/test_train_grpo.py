@@ -641,6 +641,12 @@ def test_guidance_of_the_evaluation_moves_away_from_what_training_does(train, mo
     assert asked.count(["two cats"]) == 3 and [""] not in asked  # for training, and two evaluations
 
 
+def test_a_negative_prompt_may_be_for_the_evaluation_alone(world, tmp_path):
+    """Training without guidance, which is half the cost, and evaluation with it."""
+    args = script.parse_args(world.argv(tmp_path / "out", **GRPO, negative_prompt="blurry", eval_guidance_scale=4.5))
+    assert (args.guidance_scale, args.eval_guidance_scale, args.negative_prompt) == (1, 4.5, "blurry")
+
+
 def test_a_negative_prompt_is_one_text_and_counts(train):
     """A trailing comma made it a nested list in the seed project."""
     guided = dict(guidance_scale=3.0, num_epochs=1)
@@ -754,7 +760,11 @@ BAD = {
     "DiffusionNFT's options without it": (dict(nft_levels=5), "--nft_levels", "--loss nft"),
     "dropout": (dict(lora_dropout=0.1), "--lora_dropout", "unknown flag"),
     "LoRA options for all weights": (dict(full_weights=True), "--rank 4 has no effect", "--full_weights"),
-    "negative prompt without guidance": (dict(negative_prompt="bad"), "--negative_prompt", "--guidance_scale"),
+    "negative prompt without guidance": (
+        dict(negative_prompt="bad"),
+        "--negative_prompt bad has no effect",
+        "without --guidance_scale or --eval_guidance_scale above 1",
+    ),
     "progressive only": (dict(window_shift_epochs=5), "--window_shift_epochs", "--window_order progressive"),
     "no such model": (dict(pretrained_model_name_or_path="models/none"), "--pretrained_model_name_or_path", "download.sh"),
     "resolution": (dict(resolution=500), "--resolution", "try 496"),
