@@ -97,9 +97,14 @@ def window_size(args: argparse.Namespace) -> int:
     return args.window_size or stop - first
 
 
+def processes() -> int:
+    """How many the launcher says that there are or will be."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def samples_per_epoch(args: argparse.Namespace) -> int:
-    """Pictures of an epoch over all processes, of which the launcher says how many there are."""
-    return args.sample_batch_size * args.sample_num_batches_per_epoch * int(os.environ.get("WORLD_SIZE", 1))
+    """Pictures of an epoch over all processes."""
+    return args.sample_batch_size * args.sample_num_batches_per_epoch * processes()
 
 
 @dataclass(frozen=True)

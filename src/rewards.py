@@ -34,11 +34,6 @@ class Prompts:
         """The texts of the evaluation."""
         return [prompt.text for prompt in self.evaluation]
 
-    @property
-    def texts(self) -> list[str]:
-        """Every prompt once."""
-        return list(dict.fromkeys(prompt.text for prompt in (*self.training, *self.evaluation)))
-
 
 def check(args: argparse.Namespace, *, differentiable: bool = False) -> None:
     """Refuse prompts and scorers that do not work, alone or together; prompts that have to be downloaded are looked at later.

@@ -716,6 +716,14 @@ def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_the_plan_counts_the_groups_of_all_processes(world, tmp_path, monkeypatch, capsys):
+    """4 pictures on each of 2 processes are a group of 8, which the check lets pass; those of one process would be half of a group."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = dict(group_size=8, sample_num_batches_per_epoch=1, updates_per_epoch=1, num_epochs=3, num_eval_prompts=1)
+    runs.train(script, world.argv(tmp_path / "out", **(GRPO | flags), dry_run=True))
+    assert re.search(r"text cache +[45] entries", capsys.readouterr().out)  # "", one prompt an epoch, the evaluated one among them or not
+
+
 def test_decoding_is_the_plans_peak_where_it_takes_more_than_a_step(world, tmp_path, monkeypatch, capsys):
     """A terabyte, beside what is there all the time: weights, optimizer state, no gradient."""
     monkeypatch.setattr(script.plan, "drawing_bytes", lambda args, vae: 10**12)
