@@ -41,7 +41,7 @@ def build_parser() -> cli.Parser:
     cli.add_refl_args(parser)
     cli.add_prompt_args(parser)
     cli.add_scorer_args(parser, default="image_reward")
-    cli.add_eval_args(parser, steps=50, guidance_scale=7.5, inference_steps=25)
+    cli.add_eval_args(parser, rewards.judges, steps=50, guidance_scale=7.5, inference_steps=25)
     cli.add_lora_args(parser, unet=True)
     cli.add_model_args(parser, default="models/stable-diffusion-v1-5")
     cli.add_speed_args(parser, unet=True, graphs=False)

@@ -760,6 +760,16 @@ BAD = {
     "scorer that does not exist": (dict(scorer="shape"), "--scorer shape", "did you mean shapes"),
     "OCR without quotes": (dict(scorer="ocr"), "--prompts", "quot"),
     "prompts that the verifier cannot read": (dict(scorer="shapes", prompts="simple_animals"), "--prompts", "red circle"),
+    "prompts that the held-out verifier cannot read": (
+        dict(eval_scorers="shapes", num_eval_prompts=6),
+        "--prompts: shapes cannot judge prompt 3 'two cats'",
+        "red circle",
+    ),
+    "evaluation prompts that it cannot read": (
+        dict(eval_scorers="shapes", eval_prompts="simple_animals"),
+        "--eval_prompts: shapes cannot judge",
+        "red circle",
+    ),
     "held-out scorer that is trained on": (dict(eval_scorers="jpeg_incompressibility"), "--eval_scorers", "leave it out"),
     "nothing to hold against": (dict(stop_if_eval_drops=0.1), "--stop_if_eval_drops", "--eval_scorers"),
     "KL form of another transition": (dict(kl_weight=0.1, kl_form="flow_grpo"), "--kl_form flow_grpo", "--kl_form exact"),
