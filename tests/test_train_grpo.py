@@ -748,8 +748,8 @@ BAD = {
     "too few steps": (dict(num_inference_steps=1), "--num_inference_steps", "at least 2"),
     "a ratio of rounding alone": (
         dict(mixed_precision="bf16"),
-        "--window_range 0 3: at step 2 rounding to bf16 alone makes a log-ratio of 63 nats with cps, against --clip_nats 0.66",
-        "use --window_range 0 2, --transition flow --clip_nats 6.55, --loss guard or --mixed_precision no",
+        "--window_range 0 3: at step 2 rounding to bf16 alone makes an estimated log-ratio of 63 nats with cps, against --clip_nats 0.66",
+        "use --window_range 0 2 or --transition flow --clip_nats 6.55 or --loss guard or --mixed_precision no",
     ),
     "no noise": (dict(noise_level=0), "--noise_level", "above 0"),
     "too much noise": (dict(noise_level=1.5), "--noise_level 1.5", "0.8"),
