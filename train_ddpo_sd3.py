@@ -35,7 +35,7 @@ def build_parser() -> cli.Parser:
     cli.add_prompt_args(parser)
     cli.add_scorer_args(parser, default="aesthetic")
     cli.add_rollout_args(parser)
-    cli.add_eval_args(parser)
+    cli.add_eval_args(parser, rewards.judges)
     cli.add_text_args(parser)
     cli.add_model_args(parser)
     cli.add_speed_args(parser, graphs=False)

@@ -41,7 +41,7 @@ def build_parser() -> cli.Parser:
     cli.add_refl_args(parser)
     cli.add_prompt_args(parser)
     cli.add_scorer_args(parser, default="image_reward")
-    cli.add_eval_args(parser, steps=50, guidance_scale=7.5, inference_steps=25)
+    cli.add_eval_args(parser, rewards.judges, steps=50, guidance_scale=7.5, inference_steps=25)
     cli.add_lora_args(parser, unet=True)
     cli.add_model_args(parser, default="models/stable-diffusion-v1-5")
     cli.add_speed_args(parser, unet=True, graphs=False)
@@ -185,14 +185,14 @@ def main(args: argparse.Namespace) -> None:
         return show_plan(args)
     run = runtime.start(args)
 
-    # Prompts, and captioned pictures for the pre-training loss: encoded once; no text encoder stays in memory.
+    # Prompts that will be drawn, and captioned pictures for the pre-training loss: encoded once; no text encoder stays in memory.
     found = run.from_main(lambda: rewards.read_prompts(args))
-    texts = inputs.prepare_texts(run, args, ["", *found.texts], sd15)
-    negative = texts.condition([""]) if args.guidance_scale > 1 else None
     sampler = prompts.GroupSampler(
         found.training, group_size=1, batch_size=args.train_batch_size, batches_per_epoch=args.gradient_accumulation_steps,
         seed=args.seed, rank=run.rank, world=run.world,
     )  # fmt: skip
+    texts = inputs.prepare_texts(run, args, ["", *sampler.drawn(args.max_train_steps), *found.evaluated], sd15)
+    negative = texts.condition([""]) if args.guidance_scale > 1 else None
     data = inputs.prepare_pretraining(run, args, sd15)
 
     # Model: the VAE in fp32, whose gradient is worth something

@@ -168,8 +168,9 @@ def as_evaluated(args: argparse.Namespace) -> str:
     guidance, steps = getattr(args, "eval_guidance_scale", None), getattr(args, "eval_num_inference_steps", None)
     if guidance is None:
         return ""
-    size = getattr(args, "resolution", None)
-    return f", height={size}, width={size}, num_inference_steps={steps}, guidance_scale={guidance}"
+    size, against = getattr(args, "resolution", None), getattr(args, "negative_prompt", "")  # which ReFL has not
+    negative = f", negative_prompt={against!r}" if against and guidance > 1 else ""
+    return f", height={size}, width={size}, num_inference_steps={steps}, guidance_scale={guidance}{negative}"
 
 
 def settings(args: argparse.Namespace) -> str:

@@ -61,6 +61,7 @@ class Parser(argparse.ArgumentParser):
     Attributes:
         when_unset: defaults that depend on other flags, filled in in this order.
         total_steps: optimizer steps of a run with these arguments, once they are filled in; 0 in a program that trains nothing.
+        judges: see `add_eval_args`.
     """
 
     def __init__(self, description: str):
@@ -71,6 +72,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         self.when_unset: dict[str, Callable[[argparse.Namespace], object]] = {}
         self.total_steps: Callable[[argparse.Namespace], int] = lambda args: getattr(args, "max_train_steps", 0)
+        self.judges: Callable[[argparse.Namespace, str], bool] = lambda args, scorer: True
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
@@ -541,12 +543,11 @@ def add_refl_args(parser: Parser) -> None:
         steps = args.num_inference_steps
         return [min(3 * steps // 4, steps - 1), steps - 1] if args.method == "refl" else None
 
-    parser.when_unset["mid_range"] = last_quarter
     def as_published(args: argparse.Namespace) -> float:
         """1e-3 is right for a reward of ImageReward's deviation of 1; beside another one pre-training would be next to all that is left."""
-        rewards = [part.partition("=")[0].strip() for part in args.scorer.split(",")]
-        return 1e-3 if args.pretrain_dataset_name is not None and "image_reward" in rewards else 1.0
+        return 1e-3 if args.pretrain_dataset_name is not None and "image_reward" in _scorers_of(args.scorer) else 1.0
 
+    parser.when_unset["mid_range"] = last_quarter
     parser.when_unset["grad_scale"] = as_published
     alone = ("image_reward", "image_reward=1", "image_reward=1.0")  # of weight 1, so that the threshold is in its own units
     parser.when_unset["reward_threshold"] = lambda args: 2.0 if args.scorer in alone else None
@@ -762,8 +763,17 @@ def add_policy_args(parser: Parser) -> None:
     add_quantization_args(parser)
 
 
-def add_eval_args(parser: Parser, *, steps: int | None = None, guidance_scale: float = 1.0, inference_steps: int = 40) -> None:
-    """Pictures of fixed prompts and seeds by the deterministic sampler, scored during training; `steps`: for scripts without epochs."""
+def add_eval_args(
+    parser: Parser, judges: Callable[[argparse.Namespace, str], bool], *, steps: int | None = None, guidance_scale: float = 1.0,
+    inference_steps: int = 40,
+) -> None:
+    """Pictures of fixed prompts and seeds by the deterministic sampler, scored during training.
+
+    Args:
+        judges: (arguments, a scorer) -> whether it can judge the prompts of the evaluation; a wrapper's scorer that cannot is left out.
+        steps: for scripts without epochs.
+    """
+    parser.judges = judges
     g = parser.add_argument_group("evaluation")
     g.add_argument(
         "--eval_prompts", type=path_or_name, metavar="NAME|PATH",
@@ -1056,7 +1066,9 @@ _WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], boo
     (("dataset_revision",), lambda a: not os.path.exists(_data_of(a) or ""), "on a local --dataset_name"),
     (("rank", "lora_alpha", "use_dora", "lora_layers", "lora_blocks", "init_lora", "export_format", "export_merged", "quantize_base"),
      lambda a: not getattr(a, "full_weights", False), "with --full_weights"),
-    (("negative_prompt",), lambda a: a.guidance_scale > 1, "without --guidance_scale above 1"),
+    (("negative_prompt",), lambda a: hasattr(a, "eval_guidance_scale") or a.guidance_scale > 1, "without --guidance_scale above 1"),
+    (("negative_prompt",), lambda a: max(a.guidance_scale, getattr(a, "eval_guidance_scale", math.inf)) > 1,
+     "without --guidance_scale or --eval_guidance_scale above 1"),
     (("compare",), lambda a: not getattr(a, "ui", False), "with --ui, which always compares; leave it out"),
     (("num_images", "batch_size"), lambda a: not getattr(a, "ui", False), "with --ui, which draws one picture at a time; leave it out"),
     (("ui_host", "ui_port"), lambda a: a.ui, "without --ui"),
@@ -1220,7 +1232,8 @@ def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """Every flag by its strongest source: what is given, a --config given with it, what a wrapper says, its own --config, the default.
 
     A wrapper's flags stand before a lone `--`. Its values are of its own recipe: those that have no effect beside what is given, or belong
-    to another data set, other prompts or other weights than those that are given, yield, too; so do held-out scorers that are trained on.
+    to another data set, other prompts or other weights than those that are given, yield, too; so do held-out scorers that are trained on,
+    or cannot judge the prompts of the evaluation.
 
     Raises:
         ValueError: an unknown flag, or what `read_config` refuses.
@@ -1246,8 +1259,9 @@ def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
             values = {name: value for name, value in values.items() if name not in names or name not in wrapper or name in given}
     args = parser.parse_args([], argparse.Namespace(**values))
     if "eval_scorers" in wrapper and "eval_scorers" not in given:
-        unseen = [part for name, part in _scorers_of(args.eval_scorers).items() if name not in _scorers_of(args.scorer)]
-        args.eval_scorers = ",".join(unseen) or None
+        held_out, trained_on = _scorers_of(args.eval_scorers), _scorers_of(args.scorer)
+        kept = [part for name, part in held_out.items() if name not in trained_on and parser.judges(args, name)]
+        args.eval_scorers = ",".join(kept) or None
     for names, counts, _ in _WITHOUT_EFFECT:
         for name in names:
             if name in wrapper and name not in given and not counts(args):

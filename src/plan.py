@@ -165,7 +165,8 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
     sampler = prompts.GroupSampler(found.training, group_size=vars(args).get("group_size", 1), batch_size=args.sample_batch_size,
-                                   batches_per_epoch=args.sample_num_batches_per_epoch, seed=args.seed or 0)  # fmt: skip
+                                   batches_per_epoch=args.sample_num_batches_per_epoch, seed=args.seed or 0,
+                                   world=policy.processes())  # fmt: skip  # as check_group_size counted
     texts = {args.negative_prompt, *sampler.drawn(args.num_epochs), *found.evaluated}
     entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
@@ -214,7 +215,10 @@ def show_reward_gradient(
     step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
     forward = _passes(denoiser, args.resolution, tokens, family)[0]
     each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
-    rate, texts = optim.learning_rate(args.learning_rate, args.scale_lr, batch), {"", *found.texts}
+    rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
+    sampler = prompts.GroupSampler(found.training, group_size=1, batch_size=args.train_batch_size, seed=args.seed or 0,
+                                   batches_per_epoch=args.gradient_accumulation_steps, world=policy.processes())  # fmt: skip
+    texts = {"", *sampler.drawn(args.max_train_steps), *found.evaluated}
     width, pooled = family.text_width(denoiser.config)
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
         _activation_row(args, peak, f"{passes * args.train_batch_size} picture(s)"),

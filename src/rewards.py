@@ -34,11 +34,6 @@ class Prompts:
         """The texts of the evaluation."""
         return [prompt.text for prompt in self.evaluation]
 
-    @property
-    def texts(self) -> list[str]:
-        """Every prompt once."""
-        return list(dict.fromkeys(prompt.text for prompt in (*self.training, *self.evaluation)))
-
 
 def check(args: argparse.Namespace, *, differentiable: bool = False) -> None:
     """Refuse prompts and scorers that do not work, alone or together; prompts that have to be downloaded are looked at later.
@@ -65,20 +60,44 @@ def check(args: argparse.Namespace, *, differentiable: bool = False) -> None:
 
 def read_prompts(args: argparse.Namespace) -> Prompts:
     """Raises ValueError naming the flag, if a source cannot be read, or holds a prompt that a scorer cannot judge."""
-
-    def read(flag: str, source: str) -> list[prompts.Prompt]:
-        return prompts.read(source, column=args.prompt_column, cache_dir=args.cache_dir, revision=args.prompts_revision, flag=flag)
-
-    training = read("--prompts", args.prompts)
-    evaluation = (training if args.eval_prompts is None else read("--eval_prompts", args.eval_prompts))[: args.num_eval_prompts]
-    judged = [("--prompts", training, args.scorer), ("--eval_prompts", evaluation, args.scorer)]
-    judged += [("--eval_prompts", evaluation, args.eval_scorers)] if args.eval_scorers else []
+    training = _read(args, "--prompts", args.prompts)
+    eval_flag, source = _evaluated(args)
+    evaluation = (training if args.eval_prompts is None else _read(args, eval_flag, source))[: args.num_eval_prompts]
+    judged = [("--prompts", training, args.scorer), (eval_flag, evaluation, args.scorer)]
+    judged += [(eval_flag, evaluation, args.eval_scorers)] if args.eval_scorers else []
     for flag, found, spec in judged:
         try:
             scorers.check_prompts(spec, [prompt.text for prompt in found], [prompt.metadata for prompt in found])
         except ValueError as error:
             raise ValueError(f"{flag}: {error}") from None
     return Prompts(training, evaluation)
+
+
+def judges(args: argparse.Namespace, scorer: str) -> bool:
+    """Whether a scorer can judge the prompts of the evaluation; of prompts that are not here yet: whether it could judge a plain one.
+
+    Args:
+        args: not checked yet.
+    """
+    flag, source = _evaluated(args)
+    found = [prompts.Prompt("a fox")]
+    with contextlib.suppress(ValueError):  # a source that is none: `check` refuses it by its own name
+        if prompts.is_local(source, flag=flag):
+            found = _read(args, flag, source)[: args.num_eval_prompts]
+    try:
+        scorers.check_prompts(scorer, [prompt.text for prompt in found], [prompt.metadata for prompt in found])
+    except ValueError:
+        return False
+    return True
+
+
+def _evaluated(args: argparse.Namespace) -> tuple[str, str]:
+    """The flag that names the prompts of the evaluation, and their source."""
+    return ("--prompts", args.prompts) if args.eval_prompts is None else ("--eval_prompts", args.eval_prompts)
+
+
+def _read(args: argparse.Namespace, flag: str, source: str) -> list[prompts.Prompt]:
+    return prompts.read(source, column=args.prompt_column, cache_dir=args.cache_dir, revision=args.prompts_revision, flag=flag)
 
 
 def build(run: runtime.Run, args: argparse.Namespace, spec: str) -> Mixture:

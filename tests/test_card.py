@@ -115,13 +115,18 @@ def test_the_code_draws_with_what_was_trained(tiny_sd3_folder, folder, kind):
     assert bool(names["pipeline"].get_active_adapters()) == kind.endswith("LoRA")
 
 
-def test_a_run_on_a_reward_is_drawn_as_its_evaluation_was(folder):
-    """The pipeline's own guidance, 7, would burn pictures of a policy that learned to do without."""
-    text = written(folder, resolution=512, eval_num_inference_steps=40, eval_guidance_scale=1.0)
+@pytest.mark.parametrize(
+    ("guidance", "negative", "more"),
+    [(1.0, None, {}), (4.5, None, {}), (4.5, "", {}), (4.5, NASTY, {"negative_prompt": NASTY}), (1.0, "blurry", {})],
+)
+def test_a_run_on_a_reward_is_drawn_as_its_evaluation_was(folder, guidance, negative, more):
+    """The pipeline's own guidance, 7, would burn pictures of a policy that learned to do without. A negative prompt needs guidance."""
+    given = {} if negative is None else {"negative_prompt": negative}  # ReFL has no such flag
+    text = written(folder, resolution=512, eval_num_inference_steps=40, eval_guidance_scale=guidance, **given)
     code = ast.parse(re.search(r"```python\n(.*?)```", text, re.S)[1])
     call = next(node for node in ast.walk(code) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pipeline")
     passed = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-    assert passed == {"height": 512, "width": 512, "num_inference_steps": 40, "guidance_scale": 1.0}
+    assert passed == {"height": 512, "width": 512, "num_inference_steps": 40, "guidance_scale": guidance} | more
     assert ast.literal_eval(call.args[0]) == NASTY
 
 

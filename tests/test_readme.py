@@ -285,8 +285,14 @@ def test_defaults_in_wrappers_survive_the_parsers_own_checks(monkeypatch):
 def printed(wrapper, *flags):
     """The command that a wrapper followed by these flags would run, in words."""
     command = ["bash", f"scripts/{wrapper}", *flags]
-    environment = {name: value for name, value in os.environ.items() if name != "TINY"} | {"PRINT_COMMAND": "1"}
+    environment = os.environ | {"PRINT_COMMAND": "1", "NUM_PROCESSES": "1"}
     return shlex.split(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch):
+    """Wrappers run the real recipe, unless a test says otherwise."""
+    monkeypatch.delenv("TINY", raising=False)
 
 
 def wrapped(wrapper, *flags):
@@ -348,6 +354,31 @@ def test_a_wrapper_takes_the_variants_of_its_algorithm(wrapper, flags, expected)
     assert {name: args[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "flags", "expected"),
+    [
+        ("train_aesthetic_ddpo_sd3.sh", [], ("shapes_held_out", "shapes")),
+        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "foxes.txt"], (None, None)),
+        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "drawings.txt"], (None, "shapes")),
+        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "drawings.txt", "--eval_prompts", "foxes.txt"], ("foxes.txt", None)),
+        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "foxes.txt", "--eval_prompts", "shapes_held_out"], ("shapes_held_out", "shapes")),
+        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "foxes.txt", "--eval_scorers", "shapes"], (None, "shapes")),  # refused later
+        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "someone/prompts"], (None, None)),  # what is downloaded later may be anything
+        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "nowhere.txt"], (None, None)),  # refused later, by its own name
+        (GRPO, ["--prompts", "foxes.txt"], (None, "tiny_clip")),
+        ("train_refl_v1_5.sh", ["--prompts", "foxes.txt"], (None, None)),
+        ("train_refl_v1_5.sh", ["--prompts", "drawings.txt"], (None, "shapes_strict")),
+    ],
+)  # fmt: skip
+def test_a_tiny_wrappers_verifier_yields_to_prompts_that_it_cannot_judge(wrapper, flags, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY", "1")
+    (tmp_path / "foxes.txt").write_text("a fox\n")
+    (tmp_path / "drawings.txt").write_text("a red circle on a blue background\n")
+    here = {name: str(tmp_path / name) for name in ("foxes.txt", "drawings.txt", "nowhere.txt")}
+    args = wrapped(wrapper, *(here.get(flag, flag) for flag in flags))
+    assert (args.eval_prompts, args.eval_scorers) == (here.get(expected[0], expected[0]), expected[1])
+
+
 def test_a_config_changes_what_belongs_to_it_as_flags_do(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("use_lora: true\ndataset_name: mine")
@@ -360,23 +391,28 @@ def test_a_config_changes_what_belongs_to_it_as_flags_do(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("wrapper", "flags"),
+    ("tiny", "wrapper", "flags"),
     [
-        (GRPO, ["--prompts", "geneval.jsonl", "--scorer", "geneval"]), (GRPO, ["--scorer", "pickscore=1"]),
-        (GRPO, ["--config", "mine.yaml"]), (GRPO, ["--scorer", "clip,image_reward"]),
-        ("train_aesthetic_ddpo_sd3.sh", ["--scorer", "jpeg_compressibility", "--prompts", "mine.txt"]),
-        ("train_aesthetic_ddpo_sd3.sh", ["--prompts", "geneval.jsonl", "--scorer", "geneval"]),
+        ("", GRPO, ["--prompts", "geneval.jsonl", "--scorer", "geneval"]), ("", GRPO, ["--scorer", "pickscore=1"]),
+        ("", GRPO, ["--config", "mine.yaml"]), ("", GRPO, ["--scorer", "clip,image_reward"]),
+        ("1", GRPO, ["--prompts", "mine.txt", "--scorer", "pickscore=1"]),
+        ("", "train_aesthetic_ddpo_sd3.sh", ["--scorer", "jpeg_compressibility", "--prompts", "mine.txt"]),
+        ("1", "train_aesthetic_ddpo_sd3.sh", ["--prompts", "mine.txt"]),
+        ("", "train_aesthetic_ddpo_sd3.sh", ["--prompts", "geneval.jsonl", "--scorer", "geneval"]),
+        ("1", "train_refl_v1_5.sh", ["--scorer", "pickscore", "--prompts", "mine.txt", "--use_lora"]),
     ],
 )  # fmt: skip
-def test_a_documented_variant_of_a_wrapper_makes_a_plan(wrapper, flags, tmp_path, monkeypatch, capsys):
+def test_a_documented_variant_of_a_wrapper_makes_a_plan(tiny, wrapper, flags, tmp_path, monkeypatch, capsys):
     """With the tiny model, as if the weights of all scorers were there: what the wrapper adds must not be refused beside what is given."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TINY", tiny)
     monkeypatch.setattr(scorers.base.Scorer, "trouble", lambda scorer, given: None)
     (tmp_path / "geneval.jsonl").write_text('{"prompt": "a photo of two cats", "include": [{"class": "cat", "count": 2}]}')
     (tmp_path / "mine.txt").write_text("a fox")
     (tmp_path / "mine.yaml").write_text("scorer: image_reward")
     flags = [str(tmp_path / flag) if "." in flag else flag for flag in flags]
-    words = printed(wrapper, *flags, "--pretrained_model_name_or_path", "models/tiny-sd3", "--resolution", "64", "--dry_run",
+    model = "models/tiny-sd15" if "v1_5" in wrapper else "models/tiny-sd3"
+    words = printed(wrapper, *flags, "--pretrained_model_name_or_path", model, "--resolution", "64", "--dry_run",
                     "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"))  # fmt: skip
     module = importlib.import_module(words[1].removesuffix(".py"))
     module.main(module.parse_args(words[2:]))

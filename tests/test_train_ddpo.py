@@ -11,7 +11,7 @@ import runs
 import torch
 
 import train_ddpo_sd3 as script
-from src import lora, metrics
+from src import cli, lora, metrics
 from src.pipelines import sd3_rollout
 
 pytestmark = pytest.mark.usefixtures("summaries")
@@ -318,12 +318,13 @@ def test_the_first_ratio_of_every_epoch_is_checked(train, monkeypatch):
         (dict(window_size=9), "--window_size 9 must lie in 1 .. 3"),
         (
             dict(mixed_precision="bf16", transition="precise"),
-            "--window_range 0 3: at step 2 rounding to bf16 alone makes a log-ratio of 57 nats with precise, against --clip_nats 0.66; "
-            "use --window_range 0 2, --transition flow --clip_nats 6.55 or --mixed_precision no",
+            "--window_range 0 3: at step 2 rounding to bf16 alone makes an estimated log-ratio of 57 nats with precise, against "
+            "--clip_nats 0.66; use --window_range 0 2 or --transition flow --clip_nats 6.55 or --mixed_precision no",
         ),
         (
             dict(mixed_precision="bf16", transition="flow", noise_level=0.01, clip_nats=6.55),
-            "at step 2 rounding .* 50 nats with flow, against --clip_nats 6.55; use --window_range 0 2 or --mixed_precision no",
+            "at step 2 rounding .* 50 nats with flow, against --clip_nats 6.55; "
+            "use --window_range 0 2 or --noise_level 0.7 or --mixed_precision no",
         ),
         (dict(train_timestep_fraction=0), "--train_timestep_fraction"),
         (dict(lr_scheduler="linear", lr_warmup_steps=9), "--lr_warmup_steps 9 must be less than the 4 optimizer steps of --num_epochs 2"),
@@ -340,13 +341,64 @@ def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, capsys, flags,
 
 def test_what_rounding_makes_of_the_ratio_by_hand():
     """At 512 px, D = 65,536, by a velocity that is off by 0.01: D (0.01 |B| / step_std)^2 / 2. cps: 0.276 at step 4, 32.2 at step 8,
-    1.10 before that: 0.25, 3,390 and 3.9 nats; flow: 1.487 at step 8, 7.2 nats. A side twice as long has four times as many."""
-    args = argparse.Namespace(pretrained_model_name_or_path="models/tiny-sd3", num_inference_steps=10, resolution=512, window_range=[4, 9],
-                              transition="cps", noise_level=0.8)  # fmt: skip
+    1.10 before that: 0.25, 3,390 and 3.9 nats; flow: 1.487 at step 8, 7.2 nats. A side twice as long has four times as many; fp16, whose
+    three more bits make the velocity's error an eighth, a 64th."""
+    args = paper(window_range=[4, 9])
     nats = script.policy.rounding_nats(args)
     assert nats[[0, 3, 4]].tolist() == pytest.approx([0.25, 3.94, 3390], rel=0.02)
-    args.resolution, args.transition, args.noise_level = 1024, "flow", 0.7
+    args.mixed_precision = "fp16"
+    assert torch.equal(script.policy.rounding_nats(args), nats / 64)
+    args = paper(window_range=[4, 9], resolution=1024, transition="flow", noise_level=0.7)
     assert script.policy.rounding_nats(args)[4].item() == pytest.approx(4 * 7.25, rel=0.01)
+
+
+def paper(**changes):
+    """Ten steps of 512 px, all but the last: the nats are those of the test above."""
+    flags = dict(pretrained_model_name_or_path="models/tiny-sd3", num_inference_steps=10, resolution=512, window_range=[0, 9],
+                 window_size=0, transition="cps", noise_level=0.8, clip_nats=0.66, mixed_precision="bf16")  # fmt: skip
+    return argparse.Namespace(**(flags | changes))
+
+
+@pytest.mark.parametrize(
+    ("flags", "step", "cures"),
+    [
+        (dict(), 7, "--window_range 0 7 or --transition flow --clip_nats 6.55"),
+        (dict(mixed_precision="fp16"), 8, "--window_range 0 8 or --transition flow --clip_nats 6.55"),
+        (dict(loss="ppo"), 7, "--window_range 0 7 or --transition flow --clip_nats 6.55 or --loss guard"),
+        (dict(window_range=[6, 9]), 7, "--window_range 6 7 or --transition flow --clip_nats 6.55"),
+        (dict(window_range=[6, 9], window_size=1), 7, "--window_range 6 7 or --transition flow --clip_nats 6.55"),
+        (dict(window_range=[6, 9], window_size=2), 7, "--transition flow --clip_nats 6.55"),  # one step would be left
+        (dict(window_range=[7, 8]), 7, "--transition flow --clip_nats 6.55"),
+        (dict(noise_level=0.01), 0, "--transition flow --noise_level 0.7 --clip_nats 6.55"),
+        (dict(clip_nats=20.0), 8, "--window_range 0 8 or --transition flow"),
+        (dict(transition="flow", noise_level=0.7), 7, "--window_range 0 7 or --clip_nats 6.55"),
+        (dict(resolution=1024), 5, "--window_range 0 5"),  # flow's last but one has 29 nats there
+        (dict(resolution=1024, window_range=[8, 9]), 8, ""),
+        (dict(resolution=1024, window_range=[5, 9], window_size=3), 5, ""),
+        (dict(resolution=1024, window_range=[8, 9], transition="flow", noise_level=0.7, clip_nats=6.55), 8, ""),
+    ],
+)
+def test_a_refusal_for_rounding_names_only_cures_that_pass(flags, step, cures):
+    args = paper(**flags)
+    with pytest.raises(ValueError, match=f": at step {step} rounding to {args.mixed_precision} alone makes an estimated log") as refusal:
+        script.policy.check_steps(args, updates=2)
+    *offered, last = str(refusal.value).partition("; use ")[2].split(" or ")
+    assert last == "--mixed_precision no" and " or ".join(offered) == cures
+    parser = cli.make_parser("the flags of both trainers")
+    cli.add_grpo_args(parser)
+    cli.add_rollout_args(parser)
+    for cure in offered:
+        changed = parser.parse_args(cure.split(), argparse.Namespace(**vars(args)))
+        if args.noise_level == cli.NOISE_LEVELS[args.transition]:  # it was unset
+            changed.noise_level = cli.NOISE_LEVELS[changed.transition]
+        script.policy.check_steps(changed, updates=2)
+
+
+def test_guidance_is_left_out_of_the_estimate_so_that_public_settings_pass():
+    """Flow-GRPO's: guidance 4.5 in 16 bits. Independent errors of its two predictions would make 32.5 x 7.2 nats against 2 x 6.55."""
+    for precision in ("bf16", "fp16"):
+        flow_grpo = dict(transition="flow", noise_level=0.7, clip_nats=6.55, guidance_scale=4.5, mixed_precision=precision)
+        script.policy.check_steps(paper(**flow_grpo), updates=2)
 
 
 @pytest.mark.parametrize(

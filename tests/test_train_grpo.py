@@ -641,6 +641,12 @@ def test_guidance_of_the_evaluation_moves_away_from_what_training_does(train, mo
     assert asked.count(["two cats"]) == 3 and [""] not in asked  # for training, and two evaluations
 
 
+def test_a_negative_prompt_may_be_for_the_evaluation_alone(world, tmp_path):
+    """Training without guidance, which is half the cost, and evaluation with it."""
+    args = script.parse_args(world.argv(tmp_path / "out", **GRPO, negative_prompt="blurry", eval_guidance_scale=4.5))
+    assert (args.guidance_scale, args.eval_guidance_scale, args.negative_prompt) == (1, 4.5, "blurry")
+
+
 def test_a_negative_prompt_is_one_text_and_counts(train):
     """A trailing comma made it a nested list in the seed project."""
     guided = dict(guidance_scale=3.0, num_epochs=1)
@@ -710,6 +716,14 @@ def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_the_plan_counts_the_groups_of_all_processes(world, tmp_path, monkeypatch, capsys):
+    """4 pictures on each of 2 processes are a group of 8, which the check lets pass; those of one process would be half of a group."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = dict(group_size=8, sample_num_batches_per_epoch=1, updates_per_epoch=1, num_epochs=3, num_eval_prompts=1)
+    runs.train(script, world.argv(tmp_path / "out", **(GRPO | flags), dry_run=True))
+    assert re.search(r"text cache +[45] entries", capsys.readouterr().out)  # "", one prompt an epoch, the evaluated one among them or not
+
+
 def test_decoding_is_the_plans_peak_where_it_takes_more_than_a_step(world, tmp_path, monkeypatch, capsys):
     """A terabyte, beside what is there all the time: weights, optimizer state, no gradient."""
     monkeypatch.setattr(script.plan, "drawing_bytes", lambda args, vae: 10**12)
@@ -734,8 +748,8 @@ BAD = {
     "too few steps": (dict(num_inference_steps=1), "--num_inference_steps", "at least 2"),
     "a ratio of rounding alone": (
         dict(mixed_precision="bf16"),
-        "--window_range 0 3: at step 2 rounding to bf16 alone makes a log-ratio of 63 nats with cps, against --clip_nats 0.66",
-        "use --window_range 0 2, --transition flow --clip_nats 6.55, --loss guard or --mixed_precision no",
+        "--window_range 0 3: at step 2 rounding to bf16 alone makes an estimated log-ratio of 63 nats with cps, against --clip_nats 0.66",
+        "use --window_range 0 2 or --transition flow --clip_nats 6.55 or --loss guard or --mixed_precision no",
     ),
     "no noise": (dict(noise_level=0), "--noise_level", "above 0"),
     "too much noise": (dict(noise_level=1.5), "--noise_level 1.5", "0.8"),
@@ -746,6 +760,16 @@ BAD = {
     "scorer that does not exist": (dict(scorer="shape"), "--scorer shape", "did you mean shapes"),
     "OCR without quotes": (dict(scorer="ocr"), "--prompts", "quot"),
     "prompts that the verifier cannot read": (dict(scorer="shapes", prompts="simple_animals"), "--prompts", "red circle"),
+    "prompts that the held-out verifier cannot read": (
+        dict(eval_scorers="shapes", num_eval_prompts=6),
+        "--prompts: shapes cannot judge prompt 3 'two cats'",
+        "red circle",
+    ),
+    "evaluation prompts that it cannot read": (
+        dict(eval_scorers="shapes", eval_prompts="simple_animals"),
+        "--eval_prompts: shapes cannot judge",
+        "red circle",
+    ),
     "held-out scorer that is trained on": (dict(eval_scorers="jpeg_incompressibility"), "--eval_scorers", "leave it out"),
     "nothing to hold against": (dict(stop_if_eval_drops=0.1), "--stop_if_eval_drops", "--eval_scorers"),
     "KL form of another transition": (dict(kl_weight=0.1, kl_form="flow_grpo"), "--kl_form flow_grpo", "--kl_form exact"),
@@ -754,7 +778,11 @@ BAD = {
     "DiffusionNFT's options without it": (dict(nft_levels=5), "--nft_levels", "--loss nft"),
     "dropout": (dict(lora_dropout=0.1), "--lora_dropout", "unknown flag"),
     "LoRA options for all weights": (dict(full_weights=True), "--rank 4 has no effect", "--full_weights"),
-    "negative prompt without guidance": (dict(negative_prompt="bad"), "--negative_prompt", "--guidance_scale"),
+    "negative prompt without guidance": (
+        dict(negative_prompt="bad"),
+        "--negative_prompt bad has no effect",
+        "without --guidance_scale or --eval_guidance_scale above 1",
+    ),
     "progressive only": (dict(window_shift_epochs=5), "--window_shift_epochs", "--window_order progressive"),
     "no such model": (dict(pretrained_model_name_or_path="models/none"), "--pretrained_model_name_or_path", "download.sh"),
     "resolution": (dict(resolution=500), "--resolution", "try 496"),

@@ -4,6 +4,7 @@ What they share with the other trainers (signals, trackers, full disks, caches) 
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -311,6 +312,23 @@ def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
     assert "1 denoising steps without gradient, 3 with" in capsys.readouterr().out
 
 
+def test_only_prompts_that_will_be_drawn_are_encoded_and_planned(world, train, tmp_path, monkeypatch, capsys):
+    """2 steps of 1 picture draw 2 of 200 prompts, the evaluation has the first: with "" 3 or 4 texts."""
+    (tmp_path / "many.txt").write_text("\n".join(f"picture number {i}" for i in range(200)))
+    few = dict(prompts=tmp_path / "many.txt", max_train_steps=2, train_batch_size=1, num_eval_prompts=1, guidance_scale=1, **LORA)
+    runs.train(script, world.argv(tmp_path / "plan", dry_run=True, **few))
+    assert re.search(r"text cache +[34] entries", capsys.readouterr().out)
+    encoded, prepare = [], script.inputs.prepare_texts
+
+    def spy(run, args, prompts, family):
+        encoded.append(set(prompts))
+        return prepare(run, args, prompts, family)
+
+    monkeypatch.setattr(script.inputs, "prepare_texts", spy)
+    train(**few)
+    assert 3 <= len(encoded[0]) <= 4 and {"", "picture number 0"} < encoded[0]
+
+
 BAD = {  # what is wrong: flags, what the line must name, the cure in it
     "a scorer without gradient": (dict(scorer="jpeg_incompressibility"), "--scorer jpeg_incompressibility", "tiny_clip"),
     "one such in a mixture": (dict(scorer="tiny_clip,shapes"), "shapes has no gradient", "leave it out"),
@@ -363,4 +381,4 @@ def test_imagerewards_list_is_taken_as_it_is(world, tmp_path):
     entries = [{"id": "000010-0137", "text": "a red ring"}, {"id": "000010-0138", "text": "a fox"}]
     (tmp_path / "refl_data.json").write_text(json.dumps(entries))
     args = script.parse_args(world.argv(tmp_path / "out", prompts=tmp_path / "refl_data.json"))
-    assert script.rewards.read_prompts(args).texts == ["a red ring", "a fox"]
+    assert [prompt.text for prompt in script.rewards.read_prompts(args).training] == ["a red ring", "a fox"]
