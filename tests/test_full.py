@@ -64,14 +64,6 @@ def test_the_base_model_is_not_overwritten(tiny_sd3_folder, tmp_path):
     full.check_output(tmp_path, "owner/model")
 
 
-def test_another_model_is_not_replaced_but_an_earlier_result_is(tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="--output_dir .* is a model that no run here wrote"):
-        full.check_output(tmp_path, "owner/model")
-    (tmp_path / "args.json").write_text("{}")
-    full.check_output(tmp_path, "owner/model")
-
-
 # --------------------------------------------------------------------------- files
 
 
