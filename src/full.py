@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +42,13 @@ def check_blocks(count: int | None, blocks: str | None, freeze_last: int) -> Non
 
 
 def check_output(output_dir: Path, source: str) -> None:
-    """Refuse to write the result over the base model, or over another one.
+    """Refuse to write the result over the base model; over that of somebody else `runtime.check` lets no run write.
 
     Raises:
         ValueError: naming --output_dir.
     """
     if output_dir.expanduser().resolve() == Path(source).expanduser().resolve():
         raise ValueError(f"--output_dir {output_dir} is the base model, which the result would replace; choose another folder")
-    if (output_dir / "model_index.json").is_file() and not (output_dir / "args.json").is_file():  # which every run of ours leaves
-        raise ValueError(f"--output_dir {output_dir} is a model that no run here wrote and that the result would replace; choose another")
 
 
 def select(transformer: nn.Module, *, blocks: str | None = None, freeze_last: int = 0) -> None:
@@ -171,18 +170,27 @@ def complete_pipeline(
         source: local folder or Hub id of the base model.
 
     Raises:
-        ValueError: what `fetch` refuses.
+        SystemExit: what `fetch` refuses; the message says that the weights are saved, and how to go on.
     """
-    try:
-        base = fetch(source, trained=trained, revision=revision, variant=variant, cached=True)
-    except ValueError:  # the model has a new version since, which another program has begun to download: the cache's branch moved on
-        base = fetch(source, trained=trained, revision=revision, variant=variant)
+    base = _fetched(source, folder, trained=trained, revision=revision, variant=variant)
     for name in (part for part in _parts(base) if part not in trained):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
         for file in _files(base / name, variant):
             _link(file, folder / name / _without_variant(file.name, variant))
     shutil.copyfile(base / "model_index.json", folder / "model_index.json")
+
+
+def _fetched(source: str, folder: Path, **options: Any) -> Path:
+    for cached in (True, False):  # False: the model has a new version since, which another program has begun to download
+        try:
+            return fetch(source, **options, cached=cached)
+        except ValueError as error:
+            trouble = error
+    raise SystemExit(
+        f"error: weights are saved in {folder}; {trouble}. The rest is to be put beside them: the other parts and model_index.json, which "
+        f"hf download {source} fetches"
+    ) from trouble
 
 
 def fetch(source: str, *, trained: Collection[str], revision: str | None = None, variant: str | None = None, cached: bool = False) -> Path:
@@ -219,6 +227,10 @@ def fetch(source: str, *, trained: Collection[str], revision: str | None = None,
             f"{flag}: its parts besides {', '.join(trained)} go into the result and cannot be downloaded: {hub.reason(error)}"
         ) from error
     if incomplete := [part for part in parts if not _is_whole(base / part, variant)]:
+        if not cached and (published := _as_variants(source, incomplete, revision=revision, variant=variant)):
+            name = published[0][1]
+            names = ", ".join(part for part, other in published if other == name)
+            raise ValueError(f"{flag}: {names} would be missing in the result: they are published as {name} alone; add --variant {name}")
         raise ValueError(
             f"{flag}: {', '.join(incomplete)} would be missing in the result, as the copy in this machine's cache is incomplete; "
             f"download it with hf download {source}"
@@ -230,6 +242,23 @@ def _parts(base: Path) -> list[str]:
     """The parts that model_index.json names, but for those that were left out."""
     index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     return [name for name, kind in index.items() if isinstance(kind, list) and kind[1] is not None]
+
+
+def _as_variants(source: str, parts: Collection[str], *, revision: str | None, variant: str | None) -> list[tuple[str, str]]:
+    """(part, variant) of those whose weights the Hub has neither as this variant nor plain; none if it cannot be asked."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = list_repo_files(source, revision=revision)
+    except hub.errors():  # then what the Hub has is not the question: the caller says what is lacking here
+        return []
+    found = []
+    for part in parts:
+        names = [name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")]
+        kinds = {_variant_of(name, variant) for name in names if name.endswith(".safetensors") or re.search(r"pytorch_model.*\.bin$", name)}
+        if kinds and not kinds & {variant, None}:
+            found.append((part, next(name for name in _VARIANTS if name in kinds)))
+    return found
 
 
 def _weights_on_the_hub(variant: str | None) -> list[tuple[list[str], tuple[str, ...]]]:
@@ -246,20 +275,31 @@ def _weights_on_the_hub(variant: str | None) -> list[tuple[list[str], tuple[str,
     return kinds
 
 
+def _variant_of(name: str, variant: str | None) -> str | None:
+    """Which variant a file's name says: this one, another that is known, or None."""
+    return next((one for one in (variant, *_VARIANTS) if one and f".{one}" in name), None)
+
+
 def _files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of one part that this variant uses: without it where the part does not have it; safetensors where there are any."""
+    """The files of one part that this variant uses: without it where the part does not have it; safetensors where there are any.
+
+    Of a folder on this machine that has nothing but another variant that one: the part would be missing in the result.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    safe = [path for path in files if ".safetensors" in path.name]
-    weights = safe or [path for path in files if ".bin" in path.name]
-    ours = [path for path in weights if variant and f".{variant}" in path.name]
-    plain = [path for path in weights if not any(f".{name}" in path.name for name in _VARIANTS)]
+    weights = [path for path in files if ".safetensors" in path.name or ".bin" in path.name]  # and the lists of their shards
     small = [path for path in files if path.suffix in (".json", ".txt", ".model") and path not in weights]
-    return small + (ours or plain or weights)
+    ends = (".safetensors", ".bin")
+    for end, name in [(end, name) for names in ((variant, None), _VARIANTS) for end in ends for name in names]:
+        kind = [path for path in weights if end in path.name and _variant_of(path.name, variant) == name]
+        if any(path.suffix == end for path in kind):
+            return small + kind
+    return small
 
 
 def _weights(folder: Path, variant: str | None) -> list[str]:
-    """Names of the weight files among `_files`."""
-    return [path.name for path in _files(folder, variant) if path.suffix in (".safetensors", ".bin")]
+    """Names of the weight files among `_files`, but for those of another variant."""
+    names = [path.name for path in _files(folder, variant) if path.suffix in (".safetensors", ".bin")]
+    return [name for name in names if _variant_of(name, variant) in (variant, None)]
 
 
 def _is_whole(folder: Path, variant: str | None) -> bool:
@@ -275,7 +315,7 @@ def _is_whole(folder: Path, variant: str | None) -> bool:
 
 def _without_variant(name: str, variant: str | None) -> str:
     """model.fp16.safetensors -> model.safetensors; shards keep their names, which the index lists."""
-    return name.replace(f".{variant}.", ".", 1) if variant else name
+    return name.replace(f".{_variant_of(name, variant)}.", ".", 1)
 
 
 def _link(source: Path, target: Path) -> None:

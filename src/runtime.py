@@ -256,11 +256,13 @@ def _unused_gpu() -> str | None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse a precision that this machine cannot train in, and a launcher that spreads the weights of a program that does not.
+    """Refuse an unfit result folder or precision, and a launcher that spreads the weights of a program that does not.
 
     Raises:
-        ValueError: fp16 without a GPU; bf16, the precision of real models, beside a GPU that torch cannot use; FSDP2 or DeepSpeed.
+        ValueError: a folder that holds somebody's model; fp16 without a GPU; bf16, the precision of real models, beside a GPU that torch
+            cannot use; FSDP2 or DeepSpeed.
     """
+    _check_output(args.output_dir)
     _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
     meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles") or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if args.mixed_precision == "bf16" and not meant and not args.dry_run and (trouble := _unused_gpu()):
@@ -270,6 +272,14 @@ def check(args: argparse.Namespace) -> None:
         )
     if not vars(args).keys() & {"weights_dtype", "full_weights"}:  # those programs have a say of their own
         sharding.check_whole(os.environ)
+
+
+def _check_output(folder: Path) -> None:
+    """A LoRA is refused there too: its args.json would make the model pass for a result of ours, which a later full run may replace."""
+    if (folder / "model_index.json").is_file() and not (folder / "args.json").is_file():  # which every run of ours leaves
+        raise ValueError(
+            f"--output_dir {folder} holds a model that no run here wrote, and that this or a later run would replace; choose another folder"
+        )
 
 
 def _check_precision(args: argparse.Namespace, device: torch.device) -> None:

@@ -442,6 +442,21 @@ def test_the_only_picture_column_is_found(tmp_path):
     assert shown(load(file, tmp_path)) == [("zero", 0), ("one", 1)]
 
 
+def test_a_connection_that_breaks_halfway_is_one_line(tmp_path, monkeypatch):
+    """`datasets` lets HTTPError through, which is neither an OSError nor a ValueError."""
+    from huggingface_hub.errors import HTTPError
+
+    def refuse(*args, **options):
+        raise HTTPError("peer closed connection\nwithout sending complete message body")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    line = r"--dataset_name nobody/pictures .* Hub either \(the Hub could not be reached .*\); check the spelling"
+    with pytest.raises(ValueError, match=line) as error:
+        open_captioned("nobody/pictures", cache_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_an_unreachable_hub_id_names_the_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

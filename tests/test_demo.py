@@ -204,6 +204,35 @@ def test_the_scale_multiplies_the_update_with_alpha_over_rank(tiny_sd3_folder, l
     torch.testing.assert_close(layer(x), layer.base_layer(x) + scale * 8 / 4 * update)
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError])
+def test_a_lora_whose_error_says_nothing_is_refused_all_the_same(tiny_sd3_folder, lora_folder, monkeypatch, kind):
+    from diffusers import StableDiffusion3Pipeline
+
+    def refuse(*args, **options):
+        raise kind
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "load_lora_weights", refuse)
+    with pytest.raises(ValueError, match=f"--lora_weights_path .*: does not fit the model: {kind.__name__}$"):
+        stock.load(str(tiny_sd3_folder), dtype=torch.float32, device="cpu", lora_path=lora_folder)
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    ("HTTPError", "the Hub could not be reached"),  # it broke halfway: neither an OSError nor a ValueError
+    ("OSError", "Error no file named model.safetensors"),
+])  # fmt: skip
+def test_a_model_that_cannot_be_loaded_is_one_line(tiny_sd3_folder, monkeypatch, kind, words):
+    from diffusers import StableDiffusion3Pipeline
+    from huggingface_hub import errors
+
+    def refuse(*args, **options):
+        raise getattr(errors, kind, OSError)(f"{words}\nand a second line")
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", refuse)
+    with pytest.raises(ValueError, match=rf"--pretrained_model_name_or_path .*: cannot be loaded \({words}.*; download") as error:
+        stock.load(str(tiny_sd3_folder), dtype=torch.float32, device="cpu")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.slow
 def test_bf16_draws_with_a_lora(draw, lora_folder):
     out = draw("--prompt", "a heart", "--lora_weights_path", lora_folder, "--dtype", "bf16")

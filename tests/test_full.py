@@ -64,14 +64,6 @@ def test_the_base_model_is_not_overwritten(tiny_sd3_folder, tmp_path):
     full.check_output(tmp_path, "owner/model")
 
 
-def test_another_model_is_not_replaced_but_an_earlier_result_is(tmp_path):
-    (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(ValueError, match="--output_dir .* is a model that no run here wrote"):
-        full.check_output(tmp_path, "owner/model")
-    (tmp_path / "args.json").write_text("{}")
-    full.check_output(tmp_path, "owner/model")
-
-
 # --------------------------------------------------------------------------- files
 
 
@@ -159,6 +151,19 @@ def test_a_variant_becomes_the_plain_files_of_the_result(tmp_path):
     assert runs.files(tmp_path / "plain/text_encoder_3") == ["model.safetensors"]
 
 
+def test_of_a_folder_that_has_a_part_as_variants_alone_one_becomes_its_plain_files(tmp_path):
+    """As `hf download` with patterns leaves it: nothing of the base model may change, and the result loads without --variant."""
+    base = tmp_path / "base"
+    (base / "vae").mkdir(parents=True)
+    for name in ("diffusion_pytorch_model.bf16.safetensors", "diffusion_pytorch_model.fp16.safetensors"):
+        (base / "vae" / name).write_text(name)
+    (base / "model_index.json").write_text(json.dumps({"vae": ["library", "Class"]}))
+    full.complete_pipeline(str(base), tmp_path / "out", trained=["transformer"])
+    assert runs.files(tmp_path / "out/vae") == ["diffusion_pytorch_model.safetensors"]
+    assert (tmp_path / "out/vae/diffusion_pytorch_model.safetensors").read_text() == "diffusion_pytorch_model.fp16.safetensors"
+    assert all(path.read_text() == path.name for path in (base / "vae").iterdir())
+
+
 # --------------------------------------------------------------------------- the same of a model on the Hub
 
 SD35 = """
@@ -214,6 +219,11 @@ class Hub:
             self.keep(name)
         return str(self.cache)
 
+    def list_repo_files(self, repository, *, revision):
+        if not self.reachable:
+            raise ConnectionError("no route to host")
+        return self.published
+
     @property
     def downloaded(self) -> list[str]:
         return sorted(path.relative_to(self.cache).as_posix() for path in self.cache.rglob("*") if path.is_file())
@@ -223,7 +233,8 @@ class Hub:
 def hub(tmp_path, monkeypatch):
     def make(published):
         one = Hub(tmp_path / "cache", published)
-        monkeypatch.setattr("huggingface_hub.snapshot_download", one.snapshot_download)
+        for name in ("snapshot_download", "list_repo_files"):
+            monkeypatch.setattr(f"huggingface_hub.{name}", getattr(one, name))
         return one
 
     return make
@@ -288,6 +299,41 @@ def test_parts_that_cannot_be_had_are_refused_in_one_line(hub):
     lacking = "text_encoder, text_encoder_2, text_encoder_3, tokenizer, tokenizer_2, tokenizer_3"
     with pytest.raises(ValueError, match=f"owner/model: {lacking} would be missing in the result.* hf download owner/model"):
         fetch()
+
+
+def test_of_parts_that_are_published_as_a_variant_alone_its_flag_is_named(hub):
+    """Both CLIPs in fp16 only, T5 in both forms."""
+    one = hub([name for name in SD35 if name not in ("text_encoder/model.safetensors", "text_encoder_2/model.safetensors")])
+    line = "owner/model: text_encoder, text_encoder_2 would be missing in the result: they are published as fp16 alone; add --variant fp16"
+    with pytest.raises(ValueError, match=line):
+        fetch()
+    one.reachable = False  # nobody can tell what is published
+    with pytest.raises(ValueError, match="text_encoder, text_encoder_2 would be missing in the result, as the copy in this machine's"):
+        fetch()
+    one.reachable = True
+    fetch(variant="fp16")
+    assert {"text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16.safetensors"} < set(one.downloaded)
+
+
+def test_files_of_a_variant_that_an_earlier_run_fetched_do_not_pass_for_the_plain_ones(hub, tmp_path):
+    one = hub(SD15)
+    fetch(("unet",), variant="fp16")
+    assert "safety_checker/model.fp16.safetensors" in one.downloaded and "safety_checker/pytorch_model.bin" not in one.downloaded
+    fetch(("unet",))
+    full.complete_pipeline("owner/model", tmp_path / "out", trained=["unet"], revision="abc")
+    assert runs.files(tmp_path / "out/safety_checker") == ["config.json", "pytorch_model.bin"]
+    assert runs.files(tmp_path / "out/text_encoder") == ["config.json", "pytorch_model.bin"]
+
+
+def test_parts_that_are_gone_after_the_training_do_not_hide_that_its_weights_are_saved(hub, tmp_path):
+    one = hub(SD35)
+    fetch()
+    shutil.rmtree(one.cache)
+    one.reachable = False
+    words = f"error: weights are saved in {tmp_path / 'out'}; .* owner/model: .*could not be reached.*hf download owner/model"
+    with pytest.raises(SystemExit, match=words) as stop:
+        full.complete_pipeline("owner/model", tmp_path / "out", trained=["transformer"], revision="abc")
+    assert "\n" not in str(stop.value)
 
 
 def test_random_weights_are_those_of_the_seed_and_of_the_same_shapes(tiny_sd3_folder, transformer):

@@ -14,6 +14,7 @@ from src.pipelines import common, sd3, sd15
 def raised(kind, text="404 Client Error", cause=None):
     """An error of huggingface_hub as it comes to us, without the response that its constructor wants."""
     error = kind.__new__(kind, text)
+    error.args = (text,)
     error.__cause__ = cause
     return error
 
@@ -29,6 +30,14 @@ REASONS = {
     "No space left on device": OSError(28, "No space left on device"),
     "ValueError": ValueError(),
 }
+REASONS |= {  # as transformers wraps them, in lines of which the first says little
+    "there is no such repository, or it is private": OSError("it is not a local folder and is not a valid model identifier"),
+    "it is gated": OSError("You are trying to access a gated repo.\nMake sure to have access to it"),
+    "429 Client Error: Too Many Requests": OSError("There was a specific connection error when trying to load it:\n429"),
+}
+REASONS["there is no such repository, or it is private"].__cause__ = raised(errors.RepositoryNotFoundError)
+REASONS["it is gated"].__cause__ = raised(errors.GatedRepoError)
+REASONS["429 Client Error: Too Many Requests"].__cause__ = raised(errors.HfHubHTTPError, "429 Client Error: Too Many Requests\n\nSlow down")
 REASONS["could not be reached"].__cause__ = raised(errors.LocalEntryNotFoundError)  # as transformers wraps it
 
 
@@ -37,6 +46,14 @@ def test_a_reason_says_what_happened(words):
     assert isinstance(REASONS[words], hub.errors())
     line = hub.reason(REASONS[words])
     assert words in line and "\n" not in line
+
+
+def test_what_the_hub_is_not_to_blame_for_is_told_apart():
+    """A file that is lacking is looked for under its next name, and what is wrong with that one is another matter."""
+    assert {words for words, error in REASONS.items() if not hub.concerned(error)} == {"No space left on device", "ValueError"}
+    next_name = ValueError("not a checkpoint")
+    next_name.__context__ = raised(errors.RemoteEntryNotFoundError)
+    assert not hub.concerned(next_name) and hub.reason(next_name) == "not a checkpoint"
 
 
 def test_a_switch_that_forbids_asking_is_named(monkeypatch):
@@ -48,6 +65,9 @@ def test_a_switch_that_forbids_asking_is_named(monkeypatch):
 
 @pytest.fixture
 def no_such_repository(monkeypatch):
+    import diffusers.utils.hub_utils  # noqa: F401  whoever is imported first while it is patched keeps the stand-in for good
+    import transformers.utils.hub  # noqa: F401
+
     def refuse(*args, **options):
         raise raised(errors.RepositoryNotFoundError, "404 Client Error. (Request ID: Root=1)\n\nRepository Not Found for url: ...\n")
 

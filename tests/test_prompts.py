@@ -103,6 +103,30 @@ def test_a_hub_id_is_let_through_before_and_its_absence_named_later(tmp_path):
         prompts.read("somebody/prompts", cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(("kind", "words"), [("HTTPError", "the Hub could not be reached"), ("OSError", "OSError")])
+def test_a_connection_that_breaks_halfway_or_says_nothing_is_one_line(tmp_path, monkeypatch, kind, words):
+    """HTTPError is neither an OSError nor a ValueError; an error without a message has no first line."""
+    from huggingface_hub import errors
+
+    def refuse(*args, **options):
+        raise getattr(errors, kind)("") if kind == "HTTPError" else OSError
+
+    monkeypatch.setattr("datasets.load_dataset_builder", refuse)
+    with pytest.raises(ValueError, match=rf"--prompts somebody/prompts .*either \({words}.*\); give one of") as error:
+        prompts.read("somebody/prompts", cache_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_whose_error_says_nothing_is_refused_all_the_same(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise OSError
+
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setattr("pyarrow.parquet.read_schema", refuse)
+    with pytest.raises(ValueError, match=r"a.parquet cannot be read as parquet: OSError"):
+        prompts.read(str(tmp_path / "a.parquet"), cache_dir=tmp_path)
+
+
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("column", [None, "other"])
 def test_of_a_data_set_of_the_hub_one_column_is_copied(tmp_path, described, column):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -352,17 +353,32 @@ def test_a_gpu_that_torch_cannot_use_is_not_left_aside_for_a_real_model(visible,
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     elif visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    args = argparse.Namespace(**{"mixed_precision": "bf16", "dry_run": False, "weights_dtype": "fp32"} | flags)
+    args = argparse.Namespace(**{"mixed_precision": "bf16", "dry_run": False, "weights_dtype": "fp32", "output_dir": Path("none")} | flags)
     if not refused:
         return runtime.check(args)
     with pytest.raises(ValueError, match="--mixed_precision bf16: .*NVIDIA driver.*train on the CPU all the same.*CUDA_VISIBLE_DEVICES=''"):
         runtime.check(args)
 
 
+@pytest.mark.parametrize("trainer", sorted(path.stem for path in ROOT.glob("train_*.py")))
+def test_no_run_writes_into_somebodys_model_but_over_an_earlier_result(trainer, tmp_path, monkeypatch):
+    """A LoRA's args.json there would make the model look like a result of ours, which the next full run replaces."""
+    checks = []
+    monkeypatch.setattr(cli, "parse", lambda *_, **options: checks.extend(options["checks"]))
+    importlib.import_module(trainer).parse_args([])
+    assert checks[0] is runtime.check
+    args = argparse.Namespace(mixed_precision="no", dry_run=False, output_dir=tmp_path)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path} holds a model that no run here wrote.*; choose another folder"):
+        runtime.check(args)
+    (tmp_path / "args.json").write_text("{}")
+    runtime.check(args)
+
+
 def test_a_machine_without_a_driver_trains_on_its_cpu(monkeypatch):
     monkeypatch.setattr(runtime, "_unused_gpu", lambda: runtime.unused_gpu(False, False, "13.0"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    runtime.check(argparse.Namespace(mixed_precision="bf16", dry_run=False, weights_dtype="fp32"))
+    runtime.check(argparse.Namespace(mixed_precision="bf16", dry_run=False, weights_dtype="fp32", output_dir=Path("none")))
 
 
 # --------------------------------------------------------------------------- real processes

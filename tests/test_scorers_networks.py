@@ -382,6 +382,41 @@ def test_a_model_that_cannot_be_downloaded_is_not_called_another(monkeypatch):
     assert "is not a" not in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("kind", "words"), [
+    ("HTTPError", "the Hub could not be reached"),  # a connection that broke halfway: neither an OSError nor a ValueError
+    ("RepositoryNotFoundError", "there is no such repository"),
+    ("GatedRepoError", "it is gated; accept its licence"),
+])  # fmt: skip
+def test_what_the_hub_refuses_is_not_called_another_model(monkeypatch, kind, words):
+    from huggingface_hub import constants, errors
+
+    def refuse(*args, **options):
+        kind_of_error = getattr(errors, kind)
+        raise kind_of_error.__new__(kind_of_error, "404 Client Error")  # without the response that its constructor wants
+
+    weights = Weights("far", ("config.json",), "somebody/nothing")
+    monkeypatch.setattr(Weights, "missing", lambda self: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: False)
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"transformers.utils.hub.{name}", refuse)
+    with pytest.raises(ValueError, match=f"somebody/nothing: {words}.*; run bash scripts/download.sh far") as error:
+        networks.pretrained("CLIPModel", weights, loader())
+    assert "is not a" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "words"), [
+    (pickle.UnpicklingError, r"is not a plain file of tensors \(UnpicklingError\)"), (EOFError, r"cannot be read \(it is cut short\)"),
+])  # fmt: skip
+def test_a_checkpoint_whose_error_says_nothing_is_refused_all_the_same(monkeypatch, kind, words):
+    def refuse(*args, **options):
+        raise kind
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(ValueError, match=f"a.pt: {words}"):
+        networks.read(Path("a.pt"))
+
+
 def test_the_head_of_another_predictor_is_refused_with_both_shapes(copy):
     models = copy("improved-aesthetic-predictor", "clip-vit-large-patch14")
     torch.save(torch.nn.Linear(768, 1).state_dict(), models / "improved-aesthetic-predictor/sac+logos+ava1-l14-linearMSE.pth")

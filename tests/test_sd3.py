@@ -206,6 +206,16 @@ def test_timesteps_stay_fp32_under_bf16(tiny_sd3_folder, model, weights):
     assert (exact.bfloat16() - exact)[1].norm() / exact[1].norm() < 0.003  # what the cast of the sinusoids costs a bf16 model
 
 
+def test_a_scheduler_that_names_no_shift_has_that_of_diffusers(tiny_sd3_folder, tmp_path):
+    """1, which leaves the timesteps as they are: read raw, before a run, as loaded."""
+    folder = shutil.copytree(tiny_sd3_folder, tmp_path / "model")
+    file = folder / "scheduler/scheduler_config.json"
+    config = json.loads(file.read_text())
+    assert sd3.local_shift(folder) == config.pop("shift") == 3.0
+    file.write_text(json.dumps(config))
+    assert sd3.local_shift(folder) == sd3.load(folder, parts=()).shift == 1.0
+
+
 def test_timestep_shift_by_hand(model):
     """The tiny model's schedule has shift 3 and its native side is 64: at 32 x 32, sqrt(1024 / 4096) = 1/2 of it."""
     assert sd3.timestep_shift(model, "model", 32, 32) == 3.0

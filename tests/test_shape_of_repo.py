@@ -25,9 +25,9 @@ MAY_IMPORT = {
     "activations": set(), "hub": {"errors"}, "errors": set(),
     "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"}, "norms": {"lora"},
     **{name: set() for name in MATHS},
-    "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", "hub", *MATHS},
-    "scorers": {"scorers", "images", "tiny", "hub", "cli"},  # cli: the program in __main__
-    "data": {"data", "images", "seeds", "errors", "tiny"},
+    "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", "hub", "errors", *MATHS},
+    "scorers": {"scorers", "images", "tiny", "hub", "errors", "cli"},  # cli: the program in __main__
+    "data": {"data", "images", "seeds", "hub", "errors", "tiny"},
     "tiny": {"tiny", "cli", "images", "flow", "seeds", "scorers"},  # scorers: the tour measures by them
     "grpo_variants": MATHS,
     **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize", "memory",

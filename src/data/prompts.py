@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from src import seeds
+from src import hub, seeds
 from src.data import sources
 from src.data.captions import is_unicode
+from src.errors import first_line
 
 Rows = list[tuple[str, dict[str, Any]]]  # where a row stands, for errors; its fields
 COLUMNS = ("prompt", "text", "caption")  # where the prompts are looked for, in this order, if no column is named
@@ -247,7 +248,7 @@ def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, rev
             name = _column(parquet.read_schema(files[0]).names, column, where)
             values = [value for file in files for value in parquet.ParquetFile(file).read(columns=[name])[name].to_pylist()]
         except (OSError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{where} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{where} cannot be read as parquet: {first_line(error)}") from error
     else:
         name, values = _from_hub(source, column, cache_dir / "datasets", revision, where)
     return _from_rows(_numbered({name: value} for value in values), name, where)
@@ -261,10 +262,9 @@ def _from_hub(source: str, column: str | None, folder: Path, revision: str | Non
     def available() -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
+        except (*hub.errors(), datasets.exceptions.DatasetsError) as error:
             raise ValueError(
-                f"{where} is no local path, and cannot be had from the Hugging Face Hub either ({str(error).strip().splitlines()[0]}); "
-                f"give {_ALLOWED}"
+                f"{where} is no local path, and cannot be had from the Hugging Face Hub either ({hub.reason(error)}); give {_ALLOWED}"
             ) from error
 
     folder /= "prompts" if column is None else f"prompts_{column}"  # apart from copies with all columns

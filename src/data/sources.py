@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from src import hub
 from src.errors import first_line
 
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -380,11 +381,11 @@ def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | 
             files = [str(file) for file in at.files]
             return datasets.load_dataset("parquet", data_files=files, columns=columns, split="train", cache_dir=where)
         return datasets.load_dataset(dataset_name, split="train", cache_dir=where, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # OSError: includes ConnectionError
+    except (*hub.errors(), datasets.exceptions.DatasetsError) as error:
         if at.kind == "parquet":
-            raise ValueError(f"--dataset_name {dataset_name} cannot be read as parquet: {error}") from error
+            raise ValueError(f"--dataset_name {dataset_name} cannot be read as parquet: {first_line(error)}") from error
         raise ValueError(
-            f"--dataset_name {dataset_name} is no local path, and cannot be had from the Hugging Face Hub either ({first_line(error)}); "
+            f"--dataset_name {dataset_name} is no local path, and cannot be had from the Hugging Face Hub either ({hub.reason(error)}); "
             "check the spelling, the connection and, for a gated data set, the login (hf auth login)"
         ) from error
 

@@ -88,7 +88,7 @@ def local_shift(path: str | Path) -> float:
     """The timestep shift of a local model folder; SD3's own for a Hub id, which nothing is downloaded of, and for a folder without."""
     name = "scheduler/scheduler_config.json"
     local = not is_hub_id(str(path)) and (Path(path).expanduser() / name).is_file()
-    return float(read_config(path, name)["shift"]) if local else 3.0
+    return float(read_config(path, name).get("shift", 1.0)) if local else 3.0  # 1: diffusers' default, which `load` takes
 
 
 def block_count(path: str | Path) -> int | None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import lora
+from src import hub, lora
+from src.errors import first_line, last_line
 from src.pipelines import sd3
 
 NAMES = {"sd3": "Stable Diffusion 3.x", "sd15": "Stable Diffusion 1.x", None: "another kind of model, or no LoRA at all"}
@@ -66,7 +67,9 @@ def lora_keys(path: Path) -> list[str]:
         with safe_open(lora_file(path), framework="numpy") as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"--lora_weights_path {path}: cannot be read as safetensors ({error}); is the file complete?") from None
+        raise ValueError(
+            f"--lora_weights_path {path}: cannot be read as safetensors ({first_line(error)}); is the file complete?"
+        ) from None
 
 
 def lora_family(keys: list[str]) -> str | None:
@@ -112,8 +115,10 @@ def load(
     family = StableDiffusion3Pipeline if model_family(path) == "sd3" else StableDiffusionPipeline
     try:
         pipeline = family.from_pretrained(path, dtype=dtype)
-    except OSError as error:
-        raise ValueError(f"--pretrained_model_name_or_path {path}: cannot be loaded ({error}); download the model again") from error
+    except hub.errors() as error:
+        raise ValueError(
+            f"--pretrained_model_name_or_path {path}: cannot be loaded ({hub.reason(error)}); download the model again"
+        ) from error
     if lora_path:
         _add_lora(pipeline, lora_path, lora_scale)
     if device != "cpu":
@@ -134,7 +139,7 @@ def _add_lora(pipeline: Any, path: Path, scale: float) -> None:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="tuned")
         pipeline.set_adapters("tuned", scale)
     except (RuntimeError, ValueError, KeyError) as error:  # peft: the sizes differ; diffusers: the model has nothing of it
-        raise ValueError(f"{flag}: does not fit the model: {str(error).strip().splitlines()[-1].strip()}") from error
+        raise ValueError(f"{flag}: does not fit the model: {last_line(error)}") from error
     wanted = sum(key.endswith("lora_A.weight") for key in lora_keys(path))
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     layers = sum(isinstance(module, LoraLayer) for part in parts for module in part.modules())

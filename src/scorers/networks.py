@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from src import hub
+from src.errors import first_line
 from src.scorers import preprocess
 from src.scorers.base import Loader, Weights
 
@@ -40,11 +41,11 @@ def read(path: Path) -> dict[str, Tensor]:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: is not a plain file of tensors ({str(error).splitlines()[0].rstrip(' .')}), and code in it will not be run; "
+            f"{path}: is not a plain file of tensors ({first_line(error).rstrip(' .')}), and code in it will not be run; "
             "download it again, or save its state_dict() alone"
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is cut short"
+        reason = first_line(error) if str(error).strip() else "it is cut short"
         raise ValueError(f"{path}: cannot be read ({reason}); download it again") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
@@ -82,7 +83,7 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
         spare: beginnings or ends of names that the checkpoint may hold besides.
 
     Raises:
-        ValueError: the checkpoint is another model, in part or in whole; or the Hub, where it is, cannot be reached.
+        ValueError: the checkpoint is another model, in part or in whole; or the Hub, where it is, cannot be reached or refuses it.
     """
     import transformers
     from safetensors import SafetensorError
@@ -91,8 +92,8 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
     with _quiet(bars=not (weights.local or weights.cached)):  # a download of gigabytes should be seen
         try:
             model, report = getattr(transformers, class_name).from_pretrained(source, dtype=loader.dtype, output_loading_info=True)
-        except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-            if not weights.local and hub.unreachable(error):
+        except (*hub.errors(), SafetensorError, pickle.UnpicklingError) as error:
+            if not weights.local and hub.concerned(error):
                 raise ValueError(f"{source}: {hub.reason(error)}; {weights.cure}") from error
             raise ValueError(f"{source} is not a {class_name}: {' '.join(str(error).split())[:300]}") from None
     extra = sorted(name for name in report["unexpected_keys"] if not (name.startswith(spare) or name.endswith(spare)))
