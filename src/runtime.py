@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from src import checkpoint, sharding
+from src import checkpoint, lora, sharding
 
 _PATIENCE = timedelta(hours=2)  # how long processes wait for one that renders, fills a cache or uploads; torch's default is 10 minutes
 # And for the main one alone, which downloads and scans a data set: at 300 pictures a second from a network disk 12 million take 11 hours.
@@ -259,10 +259,10 @@ def check(args: argparse.Namespace) -> None:
     """Refuse an unfit result folder or precision, and a launcher that spreads the weights of a program that does not.
 
     Raises:
-        ValueError: a folder that holds somebody's model; fp16 without a GPU; bf16, the precision of real models, beside a GPU that torch
-            cannot use; FSDP2 or DeepSpeed.
+        ValueError: a folder that holds somebody's model, or a result of the other kind; fp16 without a GPU; bf16, the precision of real
+            models, beside a GPU that torch cannot use; FSDP2 or DeepSpeed.
     """
-    _check_output(args.output_dir)
+    _check_output(args.output_dir, adapter=trains_adapter(args))
     _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
     meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles") or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     if args.mixed_precision == "bf16" and not meant and not args.dry_run and (trouble := _unused_gpu()):
@@ -274,11 +274,23 @@ def check(args: argparse.Namespace) -> None:
         sharding.check_whole(os.environ)
 
 
-def _check_output(folder: Path) -> None:
+def trains_adapter(args: argparse.Namespace) -> bool:
+    """Whether the run's result is a LoRA, and not a model."""
+    flags = vars(args)
+    return "rank" in flags and not flags.get("full_weights") and flags.get("use_lora", True)
+
+
+def _check_output(folder: Path, *, adapter: bool) -> None:
     """A LoRA is refused there too: its args.json would make the model pass for a result of ours, which a later full run may replace."""
     if (folder / "model_index.json").is_file() and not (folder / "args.json").is_file():  # which every run of ours leaves
         raise ValueError(
             f"--output_dir {folder} holds a model that no run here wrote, and that this or a later run would replace; choose another folder"
+        )
+    other, kind = ("model_index.json", "whole model") if adapter else (lora.WEIGHTS_NAME, "LoRA")
+    if (folder / other).is_file():
+        raise ValueError(
+            f"--output_dir {folder} holds the {kind} of an earlier run, which would pass for the result of this one; "
+            "choose another folder, or delete it"
         )
 
 

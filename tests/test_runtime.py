@@ -375,6 +375,22 @@ def test_no_run_writes_into_somebodys_model_but_over_an_earlier_result(trainer, 
     runtime.check(args)
 
 
+@pytest.mark.parametrize(("flags", "kind"), [
+    (dict(rank=16), "whole model"), (dict(rank=16, use_lora=True), "whole model"), (dict(rank=32, full_weights=False), "whole model"),
+    (dict(rank=16, use_lora=False), "LoRA"), (dict(rank=32, full_weights=True), "LoRA"), (dict(weights_dtype="fp32"), "LoRA"),
+])  # fmt: skip
+def test_a_lora_and_a_model_do_not_share_a_folder(tmp_path, flags, kind):
+    """Whoever loads the folder afterwards would get the one or the other, by the program."""
+    args = argparse.Namespace(mixed_precision="no", dry_run=False, output_dir=tmp_path, **flags)
+    ours, other = ("pytorch_lora_weights.safetensors", "model_index.json")[:: 1 if kind == "whole model" else -1]
+    for name in ("args.json", ours):
+        (tmp_path / name).write_text("{}")
+    runtime.check(args)
+    (tmp_path / other).write_text("{}")
+    with pytest.raises(ValueError, match=f"--output_dir {tmp_path} holds the {kind} of an earlier run.*; choose another folder, or"):
+        runtime.check(args)
+
+
 def test_a_machine_without_a_driver_trains_on_its_cpu(monkeypatch):
     monkeypatch.setattr(runtime, "_unused_gpu", lambda: runtime.unused_gpu(False, False, "13.0"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
