@@ -319,7 +319,7 @@ def init_file(path: str | Path) -> Path:
 
 
 def check_init(path: str | Path, *, rank: int, alpha: float, use_dora: bool) -> None:
-    """Refuse a LoRA to start from whose scaling is not that of this run, by the file's header: nothing is loaded.
+    """Refuse a LoRA to start from whose scaling is not that of this run, or that has kohya's names, by the file's header alone.
 
     Raises:
         ValueError: naming --init_lora and the flag to change.
@@ -335,6 +335,8 @@ def check_init(path: str | Path, *, rank: int, alpha: float, use_dora: bool) -> 
             metadata = json.loads((file.metadata() or {}).get(METADATA_NAME, "{}"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"--init_lora {path}: cannot be read as safetensors ({error}); is the file complete?") from error
+    if any(key.startswith("lora_unet_joint_blocks") for key in keys):
+        raise ValueError(f"--init_lora {path}: has kohya's names, for ComfyUI and Forge; give the {WEIGHTS_NAME} beside it")
     ours = {"r": rank, "lora_alpha": alpha, "use_dora": use_dora}
     for part in ("transformer", "unet"):  # text encoders have flags of their own, in one program alone
         if found := set(_part(ranks, part).values()):

@@ -375,6 +375,13 @@ def test_another_scaling_is_known_before_anything_is_loaded(transformer, tmp_pat
         lora.check_init(tmp_path, rank=rank, alpha=alpha, use_dora=use_dora)
 
 
+def test_kohyas_file_is_known_before_anything_is_loaded(transformer, tmp_path):
+    lora.save(trained(transformer), tmp_path, "kohya")
+    lora.check_init(tmp_path, rank=4, alpha=4, use_dora=False)
+    with pytest.raises(ValueError, match=f"--init_lora .*{lora.KOHYA_NAME}: has kohya's names.*; give the {lora.WEIGHTS_NAME}"):
+        lora.check_init(tmp_path / lora.KOHYA_NAME, rank=4, alpha=4, use_dora=False)
+
+
 def test_without_metadata_alpha_is_the_rank(transformer, tmp_path):
     """diffusers' rule, and files of its scripts have none."""
     lora.save(trained(transformer, alpha=10), tmp_path)

@@ -91,7 +91,7 @@ def check_lora(path: Path, model: str) -> None:
     """
     made_for, family = lora_family(lora_keys(path)), model_family(model)
     if made_for == "kohya":
-        raise ValueError(f"--lora_weights_path {path}: has kohya's names, for ComfyUI and A1111; give the {lora.WEIGHTS_NAME} beside it")
+        raise ValueError(f"--lora_weights_path {path}: has kohya's names, for ComfyUI and Forge; give the {lora.WEIGHTS_NAME} beside it")
     if made_for != family:
         raise ValueError(f"--lora_weights_path {path}: is for {NAMES[made_for]}, but {model} is {NAMES[family]}")
 
