@@ -102,8 +102,9 @@ def write(
     run.print(f"uploaded to {repository}")
 
 
-# What a run may leave in a second form: files by name, and in these folders what a run writes there and nothing else.
+# What a run writes in a second form: these files, in a folder of its own or in one for each part that is trained whole.
 WEIGHT_FILES = (lora.WEIGHTS_NAME, lora.KOHYA_NAME, full.WEIGHTS_NAME, "model.safetensors", "config.json")
+WEIGHT_FOLDERS = ("transformer", "unet", *lora.TEXT_PARTS)
 
 
 def remove_stale(args: argparse.Namespace) -> None:
@@ -115,12 +116,13 @@ def remove_stale(args: argparse.Namespace) -> None:
     if vars(args).get("export_format") != "kohya":
         (folder / lora.KOHYA_NAME).unlink(missing_ok=True)
     for name, written in ((ema.RAW, args.use_ema), ("merged_transformer", merged), ("merged_unet", merged)):
-        if written or (folder / name).is_symlink():
-            continue
-        for place in (*(folder / name).glob("*/"), folder / name):
+        inside = (*(folder / name / part for part in WEIGHT_FOLDERS), folder / name)
+        for place in inside if not written and not (folder / name).is_symlink() else ():
+            if not place.is_dir() or place.is_symlink():
+                continue
             for file in WEIGHT_FILES:
                 (place / file).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it is not there, or not empty
+            with contextlib.suppress(OSError):  # not empty
                 place.rmdir()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import activations, inputs, lora, memory, norms, optim, policy, quantize, rewards, rounding, speed
+from src import activations, inputs, lora, memory, norms, optim, policy, quantize, rewards, rounding, runtime, speed
 from src.data import buckets, captions, prompts
 from src.pipelines import sd3, sd15
 
@@ -361,8 +361,8 @@ def counted_memory(
             after: bytes that are needed for a moment between that pass and its backward pass; chained: several such passes follow each
             other, of which all but the last are computed again, when the others have left gradients.
     """
-    autocast = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision]
-    frozen, side = autocast or torch.float32, args.resolution // family.VAE_SCALE
+    frozen, side = runtime.WEIGHT_DTYPES[args.mixed_precision], args.resolution // family.VAE_SCALE
+    autocast = None if args.mixed_precision == "no" else frozen
     denoiser = copy.deepcopy(denoiser).train()
     for weight in denoiser.parameters():
         if not weight.requires_grad or (whole and whole.weight == 2):
@@ -419,7 +419,7 @@ def reward_gradient_memory(
 def drawing_bytes(args: argparse.Namespace, vae: nn.Module) -> int:
     """The most that decoding a batch of SD3's latents without gradient holds, --decode_batch_size pictures at a time; vae as below."""
     for weight in vae.parameters():
-        weight.data = weight.data.to({"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision])
+        weight.data = weight.data.to(runtime.WEIGHT_DTYPES[args.mixed_precision])
     shape = (rollout_batch(args), vae.config.latent_channels, *[args.resolution // sd3.VAE_SCALE] * 2)
     return activations.live(vae, lambda module: sd3.decode_latents(SimpleNamespace(vae=module), torch.empty(shape), args.decode_batch_size))
 

@@ -220,10 +220,11 @@ def test_files_that_no_run_writes_are_not_removed(folder, tmp_path_factory):
     """Somebody's photographs in a folder that has the name of ours, and a link to another one."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     lay(elsewhere, "config.json")
-    lay(folder, "raw/DSC_0001.NEF", "raw/holiday/DSC_0002.NEF")
+    lay(folder, "raw/DSC_0001.NEF", "raw/holiday/config.json", "merged_transformer")
     (folder / "merged_unet").symlink_to(elsewhere)
+    (folder / "raw/unet").symlink_to(elsewhere)
     written(folder)
-    assert (folder / "raw/DSC_0001.NEF").exists() and (folder / "raw/holiday/DSC_0002.NEF").exists()
+    assert all((folder / name).exists() for name in ("raw/DSC_0001.NEF", "raw/holiday/config.json", "merged_transformer"))
     assert (elsewhere / "config.json").exists()
 
 
