@@ -478,7 +478,7 @@ def no_login(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setattr(cli, "installed", lambda package: True)
+    monkeypatch.setattr(cli.environment, "installed", lambda package: True)
     return tmp_path / "netrc"
 
 
@@ -506,7 +506,7 @@ def test_every_kind_of_wandb_login_is_accepted(no_login, monkeypatch):
 
 
 def test_a_missing_tracker_is_one_line(monkeypatch):
-    monkeypatch.setattr(cli, "installed", lambda package: False)
+    monkeypatch.setattr(cli.environment, "installed", lambda package: False)
     with pytest.raises(ValueError, match=f"--report_to tensorboard: .*; {sys.executable} -m pip install tensorboard, or"):
         cli.check_trackers("tensorboard")
 

@@ -21,7 +21,7 @@ RUN_LAYER = {
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": set(),
-    "cli": set(), "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
+    "cli": {"cli"}, "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
     "activations": set(), "hub": {"errors"}, "errors": set(),
     "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"}, "norms": {"lora"},
     **{name: set() for name in MATHS},

@@ -31,14 +31,14 @@ def lora_folder(tiny_sd3_folder, tmp_path_factory):
 
 @pytest.fixture
 def no_gradio_needed(monkeypatch):
-    monkeypatch.setattr(cli, "check_page", lambda host, port: None)
+    monkeypatch.setattr(cli.environment, "check_page", lambda host, port: None)
 
 
 @pytest.fixture(scope="module")
 def studio(tiny_sd3_folder, lora_folder, tmp_path_factory):
     """The tiny random model with a LoRA, 2 steps, judged by two scorers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "check_page", lambda host, port: None)
+        patch.setattr(cli.environment, "check_page", lambda host, port: None)
         args = demo.parse_args([str(word) for word in (
             "--ui", "--pretrained_model_name_or_path", tiny_sd3_folder, "--lora_weights_path", lora_folder, "--num_inference_steps", 2,
             "--output_dir", tmp_path_factory.mktemp("out"), "--scorer", "shapes,jpeg_compressibility",
@@ -242,12 +242,12 @@ def test_flags_without_effect_on_the_page_are_refused(argv, words, capsys, no_gr
 
 def test_a_page_that_cannot_be_served_is_one_line(capsys, monkeypatch):
     installed = cli.installed
-    monkeypatch.setattr(cli, "installed", lambda package: package != "gradio" and installed(package))
+    monkeypatch.setattr(cli.environment, "installed", lambda package: package != "gradio" and installed(package))
     assert f"--ui needs gradio, which is not installed: {sys.executable} -m pip install {cli.GRADIO}" in refusal(capsys, "--ui")
-    monkeypatch.setattr(cli, "installed", lambda package: True)
-    monkeypatch.setattr(cli.importlib.metadata, "version", lambda package: "5.49.1")
+    monkeypatch.setattr(cli.environment, "installed", lambda package: True)
+    monkeypatch.setattr(cli.environment.importlib.metadata, "version", lambda package: "5.49.1")
     assert f"--ui does not know gradio 5.49.1: {sys.executable} -m pip install {cli.GRADIO}" in refusal(capsys, "--ui")
-    monkeypatch.setattr(cli.importlib.metadata, "version", lambda package: cli.GRADIO.split("==")[1])
+    monkeypatch.setattr(cli.environment.importlib.metadata, "version", lambda package: cli.GRADIO.split("==")[1])
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--ui_port {port}: cannot listen on 127.0.0.1" in refusal(capsys, "--ui", "--ui_port", str(port))

@@ -119,7 +119,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Option:
-    """A setting of one scorer, which is also a command-line flag of that name (src/cli.py, `add_scorer_args`).
+    """A setting of one scorer, which is also a command-line flag of that name (src/cli/scorers.py).
 
     Attributes:
         default: what it is when unset.
