@@ -1,7 +1,8 @@
 """The published models as small dictionaries, so that their size can be planned, measured and tested without a download.
 
 A model is `{part: config}`, with the parts' names in model_index.json and the keys of diffusers' and transformers' own config files; keys
-at the library's default are left out. `build` makes one part with random weights, `write_configs` a model folder without weights.
+at the library's default are left out. `build` makes one part with random weights, `write_configs` a model folder without weights,
+`write_weights` one with random weights, which every program loads.
 
 Sources: the config files of stabilityai/stable-diffusion-3.5-medium, stabilityai/stable-diffusion-3.5-large and
 stable-diffusion-v1-5/stable-diffusion-v1-5.
@@ -9,6 +10,7 @@ stable-diffusion-v1-5/stable-diffusion-v1-5.
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +133,38 @@ def write_configs(model: dict[str, Config], folder: str | Path) -> None:
             index[part] = ["transformers", kind]
             _write(folder / part / "tokenizer_config.json", {"tokenizer_class": kind, "model_max_length": length})
     _write(folder / "model_index.json", index)
+
+
+def write_weights(model: dict[str, Config], folder: str | Path, tokenizers: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a model folder with random weights, part by part; parts that are there stay as they are.
+
+    Args:
+        model: such as MODELS["sd3.5-medium"], whose weights take 15 GB in bf16.
+        tokenizers: a model folder such as models/tiny-sd3, whose tokenizers are taken, padded to the published lengths. Their few tokens
+            lie within the published vocabularies.
+    """
+    folder, tokenizers = Path(folder), Path(tokenizers)
+    configs = dict(model)
+    for part in (part for part in model if part.startswith("text_encoder")):  # CLIP finds the end of a text by its token's number
+        given = _read(tokenizers / part / "config.json")
+        configs[part] = model[part] | {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in given}
+    write_configs(configs, folder)
+    for part, (_, length) in _TOKENIZERS.items():
+        if (folder / part).is_dir():
+            shutil.copytree(tokenizers / part, folder / part, dirs_exist_ok=True)
+            _write(
+                folder / part / "tokenizer_config.json", _read(tokenizers / part / "tokenizer_config.json") | {"model_max_length": length}
+            )
+    for part, config in configs.items():
+        if part != "scheduler" and not any((folder / part).glob("*.safetensors")):
+            unfinished = folder / f"{part}.unfinished"
+            build(config, dtype=dtype, device="cpu").save_pretrained(unfinished, max_shard_size="5GB")  # as the published T5 is cut
+            shutil.rmtree(folder / part)
+            unfinished.rename(folder / part)
+
+
+def _read(path: Path) -> Config:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, content: Config) -> None:

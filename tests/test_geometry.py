@@ -88,6 +88,43 @@ def test_a_written_folder_is_planned_like_the_published_model(tmp_path):
     assert index["tokenizer"] == ["transformers", "CLIPTokenizer"] and "tokenizer_2" not in index
 
 
+SMALL_TEXT = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "projection_dim": 8, "num_attention_heads": 2}
+SMALL_VAE = geometry.MODELS["sd3.5-medium"]["vae"] | {
+    "block_out_channels": (8,), "norm_num_groups": 4, "down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",),
+}  # fmt: skip
+
+
+def small() -> dict:
+    """SD3.5-medium's parts and token counts, a few thousand weights."""
+    medium = geometry.MODELS["sd3.5-medium"]
+    return medium | {
+        "transformer": TINY, "vae": SMALL_VAE, "text_encoder": medium["text_encoder"] | SMALL_TEXT,
+        "text_encoder_2": medium["text_encoder_2"] | SMALL_TEXT,
+        "text_encoder_3": medium["text_encoder_3"] | {"d_model": 16, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+    }  # fmt: skip
+
+
+def test_random_weights_load_and_read_texts_as_long_as_the_published_ones(tmp_path):
+    """77 tokens of CLIP and 256 of T5; CLIP's pooled text is read at the end of the text, so that two texts differ."""
+    tokenizers = geometry.Path(__file__).parent.parent / "models/tiny-sd3"
+    geometry.write_weights(small(), tmp_path, tokenizers)
+    model = sd3.load(tmp_path, dtype=torch.bfloat16)
+    assert model.transformer.dtype == torch.bfloat16 and not list(tmp_path.glob("*.unfinished"))
+    texts = sd3.encode_prompts(model, ["a red circle", "a blue star"])
+    assert texts.embeds.shape == (2, 77 + 256, 16) and not torch.equal(texts.pooled[0], texts.pooled[1])
+
+
+def test_weights_that_are_there_stay_and_an_interrupted_part_is_written_anew(tmp_path):
+    tokenizers = geometry.Path(__file__).parent.parent / "models/tiny-sd3"
+    geometry.write_weights(small(), tmp_path, tokenizers)
+    vae = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    before = vae.read_bytes()
+    transformer = tmp_path / "transformer/diffusion_pytorch_model.safetensors"
+    (tmp_path / "transformer").rename(tmp_path / "transformer.unfinished")
+    geometry.write_weights(small(), tmp_path, tokenizers)
+    assert vae.read_bytes() == before and transformer.is_file() and not (tmp_path / "transformer.unfinished").exists()
+
+
 def test_the_configs_say_only_what_differs_from_the_library():
     """Each key is known to its class: from_config drops an unknown one with no more than a warning."""
     import inspect
