@@ -156,9 +156,9 @@ def held_out_measures(data: inputs.Inputs, loss: Callable[..., dict[str, Tensor]
     Args:
         loss: x0, noise, timestep, condition -> what `objective` returns.
     """
-    run, levels, last, total = data.run, len(VALIDATION_TIMESTEPS), len(data.held_out) - 1, {}
-    for turn in range(run.rank, last + run.world, run.world):  # equally many on every process
-        i = min(turn, last)
+    run, levels, count, total = data.run, len(VALIDATION_TIMESTEPS), len(data.held_out), {}
+    for turn in run.turns(count):
+        i = min(turn, count - 1)
         x0, condition = data.encode(samples.collate([data.held_out[buckets.Key(i, 0, i)]]), validation.FIXED_SEED, 0)  # (1, 2, 4, h, w)
         positions = range(i * levels, (i + 1) * levels)
         noise = seeds.normal(validation.FIXED_SEED, 0, positions, "validation", x0.shape[2:], run.device)  # (levels, 4, h, w)
@@ -166,8 +166,8 @@ def held_out_measures(data: inputs.Inputs, loss: Callable[..., dict[str, Tensor]
         with run.accelerator.autocast():
             found = loss(x0.expand(levels, -1, -1, -1, -1), noise, timestep, condition.expand(levels))
         for name in found.keys() & {"loss", "accuracy"}:
-            total[name] = total.get(name, 0) + found[name] * (turn <= last)
-    return {f"val_{name}": (run.accelerator.reduce(total[name], "sum") / len(data.held_out)).item() for name in sorted(total)}
+            total[name] = total.get(name, 0) + found[name] * (turn < count)
+    return {f"val_{name}": (run.accelerator.reduce(total[name], "sum") / count).item() for name in sorted(total)}
 
 
 # --------------------------------------------------------------------------- training

@@ -102,7 +102,7 @@ def make_optimizer(groups: list[dict], args: argparse.Namespace, device: torch.d
                               weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=device)  # fmt: skip
     if args.weights_dtype == "fp32" and not args.fused_backward:
         return build(groups)
-    return rounding.Pieces(groups, build, seed=args.seed, fused=args.fused_backward)
+    return rounding.Pieces(groups, build, seed=args.seed, fused=args.fused_backward, compiled=args.compile)
 
 
 def save_weights(modules: dict[str, torch.nn.Module], folder: Path, average: ema.Ema | None, write: bool) -> None:

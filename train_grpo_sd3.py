@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
             trajectories.append(trajectory.to("cpu"))
             # 2. reward
             scoring.submit(sd3.decode_latents(actor.model, trajectory.final, args.decode_batch_size), batch)
-            if run.stop_requested():
+            if run.stop_requested(wait=args.full_weights):
                 return rewards.stop(run, saver, scoring)
         scored = scoring.collect()
 

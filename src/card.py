@@ -90,6 +90,7 @@ def write(
         return
     from huggingface_hub import HfApi
 
+    run.signals.restore()  # training is over: a signal ends the program
     api = HfApi()
     try:
         repository = api.create_repo(where, exist_ok=True).repo_id  # with the account's name, if none was given

@@ -100,7 +100,7 @@ def show(
     trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
     trained += subject.adapters if subject else 0
     tokens, batch = text_tokens(args, family), args.train_batch_size * args.gradient_accumulation_steps
-    reference = weights[family.DENOISER] if preference and preference.copy else 0
+    reference = frozen_copy_bytes(args, denoiser) if preference and preference.copy else 0
     trained_bytes = trained * per_trained_parameter(args, whole)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     flops = sample_flops(family, denoiser, args, tokens, preference) * batch * (2 if subject and subject.class_images else 1)
@@ -148,8 +148,8 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     if whole:
         weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"]
     written = _written(weights, whole)
-    if whole and reference:  # a frozen copy
-        weights["transformer"] *= 2
+    if whole and reference:
+        weights["transformer"] += frozen_copy_bytes(args, transformer)
     policy.adapt(transformer, args)
     trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
     trained_bytes = trained * (per_trained_parameter(args, whole) + EMA_BYTES * other_passes)
@@ -378,18 +378,24 @@ def counted_memory(
         return speed.blocks(module)[:: args.checkpoint_every] if args.gradient_checkpointing else []
 
     found = activations.count(denoiser, forward, autocast=autocast, units=recomputed)
-    copied = 2 * sum(p.numel() for p in denoiser.parameters() if p.ndim > 1) if frozen_copy and autocast else 0
-    resident = _resident(args, weights, trained, whole) + (weights[family.DENOISER] if frozen_copy else 0)
+    resident = _resident(args, weights, trained, whole) + (frozen_copy_bytes(args, denoiser) if frozen_copy else 0)
     resident += trained * EMA_BYTES * averages
     gradients, working = trained * (whole.gradient if whole else 4), found.again + found.largest
     accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
     peak = memory.peak_bytes(
-        resident=resident, gradients=gradients, kept=found.total, working=working, forward=max(found.copies, copied, after),
+        resident=resident, gradients=gradients, kept=found.total, working=working, forward=max(found.copies, after),
         updating=_updating(denoiser, trained, whole), accumulated=accumulated,
     )  # fmt: skip
     if chained:
         peak = max(peak, resident + gradients + found.total + working)
     return StepMemory(resident, found.total, working, peak, uncompiled=args.compile)
+
+
+def frozen_copy_bytes(args: argparse.Namespace, denoiser: nn.Module) -> int:
+    """Of a second denoiser that is only asked; denoiser: the trained one, in fp32 on the meta device."""
+    frozen = copy.deepcopy(denoiser)
+    speed.narrow_frozen(frozen, runtime.WEIGHT_DTYPES[args.mixed_precision])
+    return sum(p.numel() * p.element_size() for p in frozen.parameters())
 
 
 def _updating(denoiser: nn.Module, trained: int, whole: Whole | None) -> int:

@@ -203,8 +203,9 @@ class Policy:
             run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers not in it start from zero" if fresh else ""))
             self._start = _Start(self.transformer)
         if args.full_weights and needs_reference:
-            # fp32 and requires_grad as what is trained, so that equal weights give equal bits: the KL starts at 0
+            # requires_grad as what is trained, so that equal weights give equal bits: the KL starts at 0
             self._copy = self._load(("transformer",), torch.float32).transformer.requires_grad_(True)
+            speed.narrow_frozen(self._copy, run.weight_dtype)
         for transformer in filter(None, (self.transformer, self._copy)):  # all that draw or score a step: other kernels round otherwise
             speed.apply(transformer, args)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
 import os
@@ -10,10 +11,13 @@ import resource
 import secrets
 import shutil
 import signal
+import socket
+import struct
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -27,9 +31,9 @@ from tqdm.auto import tqdm
 
 from src import checkpoint, lora, sharding
 
-_PATIENCE = timedelta(hours=2)  # how long processes wait for one that renders, fills a cache or uploads; torch's default is 10 minutes
-# And for the main one alone, which downloads and scans a data set: at 300 pictures a second from a network disk 12 million take 11 hours.
-# On GPUs a process that hangs in training is still noticed after _PATIENCE: gradients go the other way.
+_PATIENCE = timedelta(hours=2)  # how long processes wait for one that renders or scores; torch's default is 10 minutes
+# And at a barrier, or for the main one alone, which downloads and scans a data set: at 300 pictures a second from a network disk 12 million
+# take 11 hours. On GPUs a process that hangs in training is still noticed after _PATIENCE: gradients go the other way.
 _PATIENCE_WITH_MAIN = timedelta(hours=12)
 
 T = TypeVar("T")
@@ -145,20 +149,29 @@ class Run:
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
 
-    def stop_requested(self) -> bool:
+    def stop_requested(self, wait: bool = False) -> bool:
         """Whether any process was told to stop; call it once per step, on every process: all get the same answer.
 
-        With several processes the answer is that of the call before, so that none waits for another inside a step.
+        With several processes the answer is that of the call before, so that none waits for another inside a step; with `wait` it is
+        today's, for calls that are far between.
         """
         if self.world == 1:
             return self.signals.received
         flag = torch.tensor([int(self.signals.received)])
         work = torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
         pending, self._pending = self._pending, (work, flag)
+        if wait:
+            pending = self._pending
         if pending is None:
             return False
         pending[0].wait()
         return bool(pending[1].item())
+
+    def turns(self, count: int) -> range:
+        """This process's numbers of `count` things that all share. Every process has as many, since sharded weights are gathered by all
+        together: a number of `count` or more is there to take part, and counts for nothing.
+        """
+        return range(self.rank, -(-count // self.world) * self.world, self.world)
 
     @contextmanager
     def no_sync(self, model: Any, last: bool) -> Iterator[None]:
@@ -173,7 +186,9 @@ class Run:
                 yield
 
     def barrier(self) -> None:
-        """Waits until every process is here."""
+        """Waits until every process is here, also for one that fills a cache or uploads for hours."""
+        if self._group is not None:
+            torch.distributed.barrier(group=self._group)
         self.accelerator.wait_for_everyone()
 
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
@@ -210,6 +225,62 @@ class Run:
         self.signals.restore()
         if text:
             self.print(text)
+
+
+# --------------------------------------------------------------------------- several machines
+
+
+def check_shared(run: Run, folder: Path, flag: str) -> None:
+    """Makes `folder`, and ends every process if one of them sees another folder of that name, as on machines with disks of their own.
+
+    Such a run would miss its caches after hours, or resume on one machine and start afresh on the others.
+
+    Raises:
+        SystemExit: naming the flag.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.world == 1:
+        return
+    probe = folder / f".seen-by-all-{run.broadcast(secrets.token_hex(8))}"
+    if run.is_main:
+        probe.touch()
+    run.barrier()
+    deadline = time.monotonic() + 10  # a network file system may take its time to show it
+    while not probe.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = int(run.gather(torch.tensor([float(probe.exists())], device=run.device)).sum().item())
+    if run.is_main:
+        probe.unlink()
+    if seen < run.world:
+        raise SystemExit(
+            f"error: --{flag} {folder}: {run.world - seen} of {run.world} processes see another folder; it must lie on storage that all "
+            "machines share"
+        )
+
+
+def interface_to(address: str) -> str | None:
+    """Name of the network interface by which this machine reaches `address`, or has it; None: unknown, or its own loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # chooses a route, sends nothing
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex() if not own.startswith("127.") else ():
+            try:
+                found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+            except OSError:  # it has no address
+                continue
+            if socket.inet_ntoa(found[20:24]) == own:
+                return name
+    return None
+
+
+def _settle_gloo(environ: MutableMapping[str, str]) -> None:
+    """Gloo tells the others the address of this machine's name, which Debian's and Ubuntu's /etc/hosts make the loopback."""
+    several = int(environ.get("LOCAL_WORLD_SIZE", 1)) < int(environ.get("WORLD_SIZE", 1))
+    if several and "GLOO_SOCKET_IFNAME" not in environ and (name := interface_to(environ.get("MASTER_ADDR", ""))):
+        environ["GLOO_SOCKET_IFNAME"] = name
 
 
 # --------------------------------------------------------------------------- refusals and warnings
@@ -363,6 +434,7 @@ def _accelerator(args: argparse.Namespace) -> Any:
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     names = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, [args.report_to])
+    _settle_gloo(os.environ)
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     return Accelerator(
         mixed_precision=args.mixed_precision,
@@ -408,6 +480,7 @@ def start(args: argparse.Namespace) -> Run:
 
     Raises:
         ValueError: fp16 on a CPU; a launcher that started fewer processes than it was asked for.
+        SystemExit: machines that do not share the run's folders.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the wrapper's shell starts its background job deaf to Ctrl-C
@@ -422,7 +495,9 @@ def start(args: argparse.Namespace) -> Run:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", args.mixed_precision):  # the launcher's default is "no": it cannot be told from a choice
         run.print(f"warning: --mixed_precision {args.mixed_precision} counts; the launcher's {launcher} is ignored")
-    run.args.output_dir.mkdir(parents=True, exist_ok=True)
+    for flag in ("output_dir", "cache_dir"):
+        if flag in vars(args):
+            check_shared(run, getattr(args, flag), flag)
     changes = resume_args(args)
     drawn = args.seed is None
     args.seed = run.broadcast(secrets.randbelow(2**31) if drawn else args.seed)

@@ -107,6 +107,17 @@ def narrow_once(model: nn.Module) -> None:
             module.register_forward_pre_hook(_narrow, with_kwargs=True)
 
 
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of a model that is asked under autocast alone in autocast's dtype, where it would convert them at every pass.
+
+    The passes stay the same to the bit. `requires_grad` stays as it is, and so does the first layer, whose dtype decides what the inputs
+    are converted to.
+    """
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    for weight in (weight for layer in layers[1:] for weight in layer.parameters(recurse=False)):
+        weight.data = weight.data.to(dtype)
+
+
 def _narrow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     def narrowed(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or not under_autocast(x):

@@ -75,12 +75,13 @@ def load(run: runtime.Run, args: argparse.Namespace) -> sd15.SD15:
 def load_frozen(run: runtime.Run, args: argparse.Namespace, source: str | None) -> nn.Module:
     """Another UNet beside the trained one, of `source` or, if None, of the base model; use it without gradient.
 
-    All that decides on kernels is as in the trained one, so that equal weights give equal bits: fp32, `requires_grad` (torch's matmul
-    folds its operands in another way for a frozen weight), attention's kernel and compilation.
+    All that decides on kernels is as in the trained one, so that equal weights give equal bits: `requires_grad` (torch's matmul folds
+    its operands in another way for a frozen weight), attention's kernel and compilation.
     """
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     path, options = (source, {}) if source else (path, options)
     unet = sd15.load(path, **options, dtype=torch.float32, device=run.device, parts=("unet",)).unet.requires_grad_(True)
+    speed.narrow_frozen(unet, run.weight_dtype)
     speed.apply(unet, args)
     return unet
 

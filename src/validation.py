@@ -78,9 +78,9 @@ class Validator:
         """Mean loss over the held-out pictures at each of SIGMAS, and over all; the processes share the pictures."""
         run, total = self.run_, torch.zeros(len(SIGMAS), device=self.run_.device)
         sigma = torch.tensor(SIGMAS, device=run.device)  # (S,)
-        last = len(self.data.held_out) - 1
-        for turn in range(run.rank, last + run.world, run.world):  # equally many on every process: sharded weights are gathered together
-            i = min(turn, last)
+        count = len(self.data.held_out)
+        for turn in run.turns(count):
+            i = min(turn, count - 1)
             batch = samples.collate([self.data.held_out[buckets.Key(i, step=0, position=i)]])
             x0, condition = self.data.encode(batch, FIXED_SEED, step=0)  # (1, 16, h, w)
             positions = range(i * len(SIGMAS), (i + 1) * len(SIGMAS))
@@ -88,9 +88,9 @@ class Validator:
             masked = {} if batch.mask is None else {"mask": batch.mask.to(run.device).expand(len(SIGMAS), -1, -1, -1)}
             with run.accelerator.autocast():
                 loss = self.loss(self.denoiser, x0.expand_as(noise), noise, sigma, condition.expand(len(SIGMAS)), **masked)
-            if turn <= last:
+            if turn < count:
                 total += loss
-        means = (run.accelerator.reduce(total, "sum") / len(self.data.held_out)).tolist()  # (S,)
+        means = (run.accelerator.reduce(total, "sum") / count).tolist()  # (S,)
         return {"val_loss": sum(means) / len(means)} | {f"val_loss_sigma_{sigma}": mean for sigma, mean in zip(SIGMAS, means, strict=True)}
 
     def _render(self) -> Tensor:

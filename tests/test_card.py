@@ -41,7 +41,7 @@ def arguments(folder, **changes):
 
 
 def written(folder, world=1, **changes):
-    run = SimpleNamespace(is_main=True, print=print, world=world)
+    run = SimpleNamespace(is_main=True, print=print, world=world, signals=SimpleNamespace(restore=lambda: None))
     card.write(run, arguments(folder, **changes), kind="LoRA", images=11, prompt=NASTY)
     return (folder / "README.md").read_text(encoding="utf-8")
 

@@ -103,6 +103,20 @@ def test_what_bf16_can_hold_is_left_alone():
     assert rounded(largest).isnan().all()
 
 
+@pytest.mark.slow
+def test_the_compiled_rounding_gives_the_same_numbers():
+    """Every pattern of the upper 16 bits beside many of the lower ones: zeros, subnormals, infinities and NaN among them."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32).repeat(4) << 16
+    lower = torch.randint(0, 2**16, upper.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    lower[: 2**16] = 0
+    for values in ((upper | lower).view(torch.float32).view(64, -1), torch.tensor([1.0 + 2**-10]), torch.randn(3, 5)):
+        results = [torch.empty_like(values, dtype=torch.bfloat16) for _ in range(2)]
+        for result, compiled in zip(results, (False, True), strict=True):
+            rounding.stochastic_round_(result, values, torch.Generator().manual_seed(0), compiled=compiled)
+        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+    assert results[0].dtype == torch.bfloat16
+
+
 def test_another_seed_rounds_otherwise_and_the_same_seed_the_same():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(rounded(values), rounded(values)) and not torch.equal(rounded(values), rounded(values, seed=1))

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import signal
@@ -419,6 +420,12 @@ result["mean"] = run.mean(torch.tensor([float(run.rank), 4.0])).tolist()
 result["broadcast"] = run.broadcast(f"from rank {run.rank}")
 def refuse():
     raise ValueError(f"refused by rank {run.rank}")
+runtime.check_shared(run, folder / "common", "cache_dir")
+result["shared_folder"] = "agreed"
+try:
+    runtime.check_shared(run, folder / f"own-{run.rank}", "cache_dir")
+except SystemExit as refused:
+    result["own_folder"] = str(refused)
 result["made"] = run.from_main(lambda: f"made by rank {run.rank}")
 try:
     run.from_main(refuse)
@@ -453,6 +460,8 @@ for step in range(1, 7):
     schedule.step()
     saver.save_if_due(step)
     result["stops"].append(run.stop_requested())
+    if step == 3:
+        result["waited"] = run.stop_requested(wait=True)
     if result["stops"][-1]:
         break
 result["lr"] = schedule.get_last_lr()[0]
@@ -530,9 +539,45 @@ def test_two_processes_share_gradients_only_at_the_last_micro_batch(two_processe
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step(two_processes):
-    """Signalled in step 3; the answer is read one step later."""
+    """Signalled in step 3; the answer is read one step later, or at once by who waits for it."""
     (a, b), _, _ = two_processes
-    assert a["stops"] == b["stops"] == [False, False, False, True]
+    assert a["stops"] == b["stops"] == [False, False, False, True] and a["waited"] and b["waited"]
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_folders_are_ended_together(two_processes):
+    """Each with a folder of its own, as machines without common storage have; nothing is left in them."""
+    (a, b), folder, _ = two_processes
+    assert a["shared_folder"] == b["shared_folder"] == "agreed"
+    for result in (a, b):
+        assert "1 of 2 processes see another folder" in result["own_folder"] and "--cache_dir" in result["own_folder"]
+    assert not list(folder.rglob(".seen*"))
+
+
+@pytest.mark.parametrize(("count", "world"), [(1, 1), (5, 1), (0, 4), (1, 2), (4, 2), (5, 2), (16, 8), (17, 8), (3, 8)])
+def test_every_process_has_as_many_turns_and_each_thing_is_done_once(count, world):
+    """Of 4 things for 2 processes: 0, 2 and 1, 3. Of 5: 0, 2, 4 and 1, 3, 5, where 5 counts for nothing."""
+    turns = [runtime.Run.turns(SimpleNamespace(rank=rank, world=world), count) for rank in range(world)]
+    assert {len(own) for own in turns} == {math.ceil(count / world)}
+    assert sorted(turn for own in turns for turn in own if turn < count) == list(range(count))
+
+
+def test_gloo_is_told_the_interface_that_leads_to_the_first_machine(monkeypatch):
+    monkeypatch.setattr(runtime, "interface_to", lambda address: {"10.0.0.1": "eth7"}.get(address))
+    several = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1"}
+    for environ, expected in (
+        (several, "eth7"), (several | {"LOCAL_WORLD_SIZE": "16"}, None), (several | {"GLOO_SOCKET_IFNAME": "ib0"}, "ib0"),
+        (several | {"MASTER_ADDR": "unknown"}, None), ({}, None),
+    ):  # fmt: skip
+        environ = dict(environ)
+        runtime._settle_gloo(environ)
+        assert environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+def test_an_interface_is_found_by_its_address_and_the_loopback_is_none():
+    assert runtime.interface_to("127.0.0.1") is None and runtime.interface_to("no such host.invalid") is None
+    name = runtime.interface_to("192.0.2.1")  # reserved for examples; a route to it is that to the outside
+    assert name is None or name in dict((name, number) for number, name in socket.if_nameindex())
 
 
 @pytest.mark.slow

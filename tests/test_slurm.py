@@ -24,6 +24,7 @@ if [ "$1" = show ]; then printf 'alpha\\nbeta\\n'; else echo "$@" >> outputs/req
 """
 WRAPPER = """#!/usr/bin/env bash
 echo "$ACCELERATE_ARGS | $*" > outputs/node-$SLURM_NODEID
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then echo "${SRUN_CPUS_PER_TASK:-}" > outputs/cores-$SLURM_NODEID; fi
 if [ -n "${STAY:-}" ]; then
   trap "$STAY" TERM
   while true; do sleep 0.05; done
@@ -64,6 +65,26 @@ def test_every_node_starts_its_part_of_one_world(cluster):
         )
         assert arguments.split() == ["--seed", "1"]
     assert sorted(path.name for path in outputs.iterdir()) == ["node-0", "node-1"]  # nothing is left behind, and it is not queued again
+
+
+def test_the_step_gets_the_jobs_cores(cluster):
+    """srun takes --cpus-per-task over from SRUN_CPUS_PER_TASK alone."""
+    outputs, start = cluster
+    assert start("wrapper.sh", SLURM_CPUS_PER_TASK="16").wait(20) == 0
+    assert (outputs / "cores-0").read_text() == "16\n"
+
+
+def test_on_one_node_the_launchers_arguments_may_be_given(cluster):
+    outputs, start = cluster
+    given = "--config_file scripts/accelerate/fsdp2.yaml --num_processes 4"
+    assert start("wrapper.sh", SLURM_NNODES="1", ACCELERATE_ARGS=given).wait(20) == 0
+    assert (outputs / "node-0").read_text().split(" | ")[0] == f"{given} --machine_rank 0"
+
+
+@pytest.mark.parametrize("given", [{"ACCELERATE_ARGS": "--multi_gpu"}, {"NUM_PROCESSES": "2"}])
+def test_what_would_not_count_is_refused(cluster, given):
+    job = cluster[1]("wrapper.sh", **given)
+    assert job.wait(20) == 2 and next(iter(given)) in job.stderr.read()
 
 
 def wait_for_the_wrappers(outputs):

@@ -327,6 +327,18 @@ def test_what_is_drawn_beside_training_is_not_compiled():
     assert len(graphs) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frozen_copy_in_fewer_bits_predicts_the_same_to_the_bit_under_autocast(model, dtype):
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        before = forward(model)
+        speed.narrow_frozen(model, dtype)
+        assert torch.equal(forward(model), before)
+    first = model.pos_embed.proj if hasattr(model, "pos_embed") else model.conv_in
+    layers = [module for module in model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and module is not first]
+    narrow = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+    assert narrow and all(p.dtype == (dtype if id(p) in narrow else torch.float32) and p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("flags", [{}, {"attention_backend": "_native_math"}, {"async_rewards": True}])
 def test_one_of_a_kernel_and_a_thread_of_rewards_is_fine(flags):
     speed.check(arguments(**flags))

@@ -1,6 +1,7 @@
 """Validation and summary.png: the loss by a plain loop, pictures by the stock pipeline's seeds, what is kept and what is replaced."""
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,7 @@ class Half:
 
     def __init__(self, rank, run):
         self.rank, self.accelerator = rank, SimpleNamespace(autocast=run.accelerator.autocast, reduce=lambda tensor, how: tensor)
+        self.turns = functools.partial(runtime.Run.turns, self)
 
     def gather(self, tensor):
         return tensor
