@@ -10,6 +10,7 @@ import sharded
 import torch
 import yaml
 
+import train_full_finetuning_sd3
 from src import sharding
 
 
@@ -73,6 +74,27 @@ def test_two_sharded_processes_train_as_one_and_each_continues_the_other(tiny_sd
     moved = torch.cat([(theirs[name] - start[name]).flatten() for name in ours])
     off = torch.cat([(ours[name] - theirs[name]).flatten() for name in ours])
     assert off.norm() < 0.05 * moved.norm()  # gradients computed in bf16: 3 digits
+
+
+@pytest.mark.slow
+def test_the_program_itself_runs_sharded_and_ends_as_on_one_process(tiny_sd3_folder, tmp_path):
+    """With accumulation, average, validation pictures and an even number of held-out ones: two for each process, or one would wait."""
+    world = runs.make_world(tiny_sd3_folder, tmp_path)
+    flags = dict(
+        max_train_steps=2, train_batch_size=1, gradient_accumulation_steps=2, use_ema=True, num_validation_loss_images=4,
+        validation_prompt=["a red ring"], validation_steps=1, adam_epsilon=1e-2, learning_rate=1e-2, lr_scheduler="constant",
+    )  # fmt: skip
+    log = tmp_path / "log"
+    arguments = world.argv(tmp_path / "two", **flags)
+    runs.finish(runs.fork(["tests/sharded_program.py", "train_full_finetuning_sd3", *arguments], log, ranks=2), log, seconds=120)
+    one = train_full_finetuning_sd3.parse_args(world.argv(tmp_path / "one", **(flags | {"train_batch_size": 2})))
+    train_full_finetuning_sd3.main(one)
+    for folder in (".", "raw"):
+        ours, theirs = weights(tmp_path / "two" / folder), weights(tmp_path / "one" / folder)
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+    for name in ("val_loss", "loss", "grad_norm"):
+        assert runs.values(tmp_path / "two", name) == pytest.approx(runs.values(tmp_path / "one", name), rel=1e-4)
 
 
 def test_one_process_loads_what_it_saved(tiny_sd3_folder, whole, tmp_path):
