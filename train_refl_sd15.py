@@ -119,9 +119,13 @@ def straight_through_clamp(images: Tensor) -> Tensor:
 
 
 def decode(model: sd15.SD15, x0: Tensor, batch_size: int) -> Tensor:
-    """Images (b, 3, H, W) in [0, 1] of clean latents, in the VAE's own precision; decoded again in the backward pass, some at a time."""
-    parts = [recomputed(sd15.decode_pixels, model, part, use_reentrant=False, preserve_rng_state=False) for part in x0.split(batch_size)]
-    return straight_through_clamp(torch.cat(parts) * 0.5 + 0.5)
+    """Images (b, 3, H, W) in [0, 1] of clean latents, in the VAE's own precision, some at a time.
+
+    In the backward pass they are decoded again, but for the last, which it meets first: one batch's activations are there at a time.
+    """
+    *early, last = x0.split(batch_size)
+    parts = [recomputed(sd15.decode_pixels, model, part, use_reentrant=False, preserve_rng_state=False) for part in early]
+    return straight_through_clamp(torch.cat([*parts, sd15.decode_pixels(model, last)]) * 0.5 + 0.5)
 
 
 def reward_loss(reward: Tensor, threshold: float | None) -> Tensor:
@@ -174,7 +178,8 @@ def denoising_loss(
 
 def show_plan(args: argparse.Namespace) -> None:
     steps, whole = args.num_inference_steps, None if args.use_lora else plan.Whole(("unet",), weight=4, gradient=4)
-    before = sum(args.mid_range) / 2 if args.method == "refl" else steps - (args.draft_k if args.method == "draft" else 1)
+    before = steps - (args.draft_k if args.method == "draft" else 1)
+    before = sd15_rollout.mean_steps(*args.mid_range, args.train_batch_size) if args.method == "refl" else before
     trained = {"refl": 1, "draft": args.draft_k, "draft_lv": 1 + args.num_renoised}[args.method]
     plan.show_reward_gradient(args, adapt=lambda module: unet.adapt(module, args), whole=whole, family=sd15, rollout_steps=before,
                               trained_steps=trained, recomputed=args.method == "draft" and args.draft_k > 1)  # fmt: skip

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from benchmarks import geometry, loops, trainers
-from src import cli, full, plan
+from src import cli, full, plan, runtime
 from src.pipelines import sd3
 
 WAYS = {  # name: weights, optimizer, fused backward
@@ -65,18 +65,12 @@ def make(args: argparse.Namespace, way: str) -> loops.Loop:
     return loop
 
 
-def resident_peak() -> int:
-    """Bytes that this process has held in RAM at most."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
 def measure(args: argparse.Namespace, way: str) -> dict[str, float]:
     """Median seconds per step, peak bytes, and the last loss; to be run in a fresh process."""
     import bitsandbytes  # noqa: F401  (the libraries' own memory is not the loop's)
     from diffusers import SD3Transformer2DModel  # noqa: F401
 
-    before = resident_peak()
+    before = runtime.resident_peak()
     loop = make(args, way)
     for _ in range(3):
         loop.step()
@@ -85,7 +79,7 @@ def measure(args: argparse.Namespace, way: str) -> dict[str, float]:
         start = time.perf_counter()
         loss = loop.step().item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_peak() - before
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else runtime.resident_peak() - before
     loop.close()
     return {"seconds_per_step": statistics.median(seconds), "peak_bytes": peak, "loss": loss}
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import platform
-import re
 import shlex
 import statistics
 import sys
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import train_text_to_image_lora_sd3 as trainer
-from src import cli, flow, lora, seeds
+from src import cli, flow, lora, runtime, seeds
 from src.data import buckets, cache, captions, samples
 from src.pipelines import sd3
 
@@ -128,17 +127,12 @@ def peak_memory(args: argparse.Namespace, cached: bool, folder: Path) -> int:
     from diffusers import StableDiffusion3Pipeline  # noqa: F401
 
     quiet()
-    before = resident_peak()
+    before = runtime.resident_peak()
     loop = Loop(args, cached, folder)
     if loop.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     loop.train(3)
-    return torch.cuda.max_memory_allocated() if loop.device == "cuda" else resident_peak() - before
-
-
-def resident_peak() -> int:
-    """Bytes that this process has held in RAM at most. Not ru_maxrss: on Linux a new process inherits its parent's."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return torch.cuda.max_memory_allocated() if loop.device == "cuda" else runtime.resident_peak() - before
 
 
 def quiet() -> None:

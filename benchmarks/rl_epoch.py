@@ -16,7 +16,6 @@ import functools
 import importlib
 import json
 import platform
-import re
 import shlex
 import sys
 import tempfile
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from src import checkpoint, cli, metrics, plan, policy, rewards
+from src import checkpoint, cli, metrics, plan, policy, rewards, runtime
 from src.pipelines import sd3, sd3_rollout
 
 STAGES = ("sample", "decode", "score", "train", "hold")
@@ -166,16 +165,11 @@ def peak_memory(name: str, flags: list[str], batches: int) -> int:
     import peft  # noqa: F401  (the libraries' own memory is not the epoch's)
     from diffusers import StableDiffusion3Pipeline  # noqa: F401
 
-    before = _resident_peak()
+    before = runtime.resident_peak()
     with tempfile.TemporaryDirectory() as temporary:
         args = trainer_args(name, [*flags, "--sample_num_batches_per_epoch", str(batches)], Path(temporary), epochs=1)
         trainer_of(name).main(args)
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _resident_peak() - before
-
-
-def _resident_peak() -> int:
-    """Bytes that this process has held in RAM at most. Not ru_maxrss: on Linux a new process inherits its parent's."""
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else runtime.resident_peak() - before
 
 
 def report(args: argparse.Namespace, seconds: dict[str, float], passes: dict[str, float], trained_steps: float) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def show(
     Raises:
         ValueError: the data set cannot be read.
     """
+    runtime.quieten_libraries()
     if subject:
         samples, held_out = subject.images, subject.held_out
     else:
@@ -141,6 +142,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     Raises:
         ValueError: the prompts cannot be read.
     """
+    runtime.quieten_libraries()
     path, found = args.pretrained_model_name_or_path, rewards.read_prompts(args)
     transformer, counts = sd3.transformer_from_config(path, args.revision), sd3.parameter_counts(path, args.revision)
     whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
@@ -199,6 +201,7 @@ def show_reward_gradient(
     Raises:
         ValueError: the prompts, or the pictures of the pre-training loss, cannot be read.
     """
+    runtime.quieten_libraries()
     path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args)
     denoiser = family.denoiser_from_config(path, args.revision)
     adapt(denoiser)
@@ -227,7 +230,7 @@ def show_reward_gradient(
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_steps} steps"),
         ("pictures", f"{len(pretraining or []):,} for the pre-training loss"),
         ("steps", f"{args.max_train_steps:,} of {batch} drawn picture(s), one process"),
-        ("  a picture", f"{rollout_steps:g} denoising steps without gradient, {trained_steps} with, {passes} pass(es) each"),
+        ("  a picture", f"{rollout_steps:.3g} denoising steps without gradient, {trained_steps} with, {passes} pass(es) each"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(each * batch)} per step, {_total(each * batch * args.max_train_steps)}, at {tokens} text tokens"),
         ("", "decoding and scoring come on top"),

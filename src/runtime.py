@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import resource
 import secrets
 import shutil
@@ -71,6 +72,15 @@ class StopSignal:
         text = f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint (Ctrl-C again: stop at once)\n"
         os.write(2, text.encode())  # print is not safe inside a handler
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def resident_peak() -> int:
+    """Bytes that this process has held in RAM at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux ru_maxrss begins at what the parent has held
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -213,8 +223,7 @@ class Run:
         """Bytes: the most the GPU held for tensors, or the most this process held in RAM."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return resident_peak()
 
     def finish(self, text: str | None = None) -> None:
         """Closes the trackers, leaves the process group, gives the signals back; prints a last line."""
@@ -411,7 +420,7 @@ def _settle_numerics(args: argparse.Namespace) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
 
 
-def _quieten_libraries() -> None:
+def quieten_libraries() -> None:
     """No progress bar for every folder that diffusers opens, no notice of CPU kernels that nobody asked bitsandbytes for.
 
     And none of a flag of DistributedDataParallel whose successor accelerate cannot hand over, and older versions of torch do not know;
@@ -485,7 +494,7 @@ def start(args: argparse.Namespace) -> Run:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the wrapper's shell starts its background job deaf to Ctrl-C
     _settle_numerics(args)
-    _quieten_libraries()
+    quieten_libraries()
     accelerator = _accelerator(args)
     check_world(os.environ, accelerator.num_processes)
     _check_precision(args, accelerator.device)

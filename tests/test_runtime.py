@@ -165,6 +165,16 @@ def test_one_process_gathers_averages_and_broadcasts_to_itself(tmp_path):
     run.finish()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says what a process itself has held")
+def test_the_peak_of_a_program_is_not_its_parents():
+    """A process of 1.5 GB starts one that holds next to nothing; getrusage would say 1.5 GB of it, too."""
+    child = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from src import runtime; print(runtime.resident_peak())"
+    start = f"subprocess.check_output([sys.executable, '-c', {child!r}], text=True)"
+    parent = f"import subprocess, sys; held = bytearray(1_500_000_000); print({start})"
+    out = subprocess.run([sys.executable, "-c", parent], env=environment(), capture_output=True, text=True).stdout
+    assert 10_000_000 < int(out) < 1_000_000_000
+
+
 @pytest.mark.parametrize(("error", "others"), [(ValueError("wrong"), ValueError), (OSError(), SystemExit), (MemoryError(), SystemExit)])
 def test_what_the_main_process_meets_ends_the_others_too(error, others):
     """They wait in the broadcast for what it makes: told nothing, they would wait for hours."""

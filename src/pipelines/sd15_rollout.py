@@ -110,6 +110,15 @@ def rollout(predict: Predict, stops: Tensor, schedule: Schedule, draw: Draw) -> 
     return x_t
 
 
+def mean_steps(first: int, last: int, batch: int) -> float:
+    """How many steps a rollout takes on average, if each of `batch` stops is uniform in [first, last]: it goes on to the latest.
+
+    Of n values from 0 the largest of b is at least k with probability 1 - (k / n)^b; its mean is the sum over k = 1 ... n - 1.
+    """
+    n = last - first + 1
+    return first + sum(1 - (k / n) ** batch for k in range(1, n))
+
+
 def step_noise(i: int, schedule: Schedule, draw: Draw) -> Tensor | None:
     """What step i adds, (b, 4, h, w); None where it adds nothing: eta = 0, or the last step."""
     return draw(f"step {i}") if schedule.eta and i < len(schedule) - 1 else None
