@@ -9,6 +9,7 @@ diffusers and peft are imported inside the functions.
 Source: Hu et al., arXiv 2106.09685; Liu et al., arXiv 2402.09353.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -145,6 +146,8 @@ def _attach(module: nn.Module, names: list[str], *, rank: int, alpha: float | No
     for _, layer in _layers(module):
         if not use_dora and not dropout:  # DoRA takes the precision of its norms from the input; dropout scales in fp32
             layer._cast_input_dtype = _unless_autocast
+            if isinstance(layer.base_layer, nn.Linear):  # not a bound method: the compiler would tell blocks apart by it
+                layer.forward = functools.partial(_forward, layer)
         for parameter in _tensors(layer).values():
             parameter.data = parameter.data.float()  # peft casts them to the base's dtype, where small updates vanish
         if use_dora:  # m in full precision too, or the start would not be the base model
@@ -154,6 +157,22 @@ def _attach(module: nn.Module, names: list[str], *, rank: int, alpha: float | No
 def _unless_autocast(x: Any, dtype: torch.dtype) -> Any:
     """In place of peft's cast of a layer's input to the adapter's fp32, which autocast would at once undo: two passes over memory each."""
     return x if x is None or under_autocast(x) else x.to(dtype)
+
+
+def _forward(layer: Any, x: Tensor) -> Tensor:
+    """W x + scale * B A x, the second part added where the first one lies, without a pass through memory of its own.
+
+    peft's own forward pass makes three of them: scale, add, and a copy of inputs that attention hands over as slices, whose product with
+    a frozen weight torch would compute in batches.
+    """
+    if torch.compiler.is_compiling() or layer.merged or not under_autocast(x):
+        return type(layer).forward(layer, x)  # the compiler fuses
+    flat = x.reshape(-1, x.shape[-1])
+    result = layer.base_layer(flat)
+    if not layer.disable_adapters:
+        up = layer.lora_B[ADAPTER].weight.to(result.dtype)  # (out, rank); autocast knows no product in place
+        result = result.addmm_(layer.lora_A[ADAPTER](flat), up.t(), alpha=layer.scaling[ADAPTER])
+    return result.view(*x.shape[:-1], -1)
 
 
 def under_autocast(x: Tensor) -> bool:
@@ -193,8 +212,9 @@ def adapted(module: nn.Module) -> list[str]:
 
 @contextmanager
 def disabled(transformer: nn.Module) -> Iterator[None]:
-    """Inside, the transformer is the base model, bit for bit (the reference model of RL); nested or after an exception, all is put back.
+    """Inside, the transformer is the base model (the reference model of RL); nested or after an exception, all is put back.
 
+    Bit for bit what it is with B = 0, and what it was without adapters; under autocast but for rounding, where `_forward` spares some.
     peft's own `enable_adapters` would also turn requires_grad off and on again, under a graph that may still need it.
     """
     layers = [layer for _, layer in _layers(transformer)]

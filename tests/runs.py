@@ -18,6 +18,7 @@ import torch
 from forked import Forked
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import metrics
 
@@ -27,6 +28,19 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 class Interrupted(Exception):
     """Stands for a kill inside this process."""
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0]
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return function(*args, **(kwargs or {}))
 
 
 def make_pictures(folder: Path, count: int = 8, size: tuple[int, int] = (40, 32)) -> Path:
