@@ -101,8 +101,9 @@ class Loop:
 
     def adopt(self, other: "Loop") -> None:
         """Take the weights and the batch of a loop of another precision."""
-        for mine, its in zip((self.model, *self.others), (other.model, *other.others), strict=True):
-            lora.unwrap(mine).load_state_dict(lora.unwrap(its).state_dict())
+        weights = lora.unwrap(other.model).state_dict()
+        for module in (self.model, *self.others):  # a reference has the policy's, which the other may keep rounded
+            lora.unwrap(module).load_state_dict(weights)
 
     def losses(self) -> Tensor:
         """The loss of every sample of the batch, (b,), or of all of them, (1,); always with the noise of step 0."""

@@ -23,7 +23,7 @@ else
   launch train_full_finetuning_sd3.py \
     --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --dataset_name datas/photos --resolution 1024 --aspect_buckets \
     --mixed_precision bf16 --gradient_checkpointing --learning_rate 1e-5 --lr_scheduler constant_with_warmup \
-    --train_batch_size 4 --use_ema --max_train_steps 1000 --checkpointing_steps 250 \
+    --train_batch_size 4 --use_ema --max_train_steps 1000 --checkpointing_steps 500 \
     --checkpoints_total_limit 2 --validation_steps 250 --validation_prompt "a photo of a cup of coffee on a wooden table" \
     --output_dir outputs/full_sd3 -- "$@"
 fi
