@@ -76,7 +76,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16", help="as the programs take it")
     g.add_argument("--folder", type=cli.path, default=Path("outputs/rehearsal"), help="models, caches, runs and logs")
     g.add_argument("--tiny", action="store_true", help="the shipped tiny models instead of random ones of the real size")
-    g.add_argument("--output", type=cli.path, help="result file (unset: none)")
+    g.add_argument("--output", type=cli.path, help="result file, whose other programs stay (unset: none)")
     parser.when_unset["resolution"] = lambda args: 64 if args.tiny else 256
     return parser
 
@@ -181,6 +181,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which diffusers imports, and which reports on kernels nobody asked for
     names = args.programs.split(",")
     folders = models(args, names)
+    kept = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
     results: dict[str, Any] = {}
     print(f"{'program':<12} {'seconds':>11} {'GB':>8}   losses")
     for name in names:
@@ -190,11 +191,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         except RuntimeError as error:
             results[name] = {"failed": str(error)}
         print(line(name, results[name]), flush=True)
-    if args.output:
-        from benchmarks.real_geometry import about
+        if args.output:
+            from benchmarks.real_geometry import about
 
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"about": about(), "resolution": args.resolution, "programs": results}, indent=1) + "\n")
+            kept[name] = results[name] | {"resolution": args.resolution, "mixed_precision": args.mixed_precision, "about": about()}
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(kept, indent=1) + "\n")
     return results
 
 

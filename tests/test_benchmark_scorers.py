@@ -1,6 +1,9 @@
 """The benchmark of the scorers: rates and memory of the scorers' own path, on tiny random weights."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import scorer_runs
@@ -9,6 +12,7 @@ import torch
 from src import scorers
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +47,20 @@ def test_the_detector_of_geneval_is_drawn_too(benchmark, arguments):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a process on a CPU")
-def test_memory_is_the_most_since_the_last_reset(benchmark):
-    memory = benchmark.Memory("cpu")
-    held = torch.ones(32 * 2**20)  # 134 MB
-    assert 100e6 < memory.peak() < 300e6
-    del held
-    memory.reset()
-    assert memory.peak() < 60e6
+def test_memory_is_the_most_since_the_last_reset():
+    """In a fresh process, as it is used: another may give back as much meanwhile as is taken here."""
+    code = """
+import torch
+from benchmarks import scorers
+memory = scorers.Memory("cpu")
+held = torch.ones(32 * 2**20)  # 134 MB
+print(memory.peak())
+del held
+memory.reset()
+print(memory.peak())
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert 100e6 < int(found[0]) < 300e6 and int(found[1]) < 60e6
 
 
 def test_the_prompt_and_its_metadata_suit_every_scorer(benchmark):
