@@ -12,6 +12,7 @@ import pytest
 
 # The tests compare bits and count on a CPU's memory and speed: a GPU stays out of sight, here and in the processes that they start.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nor do they ask the Hub, also without scripts/test.sh
 
 # Looking for cyclic garbage among all that torch, diffusers and transformers define takes half a second, and Python looks often: a tenth
 # of the suite's time. So it looks less often, and never at what was there when the first model had been built (`gc.freeze` below).

@@ -50,8 +50,9 @@ def test_the_detector_of_geneval_is_drawn_too(benchmark, arguments):
 def test_memory_is_the_most_since_the_last_reset():
     """In a fresh process, as it is used: another may give back as much meanwhile as is taken here."""
     code = """
-import torch
-from benchmarks import scorers
+import sys, torch
+sys.path.insert(0, "benchmarks")
+import scorers
 memory = scorers.Memory("cpu")
 held = torch.ones(32 * 2**20)  # 134 MB
 print(memory.peak())
