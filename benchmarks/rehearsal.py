@@ -74,7 +74,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--programs", default=",".join((*PROGRAMS, "demo")), help="comma-separated; demo draws with what lora left")
     g.add_argument("--resolution", type=cli.multiple_of_16, help="side of the pictures in pixels (unset: 256; 64 with --tiny)")
     g.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16", help="as the programs take it")
-    g.add_argument("--folder", type=cli.path, default=Path("outputs/rehearsal"), help="models, caches, runs and logs")
+    g.add_argument("--folder", type=cli.path, default=Path("outputs/rehearsal"), help="models, runs with their caches, logs")
     g.add_argument("--tiny", action="store_true", help="the shipped tiny models instead of random ones of the real size")
     g.add_argument("--output", type=cli.path, help="result file, whose other programs stay (unset: none)")
     parser.when_unset["resolution"] = lambda args: 64 if args.tiny else 256
@@ -112,7 +112,7 @@ def command(name: str, args: argparse.Namespace, model: Path, steps: int) -> lis
     program, folder = PROGRAMS[name], args.folder.absolute()
     words = [program.script, "--pretrained_model_name_or_path", str(model), *shlex.split(program.flags), program.steps, str(steps),
              "--resolution", str(args.resolution), "--mixed_precision", args.mixed_precision, "--seed", "0", "--report_to", "none",
-             "--cache_dir", str(folder / "cache"), "--output_dir", str(folder / "runs" / name)]  # fmt: skip
+             "--cache_dir", str(folder / "runs" / name / "cache"), "--output_dir", str(folder / "runs" / name)]  # fmt: skip
     return words + (["--resume_from_checkpoint", "latest"] if steps > 1 else [])
 
 
