@@ -121,7 +121,8 @@ def straight_through_clamp(images: Tensor) -> Tensor:
 def decode(model: sd15.SD15, x0: Tensor, batch_size: int) -> Tensor:
     """Images (b, 3, H, W) in [0, 1] of clean latents, in the VAE's own precision, some at a time.
 
-    In the backward pass they are decoded again, but for the last, which it meets first: one batch's activations are there at a time.
+    In the backward pass they are decoded again, but for the last, which it meets first: one batch's activations are there at a time,
+    the last one's beside those of the scorers.
     """
     *early, last = x0.split(batch_size)
     parts = [recomputed(sd15.decode_pixels, model, part, use_reentrant=False, preserve_rng_state=False) for part in early]

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import train_dpo_sd15 as trainer
-from src import cli, lora, seeds
+from src import cli, lora, seeds, speed
 from src.data import buckets, cache, preferences, samples
 from src.pipelines import sd15
 
@@ -77,6 +77,8 @@ class Loop:
         else:
             lora.add(unet, rank=16)
         self.unet, self.frozen = unet, copy.deepcopy(unet) if args.full else unet
+        if args.full:
+            speed.narrow_frozen(self.frozen, DTYPES[args.dtype])
         weights = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=self.device == "cuda")
 

@@ -139,7 +139,7 @@ def write_weights(model: dict[str, Config], folder: str | Path, tokenizers: str 
     """Write a model folder with random weights, part by part; parts that are there stay as they are.
 
     Args:
-        model: such as MODELS["sd3.5-medium"], whose weights take 15 GB in bf16.
+        model: such as MODELS["sd3.5-medium"], whose weights take 16 GB in bf16.
         tokenizers: a model folder such as models/tiny-sd3, whose tokenizers are taken, padded to the published lengths. Their few tokens
             lie within the published vocabularies.
     """

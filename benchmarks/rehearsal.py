@@ -7,7 +7,7 @@
 `real_geometry.py` measures steps; this shows that a machine can do what surrounds them: load shards of the real size, fill the text cache
 with T5-XXL, draw for validation and evaluation, write a checkpoint, resume from it, save, and draw with the result. Each program makes one
 optimizer step and ends; a second process resumes it for another. SD3.5-medium and SD1.5 have their published geometry; their random weights
-(17 GB) are written to --folder once and stay there, so delete it in the end. Pictures are noise, of course.
+(18 GB) are written to --folder once and stay there, so delete it in the end. Pictures are noise, of course.
 """
 
 import argparse

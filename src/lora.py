@@ -214,7 +214,7 @@ def adapted(module: nn.Module) -> list[str]:
 def disabled(transformer: nn.Module) -> Iterator[None]:
     """Inside, the transformer is the base model (the reference model of RL); nested or after an exception, all is put back.
 
-    Bit for bit what it is with B = 0, and what it was without adapters; under autocast but for rounding, where `_forward` spares some.
+    With B = 0 the two are equal to the bit. So is the model without adapters, but under autocast, where `_forward` rounds less often.
     peft's own `enable_adapters` would also turn requires_grad off and on again, under a graph that may still need it.
     """
     layers = [layer for _, layer in _layers(transformer)]

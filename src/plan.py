@@ -25,7 +25,7 @@ TRAINED_BYTES = {"adamw": 16, "adamw8bit": 10, "prodigy": 24, "adafactor": 9}
 EMA_BYTES = 4  # per trained parameter with --use_ema
 RATE = 300e12  # FLOP/s: about half of what an H100's matrix multiplications reach in bf16, a good training step on it
 UPDATE_BYTES = 8  # per bf16 weight of a piece that is being updated: fp32 copies of it and of its gradient
-ROUNDING_BYTES = 4  # per bf16 weight of the tensor that is being rounded: its random bits
+ROUNDING_BYTES = 10  # per bf16 weight of the tensor that is being rounded: random bits, which become the result, a copy, and that in bf16
 ENTRY_BYTES = 256  # of a cache file besides its tensors: names, shapes and key
 
 
@@ -398,7 +398,7 @@ def frozen_copy_bytes(args: argparse.Namespace, denoiser: nn.Module) -> int:
     """Of a second denoiser that is only asked; denoiser: the trained one, in fp32 on the meta device."""
     frozen = copy.deepcopy(denoiser)
     speed.narrow_frozen(frozen, runtime.WEIGHT_DTYPES[args.mixed_precision])
-    return sum(p.numel() * p.element_size() for p in frozen.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*frozen.parameters(), *frozen.buffers()))
 
 
 def _updating(denoiser: nn.Module, trained: int, whole: Whole | None) -> int:
@@ -434,7 +434,7 @@ def drawing_bytes(args: argparse.Namespace, vae: nn.Module) -> int:
 
 
 def decoding_bytes(args: argparse.Namespace, vae: nn.Module, family: ModuleType) -> int:
-    """The most that decoding with a gradient holds: in fp32, --decode_batch_size pictures at a time, again in the backward pass.
+    """The most that decoding with a gradient holds: in fp32, --decode_batch_size pictures at a time.
 
     Args:
         vae: on the meta device.

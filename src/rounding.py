@@ -42,14 +42,17 @@ def stochastic_round_(target: Tensor, values: Tensor, generator: torch.Generator
 
 
 def _carry(values: Tensor, noise: Tensor) -> Tensor:
-    """bf16 (n,) of fp32 values (n,) and whole numbers (n,) below 2^16. The carry would make a number of some NaN, which thus pass by."""
-    rounded = (values.view(torch.int32) + noise).bitwise_and(-(1 << 16)).view(torch.float32)  # the last 16 bits are zero: a bf16 number
+    """bf16 (n,) of fp32 values (n,) and whole numbers (n,) below 2^16, which are overwritten.
+
+    The carry would make a number of some NaN, which thus pass by.
+    """
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)  # the last 16 bits are zero: a bf16 number
     return torch.where(values == values, rounded, values).bfloat16()
 
 
 @functools.cache
 def _compiled_carry() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(_carry, dynamic=True)
+    return torch.compile(lambda values, noise: _carry(values, noise.clone()), dynamic=True)  # a copy costs nothing there, writing back does
 
 
 @dataclass(frozen=True)

@@ -76,9 +76,9 @@ class StopSignal:
 
 def resident_peak() -> int:
     """Bytes that this process has held in RAM at most."""
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux ru_maxrss begins at what the parent has held
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    status = Path("/proc/self/status")  # on Linux ru_maxrss begins at what the parent has held
+    if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -163,7 +163,7 @@ class Run:
         """Whether any process was told to stop; call it once per step, on every process: all get the same answer.
 
         With several processes the answer is that of the call before, so that none waits for another inside a step; with `wait` it is
-        today's, for calls that are far between.
+        this call's, where calls are far between.
         """
         if self.world == 1:
             return self.signals.received
@@ -288,7 +288,10 @@ def interface_to(address: str) -> str | None:
 def _settle_gloo(environ: MutableMapping[str, str]) -> None:
     """Gloo tells the others the address of this machine's name, which Debian's and Ubuntu's /etc/hosts make the loopback."""
     several = int(environ.get("LOCAL_WORLD_SIZE", 1)) < int(environ.get("WORLD_SIZE", 1))
-    if several and "GLOO_SOCKET_IFNAME" not in environ and (name := interface_to(environ.get("MASTER_ADDR", ""))):
+    if not several or "GLOO_SOCKET_IFNAME" in environ:
+        return
+    # The first machine's own name may lead it to the loopback: then the way to the outside, by an address that is reserved for examples.
+    if name := interface_to(environ.get("MASTER_ADDR", "")) or interface_to("192.0.2.1"):
         environ["GLOO_SOCKET_IFNAME"] = name
 
 

@@ -40,8 +40,8 @@ def arguments(folder, **changes):
     return argparse.Namespace(**(base | changes))
 
 
-def written(folder, world=1, **changes):
-    run = SimpleNamespace(is_main=True, print=print, world=world, signals=SimpleNamespace(restore=lambda: None))
+def written(folder, world=1, restore=lambda: None, **changes):
+    run = SimpleNamespace(is_main=True, print=print, world=world, signals=SimpleNamespace(restore=restore))
     card.write(run, arguments(folder, **changes), kind="LoRA", images=11, prompt=NASTY)
     return (folder / "README.md").read_text(encoding="utf-8")
 
@@ -277,6 +277,14 @@ def test_the_upload_holds_the_result_and_not_the_checkpoints(folder, hub, capsys
                      "samples/step-000000/00-0.png", "samples/step-000010.png", "samples/step-000010/00-0.png", "summary.png"]  # fmt: skip
     assert "load_lora_weights('me/heart')" in text
     assert capsys.readouterr().out == "uploaded to me/heart\n"
+
+
+def test_a_signal_ends_an_upload(folder, hub):
+    stub, before = hub(), []
+    written(folder, push_to_hub=True, restore=lambda: before.append(stub.uploaded))
+    assert before == [None] and stub.uploaded
+    written(folder, restore=lambda: before.append("without an upload"))
+    assert before == [None]
 
 
 def test_without_a_name_the_folder_names_the_repository_and_the_card_the_account(folder, hub):

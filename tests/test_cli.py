@@ -66,7 +66,9 @@ def reached(tree: ast.AST, names: dict, seen: set) -> set[str]:
         module = getattr(target, "__module__", "") or ""
         if target is None or id(target) in seen or not module.startswith("src."):
             continue
-        if module in ("src.cli", "src.plan") and target.__name__ != "scorer_options":  # which hands them on to the scorers
+        if (
+            module == "src.plan" or module.startswith("src.cli")
+        ) and target.__name__ != "scorer_options":  # which hands them on to the scorers
             continue
         if target.__name__.startswith("check"):
             continue

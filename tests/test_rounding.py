@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src import optim, rounding
+from src import activations, optim, plan, rounding
 
 CPU = torch.device("cpu")
 PIECEWISE = ("adamw", "adamw8bit", "adafactor")
@@ -16,12 +16,12 @@ def build_with(name, **settings):
     return lambda weights: optim.build(weights, name=name, learning_rate=1e-2, device=CPU, **settings)
 
 
-def problem(name="adamw", dtype=torch.bfloat16, seed=0, fused=False, piece=4650, **settings):
+def problem(name="adamw", dtype=torch.bfloat16, seed=0, fused=False, piece=4650, compiled=False, **settings):
     """Weights, the optimizer over them in two groups and three pieces (4650 numbers: 64 x 72 + 5 fit), and a step with noisy gradients."""
     torch.manual_seed(seed)
     weights = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
     groups = [{"params": weights[:2], "lr": 1e-2}, {"params": weights[2:], "lr": 1e-3}]
-    optimizer = rounding.Pieces(groups, build_with(name, **settings), seed=7, fused=fused, piece=piece)
+    optimizer = rounding.Pieces(groups, build_with(name, **settings), seed=7, fused=fused, piece=piece, compiled=compiled)
 
     def step(number):
         noise = torch.Generator().manual_seed(number)
@@ -117,6 +117,13 @@ def test_the_compiled_rounding_gives_the_same_numbers():
     assert results[0].dtype == torch.bfloat16
 
 
+def test_the_plan_knows_what_rounding_holds():
+    values = torch.randn(1000)
+    with activations._Live() as live:
+        rounded(values)
+    assert live.peak / 1000 == 2 + plan.ROUNDING_BYTES  # and the target
+
+
 def test_another_seed_rounds_otherwise_and_the_same_seed_the_same():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(rounded(values), rounded(values)) and not torch.equal(rounded(values), rounded(values, seed=1))
@@ -158,6 +165,21 @@ def test_a_fused_backward_pass_ends_at_the_same_bits(name, dtype):
         assert all(w.grad is None for w in other)
     for a, b, c in zip(one, other, whole, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.slow
+def test_compiled_pieces_step_to_the_same_bits_fused_or_not(monkeypatch):
+    (plain, _, step), asked = problem(), []
+    compile_once = rounding._compiled_carry
+    monkeypatch.setattr(rounding, "_compiled_carry", lambda: asked.append(1) or compile_once())
+    others = [problem(compiled=True, fused=fused) for fused in (False, True)]
+    for number in range(2):
+        step(number)
+        for _, _, compiled_step in others:
+            compiled_step(number)
+    for weights, _, _ in others:
+        assert all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True))
+    assert len(asked) == 2 * 2 * len(SHAPES)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

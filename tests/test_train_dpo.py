@@ -16,7 +16,7 @@ import unets
 from PIL import Image
 
 import train_dpo_sd15 as script
-from src import full, lora
+from src import full, lora, unet
 
 pytestmark = pytest.mark.usefixtures("summaries")
 PROMPT = "a red ring"
@@ -160,10 +160,13 @@ def test_a_lora_run_trains_the_adapter_alone_and_stock_diffusers_reads_it(train,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [dict(mixed_precision="bf16"), dict(mixed_precision="bf16", **LORA)], ids=["full", "lora"])
-def test_in_bf16_the_start_is_log_2_too(train, flags):
-    """All of it through accelerate's autocast, reference included; and at the start of an accumulated step."""
+def test_in_bf16_the_start_is_log_2_too(train, flags, monkeypatch):
+    """All of it through accelerate's autocast, a reference in bf16 included; and at the start of an accumulated step."""
+    references = []
+    monkeypatch.setattr(unet, "load_frozen", lambda *args, load=unet.load_frozen: references.append(load(*args)) or references[0])
     out = train(**flags, beta_dpo=5000, max_train_steps=1, train_batch_size=2, gradient_accumulation_steps=2)
     assert runs.values(out, "loss") == pytest.approx([math.log(2)], abs=1e-6) and runs.values(out, "accuracy") == [0.5]
+    assert [reference.mid_block.resnets[0].conv1.weight.dtype for reference in references] == [torch.bfloat16] * ("use_lora" not in flags)
 
 
 @pytest.mark.slow

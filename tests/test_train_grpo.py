@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import train_grpo_sd3 as script
-from src import checkpoint, ema, full, lora, metrics, quantize, runtime
+from src import checkpoint, ema, full, lora, metrics, policy, quantize, runtime
 from src.pipelines import sd3, sd3_rollout
 from src.scorers import Scores
 from src.scorers.mixture import Mixture
@@ -520,10 +520,15 @@ def assert_state(whole, parts):
 
 
 @pytest.mark.slow
-def test_the_kl_of_all_weights_starts_at_zero_in_bf16(train):
-    """The reference is the same weights in the same precision: one in bf16 beside fp32 ones under autocast is another model."""
+def test_the_kl_of_all_weights_starts_at_zero_in_bf16(train, monkeypatch):
+    """The reference's weights are in bf16 where autocast would convert them, and there alone: that is the same model."""
+    actors = []
+    monkeypatch.setattr(policy, "Policy", lambda *args, kind=policy.Policy, **options: actors.append(kind(*args, **options)) or actors[0])
     out = train(full_weights=True, rank=None, mixed_precision="bf16", kl_weight=0.01, updates_per_epoch=1, num_epochs=1)
     assert runs.values(out, "kl") == [0.0]
+    reference = actors[0]._copy
+    assert reference.transformer_blocks[0].attn.to_q.weight.dtype == torch.bfloat16
+    assert reference.pos_embed.proj.weight.dtype == reference.transformer_blocks[0].attn.norm_q.weight.dtype == torch.float32
 
 
 @pytest.mark.slow
