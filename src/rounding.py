@@ -100,6 +100,10 @@ class Pieces(Optimizer):
             group.update({name: value for name, value in options.items() if name not in group})
         inside = self.pieces[-1].optimizer
         self.kind = f"{getattr(inside, 'kind', type(inside).__name__)} in pieces"
+        if compiled:  # here, and not later in the thread of the backward pass
+            for device in {weight.device for group in self.param_groups for weight in group["params"]}:
+                values = torch.zeros(1024, device=device)
+                stochastic_round_(values.bfloat16(), values, torch.Generator(device), compiled=True)
         if fused:
             for piece_ in self.pieces:
                 piece_.weights[0].register_post_accumulate_grad_hook(lambda _, piece_=piece_: self._update_fused(piece_))
