@@ -175,7 +175,7 @@ def main(args: argparse.Namespace) -> None:
     run = runtime.start(args)
 
     # Prompts: those that will be drawn are encoded once; no text encoder stays in memory.
-    found = run.from_main(lambda: rewards.read_prompts(args))
+    found = run.require(lambda: rewards.read_prompts(args))
     sampler = prompts.GroupSampler(found.training, group_size=1, batch_size=args.train_batch_size, seed=args.seed,
                                    batches_per_epoch=batches_per_epoch(args), rank=run.rank, world=run.world)  # fmt: skip
     texts = inputs.prepare_texts(run, args, [args.negative_prompt, *sampler.drawn(args.num_epochs), *found.evaluated])

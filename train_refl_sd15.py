@@ -121,8 +121,7 @@ def straight_through_clamp(images: Tensor) -> Tensor:
 def decode(model: sd15.SD15, x0: Tensor, batch_size: int) -> Tensor:
     """Images (b, 3, H, W) in [0, 1] of clean latents, in the VAE's own precision, some at a time.
 
-    In the backward pass they are decoded again, but for the last, which it meets first: one batch's activations are there at a time,
-    the last one's beside those of the scorers.
+    In the backward pass they are decoded again, but for the last, which it meets first: one batch's activations are there at a time.
     """
     *early, last = x0.split(batch_size)
     parts = [recomputed(sd15.decode_pixels, model, part, use_reentrant=False, preserve_rng_state=False) for part in early]
@@ -192,7 +191,7 @@ def main(args: argparse.Namespace) -> None:
     run = runtime.start(args)
 
     # Prompts that will be drawn, and captioned pictures for the pre-training loss: encoded once; no text encoder stays in memory.
-    found = run.from_main(lambda: rewards.read_prompts(args))
+    found = run.require(lambda: rewards.read_prompts(args))
     sampler = prompts.GroupSampler(
         found.training, group_size=1, batch_size=args.train_batch_size, batches_per_epoch=args.gradient_accumulation_steps,
         seed=args.seed, rank=run.rank, world=run.world,

@@ -102,10 +102,15 @@ def open_rgb(source: Path | str | bytes | Image.Image, name: str | None = None) 
         return _upright_rgb(image)
 
 
-def open_mask(source: Path | str | bytes | Image.Image, name: str | None = None) -> tuple[Image.Image, bool]:
+def open_mask(
+    source: Path | str | bytes | Image.Image, name: str | None = None, *, opaque: bool = True
+) -> tuple[Image.Image, bool]:  # fmt: skip
     """How much of each pixel counts, upright, in mode L: 255 wholly, 0 not at all.
 
     The opacity of a picture with transparency, the brightness of any other one.
+
+    Args:
+        opaque: whether one with an alpha channel that is opaque everywhere counts wholly, and not by its brightness.
 
     Returns:
         The mask, and whether it is an opacity.
@@ -116,7 +121,9 @@ def open_mask(source: Path | str | bytes | Image.Image, name: str | None = None)
     with _opened(source, name) as image:
         image.load()
         if image.has_transparency_data:
-            return ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"), True
+            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+            if opaque or alpha.getextrema()[0] < 255:
+                return alpha, True
         return _upright_rgb(image).convert("L"), False
 
 
@@ -158,11 +165,11 @@ def _reason(error: BaseException) -> str:
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    kind, image = image.format, ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return _high_bytes(image).convert("RGB")
     if image.mode == "I":  # what older versions of Pillow make of a 16-bit PNG
-        if image.getextrema()[1] > 65535:
+        if kind == "TIFF" or image.getextrema()[1] > 65535:
             raise ValueError("32-bit greyscale has no agreed white level; save it with 8 or 16 bits")
         return image.point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
     if image.mode == "F":

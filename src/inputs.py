@@ -243,7 +243,8 @@ def open_images(
         revision=args.dataset_revision,
     )  # fmt: skip
     wanted = getattr(args, "num_validation_loss_images", 0)
-    count = min(MAX_HELD_OUT, len(images) // 20) if wanted is None else wanted
+    different = len({record.key for record in images.records})  # a picture may be there several times, with other captions
+    count = min(MAX_HELD_OUT, different // 20) if wanted is None else wanted
     if count == 0:
         return images, None
     try:
@@ -265,6 +266,8 @@ def open_pairs(args: argparse.Namespace) -> tuple[preferences.PreferencePairs, p
     try:
         return pairs.hold_out(count)
     except ValueError as error:
+        if wanted is None:  # whole captions are held out: there may be one alone
+            return pairs, None
         raise ValueError(f"--num_validation_pairs {count}: {error}; lower it") from error
 
 
@@ -280,13 +283,18 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(prompts))
 
 
-def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3) -> Inputs:
-    """Open the data set, lay out the steps, fill the caches.
+def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3, *, flag: str = "--dataset_name") -> Inputs:
+    """Open the data set, which `flag` names, lay out the steps, fill the caches.
 
     Raises:
-        ValueError: what `open_images` refuses.
+        SystemExit: what `open_images` refuses.
     """
-    train, held_out = run.from_main(lambda: open_images(args))  # one download, one scan, and one result for all processes
+
+    def opened() -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
+        with sources.naming(flag):
+            return open_images(args)
+
+    train, held_out = run.require(opened)  # one download, one scan, and one result for all processes
     parts = [train, held_out or train.subset([])]
     return _prepare(run, args, family, samples.Samples, parts, parts, "pictures")
 
@@ -295,17 +303,16 @@ def prepare_pretraining(run: runtime.Run, args: argparse.Namespace, family: Modu
     """The same for the pictures of --pretrain_dataset_name, all of which are trained on; None without."""
     if args.pretrain_dataset_name is None:
         return None
-    with sources.naming("--pretrain_dataset_name"):
-        return prepare(run, args, family)
+    return prepare(run, args, family, flag="--pretrain_dataset_name")
 
 
 def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs:
     """The same for preference pairs, whose pictures share a bucket: that of the winner's shape.
 
     Raises:
-        ValueError: what `open_pairs` refuses.
+        SystemExit: what `open_pairs` refuses.
     """
-    train, held_out = run.from_main(lambda: open_pairs(args))
+    train, held_out = run.require(lambda: open_pairs(args))
     parts = [train, held_out or train.subset([])]
     return _prepare(run, args, family, preferences.PairSamples, parts, [part.pictures for part in parts], "pairs")
 

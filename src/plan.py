@@ -83,13 +83,14 @@ def show(
         whole: None for adapters; preference: None for captioned pictures; subject: None but for DreamBooth.
 
     Raises:
-        ValueError: the data set cannot be read.
+        SystemExit: the data set cannot be read.
     """
     runtime.quieten_libraries()
     if subject:
         samples, held_out = subject.images, subject.held_out
     else:
-        samples, held_out = inputs.open_pairs(args) if preference else inputs.open_images(args)
+        with runtime.refusals():
+            samples, held_out = inputs.open_pairs(args) if preference else inputs.open_images(args)
     denoiser = family.denoiser_from_config(args.pretrained_model_name_or_path, args.revision)
     counts = family.parameter_counts(args.pretrained_model_name_or_path, args.revision)
     weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER, vars(args).get("quantize_base"))
@@ -140,10 +141,11 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
             older copy of what is trained.
 
     Raises:
-        ValueError: the prompts cannot be read.
+        SystemExit: the prompts cannot be read.
     """
     runtime.quieten_libraries()
-    path, found = args.pretrained_model_name_or_path, rewards.read_prompts(args)
+    with runtime.refusals():
+        path, found = args.pretrained_model_name_or_path, rewards.read_prompts(args)
     transformer, counts = sd3.transformer_from_config(path, args.revision), sd3.parameter_counts(path, args.revision)
     whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
     weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision], quantized=args.quantize_base)
@@ -199,10 +201,11 @@ def show_reward_gradient(
         rollout_steps: denoising steps of a picture without gradient, on average; trained_steps: with gradient; recomputed: these once more.
 
     Raises:
-        ValueError: the prompts, or the pictures of the pre-training loss, cannot be read.
+        SystemExit: the prompts, or the pictures of the pre-training loss, cannot be read.
     """
     runtime.quieten_libraries()
-    path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args)
+    with runtime.refusals():
+        path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args)
     denoiser = family.denoiser_from_config(path, args.revision)
     adapt(denoiser)
     trained, tokens = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), text_tokens(args, family)

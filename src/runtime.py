@@ -74,6 +74,15 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Inside, what the user has to mend, a ValueError, ends the program with that one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def resident_peak() -> int:
     """Bytes that this process has held in RAM at most."""
     status = Path("/proc/self/status")  # on Linux ru_maxrss begins at what the parent has held
@@ -154,10 +163,8 @@ class Run:
 
     def require(self, make: Callable[[], T]) -> T:
         """As `from_main`, for what the user has to mend: what `make` refuses with a ValueError ends the program with that one line."""
-        try:
+        with refusals():
             return self.from_main(make)
-        except ValueError as error:
-            raise SystemExit(f"error: {error}") from error
 
     def stop_requested(self, wait: bool = False) -> bool:
         """Whether any process was told to stop; call it once per step, on every process: all get the same answer.

@@ -6,7 +6,6 @@ Class pictures that are missing are rendered with the base model before anything
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +34,9 @@ def check(args: argparse.Namespace) -> None:
     if args.with_prior_preservation:
         prompts = class_prompts(args)
         if args.class_data_dir:
-            dreambooth.class_folder(args.class_data_dir, args.num_class_images, prompts)
+            there = dreambooth.class_folder(args.class_data_dir, args.num_class_images, prompts)
+            if there.missing():
+                cli.check_writable(args.class_data_dir, "class_data_dir")
 
 
 def _flag(args: argparse.Namespace) -> str:
@@ -92,22 +93,25 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
         The subject's inputs, and with --with_prior_preservation those of its class: as many per step, with random numbers of their own.
 
     Raises:
-        ValueError: what `open_images` and `src.data.dreambooth` refuse.
+        SystemExit: what `open_images` and `src.data.dreambooth` refuse.
     """
-    train, held_out = run.from_main(lambda: open_images(args))  # one download, one scan, and one result for all processes
-    there = run.from_main(lambda: _class_folder(args)) if args.with_prior_preservation else None
+    train, held_out = run.require(lambda: open_images(args))  # one download, one scan, and one result for all processes
+    there = run.require(lambda: _class_folder(args)) if args.with_prior_preservation else None
     prompts = [record.prompt for part in (train, held_out) if part for record in part.records]
     text = inputs.encode_texts(run, args, [*prompts, *(run.from_main(lambda: _known_prompts(there)) if there else [])])
 
     if there:
         _render_class(run, args, there, text)
-        pictures = run.from_main(lambda: dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data))
+        pictures = run.require(lambda: dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data))
     model = _load(run, args, inputs.resident(args, text))
 
     def assemble(*parts: captions.CaptionedImages, name: str, **options: Any) -> inputs.Inputs:
         return inputs.assemble(run, args, sd3, samples.Samples, parts, parts, name, model=model, text=text, **options)
 
-    masks = functools.partial(dreambooth.masks, folder=args.mask_data_dir, factor=sd3.VAE_SCALE)
+    def masks(pictures: captions.CaptionedImages, sizes: list[tuple[int, int]]) -> list[Tensor]:
+        with runtime.refusals():
+            return dreambooth.masks(pictures, sizes, folder=args.mask_data_dir, factor=sd3.VAE_SCALE)
+
     masked = args.mask_from_alpha or args.mask_data_dir
     data = assemble(train, held_out or train.subset([]), name="pictures", masks=masks if masked else None)
     if there is None:
@@ -121,7 +125,8 @@ def planned(args: argparse.Namespace, *, adapt_text: Callable[[nn.Module], None]
     Args:
         adapt_text: applied to CLIP-L and CLIP-G on the meta device with --train_text_encoder.
     """
-    images, held_out = open_images(args)
+    with runtime.refusals():
+        images, held_out = open_images(args)
     adapters, path = 0, args.pretrained_model_name_or_path
     for name in lora.TEXT_PARTS if args.train_text_encoder else ():
         encoder = sd3.text_encoder_from_config(path, name, args.revision)

@@ -72,6 +72,56 @@ def test_csv_and_another_caption_column(tmp_path):
     assert shown(load(folder, tmp_path, caption_column="prompt")) == [("one, with a comma", 1), ("zero", 0)]
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("0.png,a tabby cat, asleep", "line 2: more fields than the header's 2; put a text with a comma in double quotes"),
+        ('0.png,"OPEN, says a sign', "unexpected end of data"),
+        ('0.png,"OPEN" says a sign', "line 2: .*expected after"),
+    ],
+)
+def test_a_csv_whose_captions_would_be_cut_or_joined_is_refused(tmp_path, line, words):
+    """A comma without quotes would end the caption; a quote that is not closed would swallow the rows after it."""
+    folder = make_folder(tmp_path / "d", ["zero", "one"])
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.csv").write_text(f"file_name,text\n{line}\n1.png,one\n")
+    with pytest.raises(ValueError, match=f"--dataset_name: .*metadata.csv cannot be read as CSV .*{words}"):
+        load(folder, tmp_path)
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,zero,,\n1.png,one\n")  # as spreadsheets end their lines
+    assert shown(load(folder, tmp_path)) == [("zero", 0), ("one", 1)]
+
+
+def test_a_caption_file_that_cannot_be_opened_costs_its_picture_alone(tmp_path):
+    folder = tmp_path / "d"
+    (folder / "1.txt").mkdir(parents=True)
+    for number in (0, 1):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    (folder / "0.txt").write_text("zero")
+    images = load(folder, tmp_path, default_prompt="a thing")
+    assert shown(images) == [("zero", 0)] and images.skipped == ["1.png: 1.txt cannot be read (Is a directory)"]
+
+
+def test_a_text_in_place_of_a_file_name_is_refused_in_one_line(tmp_path):
+    """Longer than a file's name may be: swapped columns."""
+    folder = make_folder(tmp_path / "d", ["zero"])
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a long caption " * 30, "text": "0.png"}))
+    with pytest.raises(ValueError, match="of the first 1 pictures .* none exists"):
+        check_source(str(folder))
+
+
+def test_a_full_disk_does_not_end_the_scan(tmp_path, monkeypatch, capsys):
+    """What a scan remembers only spares time."""
+    folder = make_folder(tmp_path / "d", ["zero", "one"])
+
+    def full(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(captions.Path, "write_text", full)
+    assert shown(load(folder, tmp_path)) == [("zero", 0), ("one", 1)]
+    assert "warning: what this scan saw is not remembered" in (said := capsys.readouterr().err) and "No space left" in said
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
+
+
 def test_one_txt_per_picture_sorted_by_name(tmp_path):
     folder = tmp_path / "d"
     folder.mkdir()
@@ -437,7 +487,50 @@ def test_of_parquet_only_the_columns_in_use_are_copied(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_row_without_a_picture_is_named_and_an_empty_shard_passed_over(tmp_path):
+    """A struct whose parts are null, as libraries write a missing picture; and a first shard without rows, whose captions have no type."""
+    import pyarrow
+    import pyarrow.parquet
+
+    struct = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    nothing = {"bytes": None, "path": None}
+    rows = {"image": pyarrow.array([{"bytes": picture(0), "path": None}, nothing, None], struct), "text": ["zero", "one", "two"]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "train-1.parquet")
+    empty = pyarrow.table({"image": pyarrow.array([], struct), "text": pyarrow.array([], pyarrow.null())})
+    pyarrow.parquet.write_table(empty, tmp_path / "train-0.parquet")
+    images = load(tmp_path, tmp_path)
+    assert shown(images) == [("zero", 0)] and images.skipped == [f"row {i}: no picture in this row" for i in (1, 2)]
+
+
+@pytest.mark.parametrize("column", ["image", "other"])
+def test_what_holds_no_pictures_is_refused_by_name(tmp_path, column):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({column: [1, 2], "text": ["a", "b"]}), tmp_path / "d.parquet")
+    words = "holds int64; pictures are binary" if column == "image" else "is not in .*it has other, text"
+    with pytest.raises(ValueError, match=f"--image_column 'image' .*{words}"):
+        check_source(str(tmp_path / "d.parquet"))
+
+
+def test_each_shard_is_looked_at(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    make_parquet(tmp_path / "train-0.parquet", ["zero"])
+    pyarrow.parquet.write_table(pyarrow.table({"image": [picture(1)]}), tmp_path / "train-1.parquet")
+    with pytest.raises(ValueError, match="--caption_column 'text' is not in .*train-1.parquet; it has image"):
+        check_source(str(tmp_path))
+
+
+@pytest.mark.slow
 def test_the_only_picture_column_is_found(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    large = pyarrow.array([picture(2)], pyarrow.large_binary())
+    pyarrow.parquet.write_table(pyarrow.table({"jpg": large, "text": ["two"]}), tmp_path / "large.parquet")
+    assert shown(load(tmp_path / "large.parquet", tmp_path)) == [("two", 2)]
     file = make_parquet(tmp_path / "d.parquet", [["zero", "other"], ["one"]], column="jpg")
     assert shown(load(file, tmp_path)) == [("zero", 0), ("one", 1)]
 

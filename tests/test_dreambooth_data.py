@@ -338,6 +338,37 @@ def test_what_counts_is_the_opacity_or_else_the_brightness():
     assert (mask.mode, mask.getpixel((0, 0)), opacity) == ("L", 51, True)
     mask, opacity = images.open_mask(Image.new("1", (2, 2), 1))
     assert (mask.getpixel((0, 0)), opacity) == (255, False)
+    drawn = Image.new("L", (2, 1))
+    drawn.putpixel((1, 0), 255)
+    for mode in ("RGBA", "LA"):  # as some programs save a black and white mask: opaque everywhere
+        mask, opacity = images.open_mask(drawn.convert(mode), opaque=False)
+        assert (list(mask.tobytes()), opacity) == ([0, 255], False)
+        assert list(images.open_mask(drawn.convert(mode))[0].tobytes()) == [255, 255]
+    assert images.open_mask(translucent, opaque=False)[1]
+
+
+def test_a_mask_with_an_opaque_alpha_channel_is_its_brightness(tmp_path):
+    pictures = bare_pictures(tmp_path / "subject", 1)
+    (name,) = [file.name for file in pictures.iterdir() if file.suffix == ".png"]
+    (tmp_path / "masks").mkdir()
+    mask = Image.new("L", Image.open(pictures / name).size)
+    mask.paste(255, (0, 0, mask.width // 2, mask.height))
+    found = []
+    for mode in ("L", "RGBA"):
+        mask.convert(mode).save(tmp_path / "masks" / name)
+        found += masks_of(pictures, tmp_path, (64, 64), folder=tmp_path / "masks")
+    assert torch.equal(*found) and 0 < found[0].mean() < 1
+    (tmp_path / "masks" / name).write_bytes(b"junk")
+    with pytest.raises(ValueError, match=f"cannot read .*masks/{name}"):
+        masks_of(pictures, tmp_path, (64, 64), folder=tmp_path / "masks")
+
+
+def test_a_class_picture_that_is_listed_twice_keeps_both_captions(tmp_path):
+    folder = bare_pictures(tmp_path / "class", 2)
+    first, second = sorted(file.name for file in folder.iterdir() if file.suffix == ".png")
+    rows = [(first, "one"), (first, "two"), (second, "three")]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": text}) for name, text in rows))
+    assert prompts(open_class(dreambooth.class_folder(folder, 3, []), tmp_path)) == ["one", "two", "three"]
 
 
 def test_a_batch_carries_the_masks_mirrored_with_their_pictures(tmp_path):

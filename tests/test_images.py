@@ -102,6 +102,13 @@ def test_a_transparent_colour_of_an_rgb_picture_is_white():
     assert pixels(open_rgb(encoded(image, transparency=GREEN))) == [RED, WHITE]
 
 
+def test_32_bit_integers_are_refused_and_not_black():
+    """Read as 16 bits, a TIFF of 0 to 255 would be 0 to 1."""
+    wide = Image.frombytes("I", (256, 1), struct.pack("<256i", *range(256)))
+    with pytest.raises(ValueError, match="32-bit greyscale has no agreed white level"):
+        open_rgb(encoded(wide, "TIFF"))
+
+
 def test_16_bit_is_scaled_not_clipped():
     """65535 is white, 0x8000 is the middle, 257 * k is exactly k: a clipped conversion would make all but the first white."""
     data = struct.pack("<5H", 0, 257, 0x8000, 257 * 200, 65535)

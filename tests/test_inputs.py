@@ -43,7 +43,7 @@ def test_embeddings_come_in_the_order_of_the_prompts_and_are_read_once_each(tmp_
 class Process:
     """One of two; what the main one broadcasts reaches the other one as torch.distributed sends it: pickled."""
 
-    from_main = runtime.Run.from_main
+    from_main, require = runtime.Run.from_main, runtime.Run.require
 
     def __init__(self, sent: list[bytes], is_main: bool):
         self.sent, self.is_main = sent, is_main
@@ -96,10 +96,32 @@ def test_only_the_main_process_looks_at_the_pairs(tmp_path, monkeypatch):
         assert there.images(0)[1].tobytes() == here.images(0)[1].tobytes()
 
 
+def test_one_picture_in_twenty_is_held_out_however_many_captions_it_has(tmp_path):
+    """20 pictures with 3 captions each: one of them, with its three rows. A single picture: none, without a word."""
+    folder = runs.make_pictures(tmp_path / "pictures", 20)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"caption {n} of {i}"}) for i in range(20) for n in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    train, held_out = inputs.open_images(arguments(folder, tmp_path, num_validation_loss_images=None))
+    assert (len(train), len(held_out)) == (57, 3) and len({record.key for record in held_out.records}) == 1
+    (folder / "metadata.jsonl").write_text("\n".join(lines[:1] * 25))
+    assert inputs.open_images(arguments(folder, tmp_path, num_validation_loss_images=None))[1] is None
+
+
+def test_pairs_of_one_caption_hold_none_out_unless_asked(tmp_path):
+    folder = runs.make_pictures(tmp_path / "pictures")
+    row = {"jpg_0": "0.png", "jpg_1": "1.png", "caption": "one", "label_0": 1}
+    (folder / "metadata.jsonl").write_text("\n".join([json.dumps(row)] * 40))
+    columns = dict(chosen_column="jpg_0", rejected_column="jpg_1", label_column="label_0", caption_column="caption")
+    train, held_out = inputs.open_pairs(arguments(folder, tmp_path, num_validation_pairs=None, **columns))
+    assert len(train) == 40 and held_out is None
+    with pytest.raises(ValueError, match="--num_validation_pairs 2: .*lower it"):
+        inputs.open_pairs(arguments(folder, tmp_path, num_validation_pairs=2, **columns))
+
+
 def test_what_the_main_process_refuses_all_refuse(tmp_path):
     sent = []
     for is_main in (True, False):
-        with pytest.raises(ValueError, match="--dataset_name .*nowhere.* does not exist"):
+        with pytest.raises(SystemExit, match="error: --dataset_name .*nowhere.* does not exist"):
             inputs.prepare(Process(sent, is_main), arguments(tmp_path / "nowhere", tmp_path))
 
 

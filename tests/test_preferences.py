@@ -147,6 +147,12 @@ def test_broken_rows_are_named_and_counted(tmp_path, capsys):
         opened(tmp_path / "data", tmp_path, strict=True)
 
 
+def test_a_column_without_pictures_is_refused_by_its_flag(tmp_path):
+    folder = parquet(tmp_path / "pairs", [("a fox", 1, 2, 1.0)])
+    with pytest.raises(ValueError, match="--rejected_column 'has_label' of .* holds bool; pictures are binary"):
+        preferences.check_source(str(folder), preferences.Columns("jpg_0", "has_label", "label_0", "caption"))
+
+
 def test_nothing_usable_is_an_error_with_the_counts(tmp_path):
     with pytest.raises(ValueError, match=r"no pair can be used: 1 tie\(s\), 1 broken row\(s\); the first: row 1 jpg_0: no caption"):
         opened(parquet(tmp_path / "data", [ROWS[2], ("", 1, 2, 1.0)]), tmp_path)

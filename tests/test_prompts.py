@@ -33,6 +33,21 @@ def test_training_captions_never_name_a_held_out_triple():
     assert texts("shapes_held_out") == shapes.held_out_prompts(256)  # those of models/README.md, in its order
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prompt\na fox, asleep\n", "line 2: more fields than the header's 1"),
+        ("a fox, asleep\nb,c\nd,e,f\n", "line 3: more fields than the header's 2"),
+        ('prompt\n"a fox\nan owl\n', "unexpected end of data"),
+        ("prompt\n" + "x" * 140_000, "field larger than field limit"),
+    ],
+)
+def test_a_csv_whose_prompts_would_be_cut_or_joined_is_refused(tmp_path, text, words):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"a.csv cannot be read as CSV .*{words}"):
+        texts(tmp_path / "a.csv")
+
+
 def test_text_file_has_one_prompt_a_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeffa fox\r\n\n   an owl at night  \n".encode())
     assert texts(tmp_path / "a.txt") == ["a fox", "an owl at night"]

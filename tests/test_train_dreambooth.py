@@ -350,7 +350,7 @@ def test_pictures_and_captions_of_ones_own_need_no_prompt_and_no_rendering(train
 def test_class_pictures_of_other_settings_are_refused(train, tmp_path):
     flags = PRIOR | dict(class_data_dir=tmp_path / "class", max_train_steps=1)
     train(**flags)
-    with pytest.raises(ValueError, match="--class_data_dir .*generated with another class prompt"):
+    with pytest.raises(SystemExit, match="error: --class_data_dir .*generated with another class prompt"):
         train("other", **(flags | dict(class_prompt=["a cat"])))
 
 

@@ -463,7 +463,7 @@ def test_broken_pictures_are_named_and_skipped_or_stop_the_run(train, world, tmp
     train(dataset_name=data)
     said = capsys.readouterr().out
     assert "1 picture(s) skipped" in said and "3.png" in said
-    with pytest.raises(ValueError, match="3.png"):
+    with pytest.raises(SystemExit, match="error: --strict_data: cannot read 3.png"):
         train("strict", dataset_name=data, strict_data=True)
 
 

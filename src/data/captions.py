@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -280,7 +281,11 @@ class Memo:
             return
         self._saved |= self._new
         self._new = {}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self._saved))
-        temporary.replace(self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._saved))
+            temporary.replace(self.file)
+        except OSError as error:  # it only spares the next scan some time
+            temporary.unlink(missing_ok=True)
+            print(f"warning: what this scan saw is not remembered: {self.file.parent}: {error.strerror}", file=sys.stderr)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,11 @@ def open_class(there: ClassFolder, *, cache_dir: Path, strict: bool) -> captions
     with sources.naming("--class_data_dir"):
         default = there.prompts[0] if there.prompts else None
         opened = captions.open_captioned(str(there.folder), cache_dir=cache_dir, default_prompt=default, strict=strict)
-    place = {record.name: index for index, record in enumerate(opened.records)}
+    places = defaultdict(list)  # of a name: a metadata file may list it several times, with other captions
+    for index, record in enumerate(opened.records):
+        places[record.name].append(index)
     names = [*there.own, *(there.path(index).name for index in range(there.wanted))]
-    return opened.subset([place[name] for name in names if name in place])  # one that cannot be read was reported and left out
+    return opened.subset([places[name].pop(0) for name in names if places[name]])  # one that cannot be read was reported and left out
 
 
 # --------------------------------------------------------------------------- the class: rendering
@@ -216,7 +219,10 @@ def masks(
         if (record.name, size) in found:  # --repeats
             continue
         flag = f"--mask_data_dir {folder}: the mask of {record.name}" if folder else f"--mask_from_alpha: {record.name}"
-        mask, opacity = images.open_mask(files[record.name] if folder else pictures.read(index), record.name)
+        if folder:  # where programs write a black and white mask with an alpha channel, too
+            mask, opacity = images.open_mask(files[record.name], opaque=False)
+        else:
+            mask, opacity = images.open_mask(pictures.read(index), record.name)
         if folder is None and not opacity:
             raise ValueError(f"{flag} has no transparency; cut the subject out, leave the picture out, or use --mask_data_dir")
         if abs(mask.width * record.height / (mask.height * record.width) - 1) > _LARGEST_SKEW:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +148,7 @@ class _Rows:
         if self.table is None:
             return where.read_bytes()
         number, column = where
-        value = self.table[number][column]
-        if value is None:
-            raise OSError("no picture in this row")
-        return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+        return sources.encoded(self.table[number][column])
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ def _list(dataset_name: str, columns: Columns, cache_dir: Path, revision: str | 
         return _Listed([entry.get(columns.caption) for entry in entries], labels, names, where, sources.columns_of(entries))
     import datasets
 
-    there = sources.open_parquet(at.files[0]).schema_arrow.names if at.kind == "parquet" else None
+    there = sources.open_parquet(sources.with_rows(at.files)[0]).schema_arrow.names if at.kind == "parquet" else None
     table = sources.load_table(at, dataset_name, cache_dir, revision, list(dict.fromkeys(columns.flags().values())))
     there = there or table.column_names
     _check_columns(dataset_name, there, columns)
@@ -246,13 +244,17 @@ def check_source(dataset_name: str, columns: Columns) -> None:
         if not entries:
             raise ValueError(f"--dataset_name: {at.files[0]} has no entries")
         _check_columns(at.files[0], sources.columns_of(entries), columns)
-        if not any((at.path / str(entry.get(columns.chosen))).is_file() for entry in entries):
+        if not any(os.path.isfile(at.path / str(entry.get(columns.chosen))) for entry in entries):  # a name may be a text too long for one
             raise ValueError(
                 f"--dataset_name: of the first {len(entries)} pictures that {at.files[0]} names in {columns.chosen!r}, none exists; "
                 f"names are relative to {at.path}, and the first one is {entries[0].get(columns.chosen)!r}"
             )
     elif at.kind == "parquet":
-        _check_columns(at.files[0], sources.open_parquet(at.files[0]).schema_arrow.names, columns)
+        for file in sources.with_rows(at.files):
+            schema = sources.open_parquet(file).schema_arrow
+            _check_columns(file, schema.names, columns)
+            for flag, column in (("--chosen_column", columns.chosen), ("--rejected_column", columns.rejected)):
+                sources.check_pictures(flag, column, schema.field(column).type, str(file))
 
 
 def open_preferences(

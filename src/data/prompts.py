@@ -209,7 +209,10 @@ def _json_list(file: Path, where: str) -> Rows:
 
 
 def _csv_rows(file: Path, where: str) -> Rows:
-    return _numbered(csv.DictReader(io.StringIO(_text(file, where))))  # as one text: what is quoted may hold several lines
+    try:
+        return _numbered(sources.csv_rows(io.StringIO(_text(file, where))))  # as one text: what is quoted may hold several lines
+    except csv.Error as error:
+        raise ValueError(f"{where} cannot be read as CSV ({error})") from error
 
 
 def _numbered(rows: Iterable[dict[str, Any]]) -> Rows:

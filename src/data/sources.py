@@ -13,9 +13,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +148,22 @@ class Folder:
         return self.rows[row].where.read_bytes()
 
 
+def csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str | None]]:
+    """The rows of a CSV file with a header.
+
+    Raises:
+        csv.Error: with the line; also where quotes do not balance, or a row has more fields than the header, as an unquoted comma makes.
+    """
+    reader = csv.DictReader(lines, strict=True)
+    try:
+        for row in reader:
+            if any(row.pop(None, ())):
+                raise csv.Error(f"more fields than the header's {len(reader.fieldnames)}; put a text with a comma in double quotes")
+            yield row
+    except csv.Error as error:
+        raise csv.Error(f"line {reader.reader.line_num}: {error}") from error  # its own count stops at the last good row
+
+
 def metadata_lines(file: Path) -> Iterator[dict]:
     """The rows of metadata.jsonl or metadata.csv.
 
@@ -156,7 +173,7 @@ def metadata_lines(file: Path) -> Iterator[dict]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:  # -sig: Windows editors put a byte order mark first
             if file.suffix == ".csv":
-                yield from csv.DictReader(lines)
+                yield from csv_rows(lines)
                 return
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -211,6 +228,8 @@ def _open_txt(at: Located) -> Folder:
             rows.append(Row(picture.name, picture, None, f"no {beside.name} beside it"))
         except UnicodeDecodeError:
             rows.append(Row(picture.name, picture, None, f"{beside.name} is not UTF-8 text", unreadable=True))
+        except OSError as error:
+            rows.append(Row(picture.name, picture, None, f"{beside.name} cannot be read ({error.strerror})", unreadable=True))
     used = {file for picture in at.files for file in (picture, picture.with_suffix(".txt"))}
     return Folder(rows, ["text"], sum(file.is_file() and file not in used for file in at.path.iterdir()))
 
@@ -327,26 +346,57 @@ class Table:
     ignored: int = 0
 
     def read(self, row: int) -> bytes:
-        value = self.table[row][self.image_column]
-        if value is None:
-            raise OSError("no picture in this row")
-        return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+        return encoded(self.table[row][self.image_column])
+
+
+def encoded(value: dict[str, Any] | None) -> bytes:
+    """The picture of a table's field, as a file holds it.
+
+    Raises:
+        OSError: there is none, or the file that it names cannot be read.
+    """
+    if value is None or (value.get("bytes") is None and not value.get("path")):
+        raise OSError("no picture in this row")
+    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
 
 
 def _check_table(name: str, schema: Any, image_column: str, caption_column: str, captioned: bool) -> str:
     """Returns the picture column of a pyarrow schema: the one asked for, else the only one that holds pictures."""
-    import pyarrow
-
     columns = list(schema.names)
     if captioned and caption_column not in columns:
         raise ValueError(f"--caption_column {caption_column!r} is not in {name}; it has {', '.join(columns)}")
-    if image_column in columns:
-        return image_column
     types = {column: schema.field(column).type for column in columns}
-    found = [c for c, t in types.items() if pyarrow.types.is_struct(t) and t.get_field_index("bytes") >= 0 or pyarrow.types.is_binary(t)]
+    if image_column in columns:
+        check_pictures("--image_column", image_column, types[image_column], name)
+        return image_column
+    found = [column for column, kind in types.items() if _holds_pictures(kind)]
     if len(found) != 1:
         raise ValueError(f"--image_column {image_column!r} is not in {name}; it has {', '.join(columns)}")
     return found[0]
+
+
+def _holds_pictures(kind: Any) -> bool:
+    """Whether a pyarrow type is that of encoded pictures."""
+    from pyarrow import types
+
+    return types.is_struct(kind) and kind.get_field_index("bytes") >= 0 or types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def check_pictures(flag: str, column: str, kind: Any, name: str) -> None:
+    """Refuses a column of a pyarrow type that is neither of pictures nor of their paths; null: none of its pictures is there.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    from pyarrow import types
+
+    if not (_holds_pictures(kind) or types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+        raise ValueError(f"{flag} {column!r} of {name} holds {kind}; pictures are binary, a struct with 'bytes', or paths")
+
+
+def with_rows(files: Sequence[Path]) -> list[Path]:
+    """The parquet files that have rows, since an empty one may lack types, too; the first if none has."""
+    return [file for file in files if open_parquet(file).metadata.num_rows] or list(files[:1])
 
 
 def open_parquet(file: Path) -> Any:
@@ -378,12 +428,13 @@ def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | 
     where = str(cache_dir / "datasets")
     try:
         if at.kind == "parquet":
-            files = [str(file) for file in at.files]
+            files = [str(file) for file in with_rows(at.files)]
             return datasets.load_dataset("parquet", data_files=files, columns=columns, split="train", cache_dir=where)
         return datasets.load_dataset(dataset_name, split="train", cache_dir=where, revision=revision)
     except (*hub.errors(), datasets.exceptions.DatasetsError) as error:
         if at.kind == "parquet":
-            raise ValueError(f"--dataset_name {dataset_name} cannot be read as parquet: {first_line(error)}") from error
+            why = first_line(error.__cause__ or error)
+            raise ValueError(f"--dataset_name {dataset_name} cannot be read as parquet: {why}") from error
         raise ValueError(
             f"--dataset_name {dataset_name} is no local path, and cannot be had from the Hugging Face Hub either ({hub.reason(error)}); "
             "check the spelling, the connection and, for a gated data set, the login (hf auth login)"
@@ -397,7 +448,7 @@ def _open_table(
 
     wanted = (image_column, caption_column, captioned)
     if at.kind == "parquet":
-        schema = open_parquet(at.files[0]).schema_arrow
+        schema = open_parquet(with_rows(at.files)[0]).schema_arrow
         column = _check_table(dataset_name, schema, *wanted)
         table = load_table(at, dataset_name, cache_dir, None, [column] + [caption_column] * (caption_column in schema.names))
     else:
@@ -447,7 +498,7 @@ def _check_first(at: Located, dataset_name: str, image_column: str, caption_colu
     if at.kind == "metadata":
         entries = list(itertools.islice(metadata_lines(at.files[0]), 2000))
         name_column = _check_columns(at.files[0], columns_of(entries), image_column, caption_column, captioned)
-        if not any((at.path / str(entry.get(name_column))).is_file() for entry in entries):
+        if not any(os.path.isfile(at.path / str(entry.get(name_column))) for entry in entries):  # a name may be a text too long for one
             raise ValueError(
                 f"--dataset_name: of the first {len(entries)} pictures that {at.files[0]} names, none exists; "
                 f"{name_column!r} is relative to {at.path}, and the first one is {entries[0].get(name_column)!r}"
@@ -461,7 +512,7 @@ def _check_first(at: Located, dataset_name: str, image_column: str, caption_colu
     elif at.kind == "tar":
         _check_tar(at.files, list(itertools.islice(_tar_rows(at.files, image_column, caption_column), 10)), caption_column, captioned)
     elif at.kind == "parquet":
-        file = open_parquet(at.files[0])
-        _check_table(str(at.files[0]), file.schema_arrow, image_column, caption_column, captioned)
-        if len(at.files) == 1 and file.metadata.num_rows == 0:
+        for file in with_rows(at.files):
+            _check_table(str(file), open_parquet(file).schema_arrow, image_column, caption_column, captioned)
+        if len(at.files) == 1 and open_parquet(at.files[0]).metadata.num_rows == 0:
             raise ValueError(f"--dataset_name: {at.files[0]} has no rows")
