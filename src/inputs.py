@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -435,7 +436,8 @@ def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, 
     """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only for what is missing, then dropped."""
     length = sequence_length(args, family)
     described = {"encoders": fingerprint(args, *TEXT_FOLDERS), "variant": args.variant, "sequence_length": length}
-    store = cache.TensorCache(args.cache_dir, "text", described | {"dtype": str(run.weight_dtype)})
+    with _writing(args):
+        store = cache.TensorCache(args.cache_dir, "text", described | {"dtype": str(run.weight_dtype)})
     if store.missing(prompts):
         encoders = family.load(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device,
@@ -447,10 +449,22 @@ def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, 
             condition = family.encode_prompts(encoders, batch, length)
             return condition.embeds, condition.pooled
 
-        samples.fill_text(store, prompts, encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world, progress=run.is_main)
+        with _writing(args):
+            samples.fill_text(
+                store, prompts, encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world, progress=run.is_main
+            )
         family.unload_text_encoders(encoders)
     run.barrier()  # every process has written its share
     return store
+
+
+@contextmanager
+def _writing(args: argparse.Namespace) -> Iterator[None]:
+    """Inside, a cache that cannot be written ends the program with one line; what is there stays, and need not be computed again."""
+    try:
+        yield
+    except cache.Unwritable as error:
+        raise SystemExit(f"error: --cache_dir {args.cache_dir}: {error.strerror}; make room there, or choose another folder") from error
 
 
 def _latent_cache(
@@ -459,16 +473,18 @@ def _latent_cache(
 ) -> cache.TensorCache:  # fmt: skip
     """Cache of posterior mean and std (C, h, w) by picture, bucket and orientation; mirrored ones only of what training flips."""
     described = {"vae": fingerprint(args, "vae"), "variant": args.variant, "dtype": str(run.weight_dtype)}
-    store = cache.TensorCache(args.cache_dir, "latents", described)
+    with _writing(args):
+        store = cache.TensorCache(args.cache_dir, "latents", described)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         return family.encode_images(model, pixels)
 
     for part, part_sizes, flip in zip(parts, sizes, (not args.no_hflip, False), strict=True):  # the held-out part is never flipped
-        samples.fill_latents(
-            store, part, part_sizes, flip=flip, encode=encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world,
-            progress=run.is_main,
-        )  # fmt: skip
+        with _writing(args):
+            samples.fill_latents(
+                store, part, part_sizes, flip=flip, encode=encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world,
+                progress=run.is_main,
+            )  # fmt: skip
     run.barrier()
     return store

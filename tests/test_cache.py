@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from src.data.cache import TensorCache, fill, fingerprint, folder_fingerprint
+from src.data.cache import TensorCache, Unwritable, fill, fingerprint, folder_fingerprint
 
 ROOT = Path(__file__).parent.parent
 
@@ -195,7 +195,7 @@ def test_a_full_disk_leaves_the_old_entry_and_says_so(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left.*--cache_dir"):
+    with pytest.raises(Unwritable, match="cannot write to the cache: No space left"):
         cache.write("a", {"mean": torch.zeros(9)})
     monkeypatch.undo()
     assert torch.equal(cache.read("a")["mean"], entry("a")["mean"]) and not list((cache.folder / "tmp").iterdir())
@@ -334,7 +334,7 @@ def test_a_bar_shows_only_where_there_is_work(tmp_path, capsys):
 
 WRITER = """
 import sys, time, torch
-from src.data.cache import TensorCache, fill
+from src.data.cache import Unwritable, TensorCache, fill
 folder, count, pause, size = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 cache = TensorCache(folder, "latents", {"vae": "abc"})
 def compute(keys):

@@ -1,5 +1,6 @@
 """The LoRA trainer in this process, on the smallest model: what it trains, writes, repeats, resumes and refuses."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -19,6 +20,7 @@ from PIL import Image
 
 import train_text_to_image_lora_sd3 as script
 from src import checkpoint, lora, metrics
+from src.data import cache
 from src.pipelines import sd3
 
 pytestmark = pytest.mark.usefixtures("summaries")
@@ -465,6 +467,20 @@ def test_broken_pictures_are_named_and_skipped_or_stop_the_run(train, world, tmp
     assert "1 picture(s) skipped" in said and "3.png" in said
     with pytest.raises(SystemExit, match="error: --strict_data: cannot read 3.png"):
         train("strict", dataset_name=data, strict_data=True)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("text", ".safetensors"), ("latents", ".safetensors"), ("latents", ".json")])
+def test_a_cache_that_cannot_be_written_is_one_line(train, tmp_path, monkeypatch, kind, suffix):
+    put = cache.TensorCache._put
+
+    def full(self, data, target):
+        if kind in str(target) and target.suffix == suffix:
+            raise cache.Unwritable(errno.ENOSPC, "cannot write to the cache: No space left on device", str(target))
+        put(self, data, target)
+
+    monkeypatch.setattr(cache.TensorCache, "_put", full)
+    with pytest.raises(SystemExit, match=f"error: --cache_dir {tmp_path}/c: cannot write to the cache: No space left on device; make room"):
+        train(cache_dir=tmp_path / "c")
 
 
 @pytest.mark.slow

@@ -76,6 +76,10 @@ def _add_content(digest: hashlib._Hash, file: Path) -> None:
 # --------------------------------------------------------------------------- the cache
 
 
+class Unwritable(OSError):
+    """An entry could not be written: a full disk, or one that was taken away."""
+
+
 class TensorCache:
     """Named tensors by key, in root/KIND-FINGERPRINT; fingerprint.json there says what the fingerprint stands for.
 
@@ -157,8 +161,7 @@ class TensorCache:
             temporary.write_bytes(data)
             temporary.replace(target)
         except OSError as error:
-            reason = f"cannot write to the cache ({error.strerror}); make room there, or set --cache_dir"
-            raise OSError(error.errno, reason, str(target)) from error
+            raise Unwritable(error.errno, f"cannot write to the cache: {error.strerror}", str(target)) from error
         finally:
             temporary.unlink(missing_ok=True)
 
