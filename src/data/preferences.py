@@ -250,8 +250,7 @@ def check_source(dataset_name: str, columns: Columns) -> None:
                 f"names are relative to {at.path}, and the first one is {entries[0].get(columns.chosen)!r}"
             )
     elif at.kind == "parquet":
-        for file in sources.with_rows(at.files):
-            schema = sources.open_parquet(file).schema_arrow
+        for file, schema in sources.first_schemas(at.files):
             _check_columns(file, schema.names, columns)
             for flag, column in (("--chosen_column", columns.chosen), ("--rejected_column", columns.rejected)):
                 sources.check_pictures(flag, column, schema.field(column).type, str(file))

@@ -27,6 +27,7 @@ from src.errors import first_line
 
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 METADATA = ("metadata.jsonl", "metadata.csv")
+_LOOKED_AT = 100  # parquet files whose ends are read before a run begins
 _LAYOUTS = (
     "expected a folder with metadata.jsonl or metadata.csv, a folder with one .txt per picture, "
     ".parquet or WebDataset .tar files, or a Hub id"
@@ -399,6 +400,12 @@ def with_rows(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if open_parquet(file).metadata.num_rows] or list(files[:1])
 
 
+def first_schemas(files: Sequence[Path]) -> list[tuple[Path, Any]]:
+    """pyarrow schemas of some parquet files, of those with rows: one that differs is named before anything is read."""
+    some = [(file, open_parquet(file)) for file in files[:_LOOKED_AT]]
+    return [(file, opened.schema_arrow) for file, opened in some if opened.metadata.num_rows] or [(some[0][0], some[0][1].schema_arrow)]
+
+
 def open_parquet(file: Path) -> Any:
     """The `pyarrow.parquet.ParquetFile`, of which only the end is read.
 
@@ -512,7 +519,7 @@ def _check_first(at: Located, dataset_name: str, image_column: str, caption_colu
     elif at.kind == "tar":
         _check_tar(at.files, list(itertools.islice(_tar_rows(at.files, image_column, caption_column), 10)), caption_column, captioned)
     elif at.kind == "parquet":
-        for file in with_rows(at.files):
-            _check_table(str(file), open_parquet(file).schema_arrow, image_column, caption_column, captioned)
+        for file, schema in first_schemas(at.files):
+            _check_table(str(file), schema, image_column, caption_column, captioned)
         if len(at.files) == 1 and open_parquet(at.files[0]).metadata.num_rows == 0:
             raise ValueError(f"--dataset_name: {at.files[0]} has no rows")
