@@ -185,8 +185,10 @@ class Run:
         return bool(pending[1].item())
 
     def turns(self, count: int) -> range:
-        """This process's numbers of `count` things that all share. Every process has as many, since sharded weights are gathered by all
-        together: a number of `count` or more is there to take part, and counts for nothing.
+        """This process's numbers of `count` things that the processes share.
+
+        Every process has as many, since sharded weights are gathered by all together: a number of `count` or more is there to take part,
+        and counts for nothing.
         """
         return range(self.rank, -(-count // self.world) * self.world, self.world)
 
