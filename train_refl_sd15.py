@@ -178,8 +178,8 @@ def denoising_loss(
 
 def show_plan(args: argparse.Namespace) -> None:
     steps, whole = args.num_inference_steps, None if args.use_lora else plan.Whole(("unet",), weight=4, gradient=4)
-    before = steps - (args.draft_k if args.method == "draft" else 1)
-    before = sd15_rollout.mean_steps(*args.mid_range, args.train_batch_size) if args.method == "refl" else before
+    before = (sd15_rollout.mean_steps(*args.mid_range, args.train_batch_size) if args.method == "refl"
+              else steps - (args.draft_k if args.method == "draft" else 1))  # fmt: skip
     trained = {"refl": 1, "draft": args.draft_k, "draft_lv": 1 + args.num_renoised}[args.method]
     plan.show_reward_gradient(args, adapt=lambda module: unet.adapt(module, args), whole=whole, family=sd15, rollout_steps=before,
                               trained_steps=trained, recomputed=args.method == "draft" and args.draft_k > 1)  # fmt: skip

@@ -7,12 +7,12 @@ Encoders are loaded only when something is missing from a cache, and leave memor
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -432,12 +432,25 @@ def fingerprint(args: argparse.Namespace, *folders: str) -> str:
     return f"{path}@{Path(snapshot).name}"
 
 
+def _one_line_if_full(fill: Callable[..., cache.TensorCache]) -> Callable[..., cache.TensorCache]:
+    """A cache that cannot be written ends the program with one line; what is there stays, and need not be computed again."""
+
+    @functools.wraps(fill)
+    def filled(run: runtime.Run, args: argparse.Namespace, *rest: Any) -> cache.TensorCache:
+        try:
+            return fill(run, args, *rest)
+        except cache.Unwritable as error:
+            raise SystemExit(f"error: --cache_dir {args.cache_dir}: {error.strerror}; make room there, or choose another folder") from error
+
+    return filled
+
+
+@_one_line_if_full
 def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, prompts: list[str]) -> cache.TensorCache:
     """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only for what is missing, then dropped."""
     length = sequence_length(args, family)
     described = {"encoders": fingerprint(args, *TEXT_FOLDERS), "variant": args.variant, "sequence_length": length}
-    with _writing(args):
-        store = cache.TensorCache(args.cache_dir, "text", described | {"dtype": str(run.weight_dtype)})
+    store = cache.TensorCache(args.cache_dir, "text", described | {"dtype": str(run.weight_dtype)})
     if store.missing(prompts):
         encoders = family.load(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device,
@@ -449,42 +462,29 @@ def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, 
             condition = family.encode_prompts(encoders, batch, length)
             return condition.embeds, condition.pooled
 
-        with _writing(args):
-            samples.fill_text(
-                store, prompts, encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world, progress=run.is_main
-            )
+        samples.fill_text(store, prompts, encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world, progress=run.is_main)
         family.unload_text_encoders(encoders)
     run.barrier()  # every process has written its share
     return store
 
 
-@contextmanager
-def _writing(args: argparse.Namespace) -> Iterator[None]:
-    """Inside, a cache that cannot be written ends the program with one line; what is there stays, and need not be computed again."""
-    try:
-        yield
-    except cache.Unwritable as error:
-        raise SystemExit(f"error: --cache_dir {args.cache_dir}: {error.strerror}; make room there, or choose another folder") from error
-
-
+@_one_line_if_full
 def _latent_cache(
     run: runtime.Run, args: argparse.Namespace, family: ModuleType, parts: list[captions.CaptionedImages],
     sizes: list[list[tuple[int, int]]], model: Any,
 ) -> cache.TensorCache:  # fmt: skip
     """Cache of posterior mean and std (C, h, w) by picture, bucket and orientation; mirrored ones only of what training flips."""
     described = {"vae": fingerprint(args, "vae"), "variant": args.variant, "dtype": str(run.weight_dtype)}
-    with _writing(args):
-        store = cache.TensorCache(args.cache_dir, "latents", described)
+    store = cache.TensorCache(args.cache_dir, "latents", described)
 
     @torch.no_grad()
     def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
         return family.encode_images(model, pixels)
 
     for part, part_sizes, flip in zip(parts, sizes, (not args.no_hflip, False), strict=True):  # the held-out part is never flipped
-        with _writing(args):
-            samples.fill_latents(
-                store, part, part_sizes, flip=flip, encode=encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world,
-                progress=run.is_main,
-            )  # fmt: skip
+        samples.fill_latents(
+            store, part, part_sizes, flip=flip, encode=encode, batch_size=args.cache_batch_size, rank=run.rank, world=run.world,
+            progress=run.is_main,
+        )  # fmt: skip
     run.barrier()
     return store

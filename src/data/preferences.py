@@ -174,7 +174,7 @@ def _list(dataset_name: str, columns: Columns, cache_dir: Path, revision: str | 
         return _Listed([entry.get(columns.caption) for entry in entries], labels, names, where, sources.columns_of(entries))
     import datasets
 
-    there = sources.open_parquet(sources.with_rows(at.files)[0]).schema_arrow.names if at.kind == "parquet" else None
+    there = sources.first_schemas(at.files)[0][1].names if at.kind == "parquet" else None
     table = sources.load_table(at, dataset_name, cache_dir, revision, list(dict.fromkeys(columns.flags().values())))
     there = there or table.column_names
     _check_columns(dataset_name, there, columns)

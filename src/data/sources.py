@@ -455,7 +455,7 @@ def _open_table(
 
     wanted = (image_column, caption_column, captioned)
     if at.kind == "parquet":
-        schema = open_parquet(with_rows(at.files)[0]).schema_arrow
+        schema = first_schemas(at.files)[0][1]
         column = _check_table(dataset_name, schema, *wanted)
         table = load_table(at, dataset_name, cache_dir, None, [column] + [caption_column] * (caption_column in schema.names))
     else:
