@@ -18,12 +18,13 @@ pairs=data-is-better-together/open-image-preferences-v1-binarized
 if [ -d datas/open-image-preferences ]; then pairs=datas/open-image-preferences; fi
 
 if [ "${TINY:-}" = 1 ]; then
+  # A picture's latents are 256 numbers here, 16,384 at 512 px: beta is small in proportion (docs/dpo.md, "Which beta?").
   processes=$(tiny_processes)
   NUM_PROCESSES=$processes launch train_dpo_sd15.py \
     --pretrained_model_name_or_path models/tiny-sd15 --dataset_name datas/pairs --resolution 64 --no_hflip --mixed_precision no \
-    --beta_dpo 2000 --use_lora --rank 16 --learning_rate 3e-4 --lr_scheduler constant_with_warmup --caption_dropout 0 \
-    --train_batch_size $((32 / processes)) --dataloader_num_workers 0 --max_train_steps 250 --checkpointing_steps 125 --validation_steps 125 \
-    --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
+    --beta_dpo 500 --use_lora --rank 16 --learning_rate 3e-4 --lr_scheduler constant_with_warmup --use_ema --ema_decay 0.97 \
+    --train_batch_size $((32 / processes)) --dataloader_num_workers 0 --max_train_steps 300 --checkpointing_steps 150 --validation_steps 150 \
+    --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 1 \
     --validation_prompt "a red star on a blue background" --validation_prompt "a green circle on a white background" \
     --output_dir outputs/tiny_dpo_sd15 -- "$@"
 else

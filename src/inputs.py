@@ -451,11 +451,14 @@ def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, 
     length = sequence_length(args, family)
     described = {"encoders": fingerprint(args, *TEXT_FOLDERS), "variant": args.variant, "sequence_length": length}
     store = cache.TensorCache(args.cache_dir, "text", described | {"dtype": str(run.weight_dtype)})
-    if store.missing(prompts):
+    if missing := store.missing(prompts):
         encoders = family.load(
             args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=run.weight_dtype, device=run.device,
             parts=("text",),
         )  # fmt: skip
+        t5 = any(encoder is not None for encoder in encoders.text_encoders[2:])
+        if run.is_main and (note := common.long_prompts(encoders.tokenizers[0], missing, t5=t5)):
+            run.print(note)
 
         @torch.no_grad()
         def encode(batch: list[str]) -> tuple[Tensor, Tensor]:

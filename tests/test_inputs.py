@@ -14,7 +14,7 @@ import train_text_to_image_lora_sd3 as script
 from src import inputs, runtime
 from src.data import sources
 from src.data.cache import TensorCache
-from src.pipelines import sd3
+from src.pipelines import common, sd3
 
 
 def test_embeddings_come_in_the_order_of_the_prompts_and_are_read_once_each(tmp_path):
@@ -165,3 +165,29 @@ def test_a_resumed_run_says_that_the_data_set_is_another_and_goes_on(tiny_sd3_fo
     assert said[2] == ["the data set is not the checkpoint's: 8 samples as before, but other pictures, captions or another order"]
     assert said[3] == ["the data set is not the checkpoint's: 7 samples to train on, 8 before"]
     assert json.loads((tmp_path / "run" / "checkpoint-6" / inputs.Identity.FILE).read_text())["samples"] == 7
+
+
+# --------------------------------------------------------------------------- prompts that CLIP does not read to their end
+
+
+def test_prompts_longer_than_clip_reads_are_counted_and_the_first_is_named(tiny_sd3_folder):
+    """CLIP's begin and end of the text are two of its 16 tokens: 14 words of one token fit, the fifteenth does not."""
+    tokenizer = sd3.load(tiny_sd3_folder, parts=("text",)).tokenizers[0]
+    assert len(tokenizer("a " * 14).input_ids) == 16
+    assert common.long_prompts(tokenizer, ["", "a " * 14], t5=True) is common.long_prompts(tokenizer, [], t5=True) is None
+    note = "note: 2 of 3 prompts have more than CLIP's 16 tokens, the first begins 'a a a a a a a a a a a a a a a'; "
+    prompts = ["a", "a\n" * 15, "a " * 500]
+    assert common.long_prompts(tokenizer, prompts, t5=True) == note + "T5 alone reads the rest"
+    assert common.long_prompts(tokenizer, prompts, t5=False) == note + "the rest is not read"
+
+
+def test_training_says_which_captions_clip_cuts_once_when_they_are_encoded(tiny_sd3_folder, tmp_path, capsys):
+    world = runs.make_world(tiny_sd3_folder, tmp_path)
+    metadata = world.data / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("aaa picture", "aaa " * 20 + "picture"))
+    said = []
+    for name in ("first", "second"):
+        runs.train(script, world.argv(tmp_path / name, rank=2, max_train_steps=1))
+        said.append([line for line in capsys.readouterr().out.splitlines() if "CLIP" in line])
+    assert len(said[0]) == 1 and "have more than CLIP's 16 tokens" in said[0][0] and "T5 alone reads the rest" in said[0][0]
+    assert said[1] == []  # the cache has them

@@ -188,12 +188,19 @@ def test_the_program_prints_before_and_after_and_writes_them(tiny_sd3_folder, tm
     assert "new shape (heart): 0% -> 0% of 2 held-out prompts" in out and out.count("\n") == 2
 
 
+@pytest.mark.parametrize("name", evaluate.SCHEDULERS)
+def test_another_sampler_takes_the_models_own_noise_levels(name, tiny_sd15_folder):
+    own, other = (evaluate.load(tiny_sd15_folder, scheduler=wanted).scheduler for wanted in (None, name))
+    assert type(other).__name__ == name and torch.equal(other.alphas_cumprod, own.alphas_cumprod)
+
+
 @pytest.mark.parametrize(("argv", "line"), [
     (["--pretrained_model_name_or_path", "src"], "--pretrained_model_name_or_path src: no pipeline there"),
     (["--pretrained_model_name_or_path", "MODEL", "--lora_weights_path", "src"], "--lora_weights_path src: no pytorch_lora_weights"),
     (["--pretrained_model_name_or_path", "MODEL", "--output", "README.md/x.json"], "--output README.md"),
     (["--num_prompts", "0"], "--num_prompts: must be at least 1"),
     (["--pretrained_model_name_or_path", "MODEL", "--num_subject_images", "8"], "--num_subject_images 8 has no effect without --subject"),
+    (["--pretrained_model_name_or_path", "MODEL", "--scheduler", "DDIMScheduler"], "--scheduler DDIMScheduler is for a UNet"),
     (["--pretrained_model_name_or_path", "MODEL", "--subject", "red", "--new_shape", "none"], "leave out --new_shape none"),
 ])  # fmt: skip
 def test_what_the_evaluation_refuses(argv, line, tiny_sd3_folder, monkeypatch, capsys):

@@ -1,9 +1,10 @@
 """DreamBooth as people start and stop it: killed processes, two processes, and what it learns."""
 
+import os
 import random
-import re
 import shlex
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -140,11 +141,11 @@ def test_photographs_of_every_shape_train_in_buckets_beside_square_class_picture
 
 
 def recipe(prior: bool) -> list[str]:
-    """Arguments of the wrapper's tiny recipe, with or without those of prior preservation."""
-    text = Path(runs.ROOT, WRAPPER).read_text().replace("\\\n", " ")  # one line for each command
-    always, tiny, *_ = re.findall(r"prior\+?=\(([^)]*)\)", text)
-    flags = re.search(r"launch train_dreambooth_lora_sd3.py (.*?) \"\$@\"", text, re.S)[1]
-    return shlex.split(flags.replace('"${prior[@]}"', f"{always} {tiny}" if prior else ""))
+    """Arguments of the wrapper's tiny recipe in one process, with or without prior preservation."""
+    printed = subprocess.run(["bash", WRAPPER, *([] if prior else ["--no-with_prior_preservation"])], cwd=runs.ROOT, check=True, text=True,
+                             capture_output=True, env=os.environ | {"TINY": "1", "PRINT_COMMAND": "1", "NUM_PROCESSES": "1"})  # fmt: skip
+    words = shlex.split(printed.stdout)
+    return words[words.index("train_dreambooth_lora_sd3.py") + 1 :]
 
 
 @pytest.mark.long

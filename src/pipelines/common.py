@@ -122,6 +122,16 @@ def token_ids(tokenizer: Any, prompts: list[str], length: int, device: torch.dev
     return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
 
 
+def long_prompts(clip_tokenizer: Any, prompts: list[str], *, t5: bool) -> str | None:
+    """One line on the prompts that CLIP reads in part only, with the beginning of the first; None if it reads all of each."""
+    limit = clip_tokenizer.model_max_length
+    cut = [prompt for prompt in prompts if len(clip_tokenizer(prompt, verbose=False).input_ids) > limit]
+    if not cut:
+        return None
+    first, rest = " ".join(cut[0].split())[:60], "T5 alone reads the rest" if t5 else "the rest is not read"
+    return f"note: {len(cut)} of {len(prompts)} prompts have more than CLIP's {limit} tokens, the first begins {first!r}; {rest}"
+
+
 def unload_text_encoders(model: Any) -> None:
     """Drop a model's text encoders (SD3: 9.5 GB of T5 in bf16) once every prompt is encoded."""
     model.text_encoders.clear()

@@ -11,7 +11,7 @@ from torch import nn
 
 from src import hub, lora
 from src.errors import first_line, last_line
-from src.pipelines import sd3
+from src.pipelines import common, sd3
 
 NAMES = {"sd3": "Stable Diffusion 3.x", "sd15": "Stable Diffusion 1.x", None: "another kind of model, or no LoRA at all"}
 
@@ -149,7 +149,4 @@ def _add_lora(pipeline: Any, path: Path, scale: float) -> None:
 
 def long_prompts(pipeline: Any, prompts: list[str]) -> str | None:
     """Which prompts CLIP reads in part only; the pipeline itself prints pages about it, at every batch."""
-    limit = pipeline.tokenizer.model_max_length
-    cut = [number for number, prompt in enumerate(prompts) if len(pipeline.tokenizer(prompt).input_ids) > limit]
-    rest = "T5 alone reads the rest" if getattr(pipeline, "text_encoder_3", None) else "the rest is not read"
-    return f"note: {len(cut)} prompt(s), the first is number {cut[0]}, have more than CLIP's {limit} tokens; {rest}" if cut else None
+    return common.long_prompts(pipeline.tokenizer, prompts, t5=getattr(pipeline, "text_encoder_3", None) is not None)

@@ -22,6 +22,7 @@ from src import cli
 from src.tiny import shapes
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers and our trainers write into a folder
+SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler")
 SUBJECT_IMAGES = 32  # of a DreamBooth's subject, unless --num_subject_images says another number
 
 
@@ -42,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--num_prompts", type=cli.positive_int, default=64, help="held-out prompts of the new and as many of the known shapes")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
     g.add_argument("--guidance_scale", type=cli.number, default=2.0, help="classifier-free guidance weight; 1 turns it off")
+    g.add_argument("--scheduler", choices=SCHEDULERS, help="sampler of a noise-prediction model (unset: the model's own)")
     g.add_argument("--output", type=cli.path, help="also write the figures there, as JSON")
     return parser
 
@@ -114,6 +116,8 @@ def check(args: argparse.Namespace) -> None:
     """
     if not (Path(args.pretrained_model_name_or_path) / "model_index.json").is_file():
         raise ValueError(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}: no pipeline there; try models/tiny-sd3")
+    if args.scheduler and not Path(args.pretrained_model_name_or_path, "unet").is_dir():
+        raise ValueError(f"--scheduler {args.scheduler} is for a UNet that predicts noise, as models/tiny-sd15: leave it out")
     if args.trained_model and not (args.trained_model / "model_index.json").is_file():
         raise ValueError(f"--trained_model {args.trained_model}: no pipeline there; give the output folder of a full fine-tuning run")
     if args.trained_model and args.lora_weights_path:
@@ -129,18 +133,24 @@ def check(args: argparse.Namespace) -> None:
         cli.check_writable(args.output.parent, "output")
 
 
-def load(folder: str | Path, lora: Path | None = None):
-    """The stock pipeline of a folder in fp32, with a LoRA (its file, or the folder that holds it) if one is given; nothing is printed."""
+def load(folder: str | Path, lora: Path | None = None, *, scheduler: str | None = None):
+    """The stock pipeline of a folder in fp32, with a LoRA (its file, or the folder that holds it) if one is given; nothing is printed.
+
+    Args:
+        scheduler: class of diffusers that takes the place of the model's own, with its configuration.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
-    from diffusers import DiffusionPipeline
+    import diffusers
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     for library in (diffusers_logging, transformers_logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
+    if scheduler:
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     if lora:  # the file by its name: a folder may hold kohya's besides
         file = lora / LORA_NAME if lora.is_dir() else lora
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
@@ -148,11 +158,11 @@ def load(folder: str | Path, lora: Path | None = None):
 
 
 def main(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    pipeline = load(args.pretrained_model_name_or_path)
+    pipeline = load(args.pretrained_model_name_or_path, scheduler=args.scheduler)
     scores = measures(args)
     figures = {name: {"before": score(pipeline)} for name, (score, _) in scores.items()}
     if args.lora_weights_path or args.trained_model:
-        pipeline = load(args.trained_model or args.pretrained_model_name_or_path, args.lora_weights_path)
+        pipeline = load(args.trained_model or args.pretrained_model_name_or_path, args.lora_weights_path, scheduler=args.scheduler)
         for name, (score, _) in scores.items():
             figures[name]["after"] = score(pipeline)
     for name, values in figures.items():
