@@ -146,8 +146,8 @@ def _attach(module: nn.Module, names: list[str], *, rank: int, alpha: float | No
     for _, layer in _layers(module):
         if not use_dora and not dropout:  # DoRA takes the precision of its norms from the input; dropout scales in fp32
             layer._cast_input_dtype = _unless_autocast
-            if isinstance(layer.base_layer, nn.Linear):  # not a bound method: the compiler would tell blocks apart by it
-                layer.forward = functools.partial(_forward, layer)
+            if isinstance(layer.base_layer, nn.Linear):  # a class, not a function of each layer: the compiler would tell blocks apart by it
+                layer.__class__ = _in_place(type(layer))
         for parameter in _tensors(layer).values():
             parameter.data = parameter.data.float()  # peft casts them to the base's dtype, where small updates vanish
         if use_dora:  # m in full precision too, or the start would not be the base model
@@ -159,20 +159,26 @@ def _unless_autocast(x: Any, dtype: torch.dtype) -> Any:
     return x if x is None or under_autocast(x) else x.to(dtype)
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
-    """W x + scale * B A x, the second part added where the first one lies, without a pass through memory of its own.
+@functools.cache
+def _in_place(kind: type) -> type:
+    """A class of peft's adapted linear layers, with W x + scale * B A x computed by adding the second part where the first one lies.
 
-    peft's own forward pass makes three of them: scale, add, and a copy of inputs that attention hands over as slices, whose product with
-    a frozen weight torch would compute in batches.
+    peft's own forward pass makes three passes through memory of it: scale, add, and a copy of inputs that attention hands over as slices,
+    whose product with a frozen weight torch would compute in batches.
     """
-    if torch.compiler.is_compiling() or layer.merged or not under_autocast(x):
-        return type(layer).forward(layer, x)  # the compiler fuses
-    flat = x.reshape(-1, x.shape[-1])
-    result = layer.base_layer(flat)
-    if not layer.disable_adapters:
-        up = layer.lora_B[ADAPTER].weight.to(result.dtype)  # (out, rank); autocast knows no product in place
-        result = result.addmm_(layer.lora_A[ADAPTER](flat), up.t(), alpha=layer.scaling[ADAPTER])
-    return result.view(*x.shape[:-1], -1)
+
+    class InPlace(kind):
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if torch.compiler.is_compiling() or self.merged or not under_autocast(x):
+                return super().forward(x, *args, **kwargs)  # the compiler fuses
+            flat = x.reshape(-1, x.shape[-1])
+            result = self.base_layer(flat)
+            if not self.disable_adapters:
+                up = self.lora_B[ADAPTER].weight.to(result.dtype)  # (out, rank); autocast knows no product in place
+                result = result.addmm_(self.lora_A[ADAPTER](flat), up.t(), alpha=self.scaling[ADAPTER])
+            return result.view(*x.shape[:-1], -1)
+
+    return InPlace
 
 
 def under_autocast(x: Tensor) -> bool:
@@ -214,7 +220,7 @@ def adapted(module: nn.Module) -> list[str]:
 def disabled(transformer: nn.Module) -> Iterator[None]:
     """Inside, the transformer is the base model (the reference model of RL); nested or after an exception, all is put back.
 
-    With B = 0 the two are equal to the bit. So is the model without adapters, but under autocast, where `_forward` rounds less often.
+    With B = 0 the two are equal to the bit. So is the model without adapters, but under autocast, where an adapted layer rounds less often.
     peft's own `enable_adapters` would also turn requires_grad off and on again, under a graph that may still need it.
     """
     layers = [layer for _, layer in _layers(transformer)]

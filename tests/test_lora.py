@@ -241,7 +241,7 @@ def test_an_adapted_layer_is_as_exact_as_pefts_in_fewer_passes():
     ours, seen = run()
     with torch.autocast("cpu", torch.bfloat16), lora.disabled(model):
         assert torch.equal(model(x), layer.base_layer(x[:, 10:].reshape(160, 96)).view(4, 40, 160))
-    del layer.forward
+    layer.__class__ = type(layer).__base__  # peft's own
     theirs, more = run()
 
     weights = [w.detach().double().requires_grad_() for w in (layer.base_layer.weight, layer.base_layer.bias, *lora.parameters(model))]

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import loops, trainers
 from benchmarks import real_geometry as benchmark
@@ -229,6 +230,14 @@ def test_a_row_measures_what_it_says():
     assert "img/s" in benchmark.line(row.name, found) and "passes_by_work" not in found
 
 
+@pytest.fixture
+def plain_attention():
+    """Attention as two products, which torch's counter knows on every device and in every version."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("plain_attention")
 def test_a_rollout_is_told_in_forward_passes(loop):
     """3 denoising steps and one trained one, 2 to 3 passes' work forward and backward; the decoder, large beside a tiny model, left out."""
     from src.pipelines import sd3
@@ -239,6 +248,7 @@ def test_a_rollout_is_told_in_forward_passes(loop):
     assert 5 < found["passes_by_work"] < 6.1 and found["passes_by_time"] > 0
 
 
+@pytest.mark.usefixtures("plain_attention")
 def test_flops_of_a_step_are_the_planned_ones(loop):
     """Planned on the meta device: 6 text tokens, 64 px; recomputing costs a forward pass."""
     from src import lora, plan

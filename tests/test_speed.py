@@ -7,6 +7,7 @@ import pytest
 import runs
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import RMSNorm
 
 from benchmarks import geometry
 from src import cli, lora, norms, speed
@@ -153,7 +154,7 @@ def test_diffusers_own_switch_changes_nothing_here(model):
 def pefts_passes(model):
     """Let adapted layers compute as peft does, with conversions that ours has not."""
     for _, layer in lora._layers(model):
-        del layer.forward
+        layer.__class__ = type(layer).__base__
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["all weights", "LoRA"])
@@ -309,8 +310,13 @@ def test_every_trainer_has_the_flags_and_cuda_graphs_where_each_pass_has_its_bac
 
 def test_what_is_drawn_beside_training_is_not_compiled():
     """A compiled module of which a second size is asked inside `as_written`, and outside."""
+
+    class Layer(torch.nn.Linear):  # a class of torch's own is left out by older compilers
+        def forward(self, x):
+            return super().forward(x)
+
     graphs = []
-    layer = torch.nn.Linear(2, 2)
+    layer = Layer(2, 2)
     layer.compile(backend=lambda graph, _: graphs.append(graph) or graph.forward)
     layer(torch.ones(1, 2))
     with speed.as_written(arguments(compile=True)):
@@ -350,7 +356,7 @@ def test_flags_take_effect(model, monkeypatch):
     assert not compiled and not model.is_gradient_checkpointing
     read = [module for module in model.modules() if isinstance(module, Attention) and not module.residual_connection]
     normed = [norm for module in read for norm in (module.norm_q, module.norm_k, module.norm_added_q, module.norm_added_k) if norm]
-    assert read and all(module._forward_pre_hooks for module in read) and all("forward" in vars(norm) for norm in normed)
+    assert read and all(module._forward_pre_hooks for module in read) and all(type(norm) is norms._lean(RMSNorm) for norm in normed)
     assert bool(normed) == hasattr(model, "transformer_blocks")
     speed.apply(model, arguments(compile=True, compile_mode="max-autotune-no-cudagraphs", gradient_checkpointing=True,
                                  attention_backend="_native_math"))  # fmt: skip
