@@ -133,16 +133,14 @@ def add_text(encoder: nn.Module, *, rank: int, alpha: float | None = None) -> No
 
 
 def _attach(module: nn.Module, names: list[str], *, rank: int, alpha: float | None, dropout: float = 0.0, use_dora: bool = False) -> None:
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     module.requires_grad_(False)
-    module.add_adapter(
-        LoraConfig(
-            r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, use_dora=use_dora,
-            init_lora_weights="gaussian", target_modules=names,
-        ),
-        adapter_name=ADAPTER,
+    config = LoraConfig(
+        r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, use_dora=use_dora, init_lora_weights="gaussian",
+        target_modules=names,
     )  # fmt: skip
+    inject_adapter_in_model(config, module, ADAPTER)  # not add_adapter, before which some releases ask for a later peft than there is
     for _, layer in _layers(module):
         if not use_dora and not dropout:  # DoRA takes the precision of its norms from the input; dropout scales in fp32
             layer._cast_input_dtype = _unless_autocast
