@@ -65,5 +65,5 @@ def test_two_processes_are_one_with_twice_the_batch(program, tmp_path, method):
 def test_the_wrappers_tiny_recipe_runs(tmp_path):
     command = ["bash", "scripts/train_refl_v1_5.sh", "--max_train_steps", "3", "--train_batch_size", "4", "--num_eval_prompts", "4",
                "--report_to", "none", "--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]  # fmt: skip
-    runs.finish(runs.start(command, tmp_path / "log", TINY="1"), tmp_path / "log")
+    runs.finish(runs.start(command, tmp_path / "log", TINY="1", NUM_PROCESSES="1"), tmp_path / "log")
     assert (tmp_path / "run/summary.png").is_file() and metrics.read(tmp_path / "run/metrics.jsonl")[-1]["step"] == 3
