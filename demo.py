@@ -38,6 +38,7 @@ def build_parser() -> cli.Parser:
     g.add_argument("--height", type=cli.multiple_of_16, help="height in pixels (unset: --resolution)")
     g.add_argument("--width", type=cli.multiple_of_16, help="width in pixels (unset: --resolution)")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
+    g.add_argument("--scheduler", choices=cli.SAMPLERS, help="sampler of an SD1.x model, a class of diffusers (unset: the model's own)")
     g.add_argument("--guidance_scale", type=cli.non_negative_float, default=2.0, help="guidance weight; 1 is off, 4.5 suits SD3.5-medium")
     g.add_argument("--skip_layer_guidance", type=cli.non_negative_float, default=0.0, metavar="SCALE",
                    help="skip-layer guidance, from 1 %% to 20 %% of the steps; 2.8 is usual for SD3.5-medium, 0 is off")  # fmt: skip
@@ -129,6 +130,8 @@ def check_model(args: argparse.Namespace) -> None:
         for flag in ("skip_layer_guidance", "max_sequence_length"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag} is for Stable Diffusion 3; {path} is a 1.x model: leave it out")
+    elif args.scheduler:
+        raise ValueError(f"--scheduler {args.scheduler} is for models that predict noise; {path} predicts velocity: leave it out")
     elif args.skip_layer_guidance:
         blocks = sd3.read_config(path, "transformer/config.json")["num_layers"]
         if max(args.skip_layers) >= blocks:
@@ -179,7 +182,7 @@ def load(args: argparse.Namespace) -> tuple:
     ) if args.scorer else None  # fmt: skip
     pipeline = stock.load(
         args.pretrained_model_name_or_path, dtype=dtypes[args.dtype], device=device, lora_path=args.lora_weights_path,
-        lora_scale=args.lora_scale, cpu_offload=args.cpu_offload,
+        lora_scale=args.lora_scale, cpu_offload=args.cpu_offload, scheduler=args.scheduler,
     )  # fmt: skip
     pipeline.set_progress_bar_config(desc="denoising", leave=False, disable=None)  # None: only on a terminal
     return pipeline, scorer
@@ -220,8 +223,8 @@ def draw(pipeline, jobs: list, args: argparse.Namespace, on_step: Callable | Non
 
 def settings_of(args: argparse.Namespace, column: str, size: tuple[int, int]) -> dict:
     """What besides prompt and seed decided the picture: by flag names, those that were unset with what they became."""
-    kept = ("pretrained_model_name_or_path", "lora_scale", "dtype", "negative_prompt", "num_inference_steps", "guidance_scale",
-            "skip_layer_guidance", "skip_layers", "max_sequence_length")  # fmt: skip
+    kept = ("pretrained_model_name_or_path", "lora_scale", "dtype", "negative_prompt", "num_inference_steps", "scheduler",
+            "guidance_scale", "skip_layer_guidance", "skip_layers", "max_sequence_length")  # fmt: skip
     lora = str(args.lora_weights_path) if column == "tuned" else None
     return {name: getattr(args, name) for name in kept} | {"width": size[0], "height": size[1], "lora_weights_path": lora}
 

@@ -300,6 +300,21 @@ def test_sd15_is_drawn_with_its_own_pipeline(draw, tiny_sd15_folder):
     assert [picture.size for picture in pictures(out).values()] == [(32, 32)] * 2
 
 
+def test_another_sampler_draws_what_it_draws_in_diffusers(draw, tiny_sd15_folder):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    flags = ("--prompt", "a heart", "--resolution", 32, "--num_inference_steps", 4)
+    drawn = {name: next(iter(pictures(draw(*flags, *rest, model=tiny_sd15_folder)).values()))
+             for name, rest in (("own", ()), ("ddim", ("--scheduler", "DDIMScheduler")))}  # fmt: skip
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd15_folder)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    want = pipe(
+        "a heart", height=32, width=32, num_inference_steps=4, guidance_scale=2.0, generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    far = {name: np.abs(np.asarray(picture).astype(int) - np.asarray(want)).max() for name, picture in drawn.items()}
+    assert far["ddim"] <= 1 < far["own"] and json.loads(drawn["ddim"].text["settings"])["scheduler"] == "DDIMScheduler"
+
+
 @pytest.fixture(scope="module")
 def prudish_sd15_folder(tiny_sd15_folder, tmp_path_factory):
     """The same with a safety checker that takes every picture for unsafe: no cosine is below -1."""
@@ -390,6 +405,7 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
     (["--skip_layer_guidance", "2.8"], "--skip_layers 7,8,9: the blocks of"),
     (["--skip_layer_guidance", "2.8", "--num_inference_steps", "5"], "use --num_inference_steps 6 or more"),
     (["--skip_layers", "1"], "--skip_layers has no effect without --skip_layer_guidance"),
+    (["--scheduler", "DDIMScheduler"], "--scheduler DDIMScheduler is for models that predict noise; "),
     (["--skip_layers", "7-9"], "must be block numbers such as 7,8,9"),
     (["--lora_weights_path", "nowhere"], "--lora_weights_path nowhere: there is no nowhere"),
     (["--lora_weights_path", "src"], "pytorch_lora_weights.safetensors; give a run's output folder"),

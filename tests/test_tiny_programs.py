@@ -188,7 +188,7 @@ def test_the_program_prints_before_and_after_and_writes_them(tiny_sd3_folder, tm
     assert "new shape (heart): 0% -> 0% of 2 held-out prompts" in out and out.count("\n") == 2
 
 
-@pytest.mark.parametrize("name", evaluate.SCHEDULERS)
+@pytest.mark.parametrize("name", cli.SAMPLERS)
 def test_another_sampler_takes_the_models_own_noise_levels(name, tiny_sd15_folder):
     own, other = (evaluate.load(tiny_sd15_folder, scheduler=wanted).scheduler for wanted in (None, name))
     assert type(other).__name__ == name and torch.equal(other.alphas_cumprod, own.alphas_cumprod)

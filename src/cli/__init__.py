@@ -17,6 +17,7 @@ from src.cli.groups import (
     ATTENTION_BACKENDS,
     NOISE_LEVELS,
     OPTIMIZERS,
+    SAMPLERS,
     SCHEDULES,
     add_budget_args,
     add_data_args,

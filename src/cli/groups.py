@@ -27,6 +27,7 @@ from src.cli.types import (
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor")
 DENSITIES = ("logit_normal", "uniform", "mode", "cosmap")
+SAMPLERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler")  # of noise prediction, in diffusers
 ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_flash", "_native_efficient", "_native_math")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 NOISE_LEVELS = {"cps": 0.8, "precise": 1.5, "flow": 0.7}  # by --transition; their authors' values

@@ -100,25 +100,29 @@ def check_lora(path: Path, model: str) -> None:
 
 
 def load(
-    path: str, *, dtype: torch.dtype, device: str, lora_path: Path | None = None, lora_scale: float = 1.0, cpu_offload: bool = False
-) -> Any:
+    path: str, *, dtype: torch.dtype, device: str, lora_path: Path | None = None, lora_scale: float = 1.0, cpu_offload: bool = False,
+    scheduler: str | None = None,
+) -> Any:  # fmt: skip
     """The stock pipeline of the model's family on `device`, with the LoRA at its strength.
 
     Args:
         cpu_offload: only the part that is at work lies on the GPU.
+        scheduler: class of diffusers that takes the place of the model's own, with its configuration.
 
     Raises:
         ValueError: the model is incomplete, or the LoRA does not fit it.
     """
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+    import diffusers
 
-    family = StableDiffusion3Pipeline if model_family(path) == "sd3" else StableDiffusionPipeline
+    family = diffusers.StableDiffusion3Pipeline if model_family(path) == "sd3" else diffusers.StableDiffusionPipeline
     try:
         pipeline = family.from_pretrained(path, dtype=dtype)
     except hub.errors() as error:
         raise ValueError(
             f"--pretrained_model_name_or_path {path}: cannot be loaded ({hub.reason(error)}); download the model again"
         ) from error
+    if scheduler:
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     if lora_path:
         _add_lora(pipeline, lora_path, lora_scale)
     if device != "cpu":

@@ -22,7 +22,6 @@ from src import cli
 from src.tiny import shapes
 
 LORA_NAME = "pytorch_lora_weights.safetensors"  # what diffusers and our trainers write into a folder
-SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "PNDMScheduler")
 SUBJECT_IMAGES = 32  # of a DreamBooth's subject, unless --num_subject_images says another number
 
 
@@ -43,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     g.add_argument("--num_prompts", type=cli.positive_int, default=64, help="held-out prompts of the new and as many of the known shapes")
     g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
     g.add_argument("--guidance_scale", type=cli.number, default=2.0, help="classifier-free guidance weight; 1 turns it off")
-    g.add_argument("--scheduler", choices=SCHEDULERS, help="sampler of a noise-prediction model (unset: the model's own)")
+    g.add_argument("--scheduler", choices=cli.SAMPLERS, help="sampler of a noise-prediction model (unset: the model's own)")
     g.add_argument("--output", type=cli.path, help="also write the figures there, as JSON")
     return parser
 
