@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A LoRA of SD3.5-medium against a reward, by DDPO.
 #
-#   needs     one GPU of 40 GB or more (20 GiB predicted, and the scorers), models/stable-diffusion-3.5-medium and the weights
-#             of the scorers (scripts/download.sh)
+#   needs     one GPU of 40 GB or more (20 GiB predicted, and the scorers), models/stable-diffusion-3.5-medium and its scorers' weights:
+#             bash scripts/download.sh stable-diffusion-3.5-medium improved-aesthetic-predictor clip-vit-large-patch14 image-reward
 #   smaller   --gradient_checkpointing: 7 GiB, a sixth more computing;  faster: --compile
 #   override  any argument:  bash scripts/train_aesthetic_ddpo_sd3.sh --scorer jpeg_compressibility --prompts datas/my-prompts.txt
 #   try it    TINY=1 bash scripts/train_aesthetic_ddpo_sd3.sh     the tiny model, pictures that JPEG compresses well, on a CPU, in three minutes;

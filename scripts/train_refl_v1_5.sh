@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All weights of SD1.5's UNet against a reward, by the reward's own gradient: ReFL.
 #
-#   needs     one GPU of 40 GB or more (21 GiB predicted, and the scorers), models/stable-diffusion-v1-5 and the weights of the scorers (scripts/download.sh)
+#   needs     one GPU of 40 GB or more (21 GiB predicted, and the scorers), models/stable-diffusion-v1-5 and its scorers' weights:
+#             bash scripts/download.sh stable-diffusion-v1-5 image-reward clip-vit-large-patch14
 #   24 GB     add --optimizer adamw8bit, or --use_lora
 #   override  any argument:  bash scripts/train_refl_v1_5.sh --scorer pickscore --prompts datas/my-prompts.txt --use_lora
 #   prompts   ImageReward's list works as it is: --prompts refl_data.json

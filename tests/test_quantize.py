@@ -30,7 +30,7 @@ def linear(rows=48, columns=64, dtype=torch.float32):
 
 def full_weight(layer):
     """(out, in), rounded to what the packed one can say."""
-    return quantize._unpack(layer.weight, layer.scale, (layer.out_features, layer.in_features), layer.dtype)
+    return quantize._unpack(layer.weight, layer.scale, [layer.out_features, layer.in_features], layer.bias.dtype)
 
 
 def test_int8_by_hand():
@@ -89,12 +89,23 @@ def test_products_and_gradients_are_those_of_the_full_weight(kind, autocast):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_full_is_kept_for_the_backward_pass(kind):
-    packed, kept = quantize.QuantizedLinear(linear(), kind), []
+@pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
+def test_nothing_full_is_kept_for_the_backward_pass(kind, backend):
+    """Under the compiler's rule of what to keep as well, with ReLU between the layers: the backward pass needs their outputs, and so
+    what it would take for the same weight. Numbers and gradients are the same to the bit."""
+    torch._dynamo.reset()
+    layers, kept = [quantize.QuantizedLinear(linear(64, 64), kind) for _ in range(2)], []
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU())
     x = torch.randn(2, 64, requires_grad=True)
+    want = model(x)
+    (gradient,) = torch.autograd.grad(want.square().sum(), x)
+    run = torch.compile(model, backend=backend, fullgraph=True) if backend else model
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        packed(x)
-    assert {tensor.data_ptr() for tensor in kept} == {packed.weight.data_ptr(), packed.scale.data_ptr()}
+        found = run(x)
+    assert torch.equal(found, want) and torch.equal(torch.autograd.grad(found.square().sum(), x)[0], gradient)
+    own = {tensor.data_ptr() for layer in layers for tensor in (layer.weight, layer.scale)}
+    assert own <= {tensor.data_ptr() for tensor in kept}
+    assert not [tensor.shape for tensor in kept if tensor.numel() == 64 * 64 and tensor.data_ptr() not in own]
 
 
 # --------------------------------------------------------------------------- models

@@ -35,7 +35,7 @@ def wrapper_of(script):
 
 
 WRAPPED = {"demo.sh": "demo.py", "scripts/tour.sh": "src/tiny/tour.py", **{wrapper_of(path): path.name for path in ROOT.glob("train_*.py")}}
-OWN_ARGUMENTS = {"scripts/test.sh", "scripts/download.sh", "scripts/quickstart.sh"}  # parse none, or hand them to pytest
+OWN_ARGUMENTS = {"scripts/env.sh", "scripts/test.sh", "scripts/download.sh", "scripts/quickstart.sh"}  # parse none, or hand them to pytest
 
 
 def name_of(path):
@@ -245,7 +245,7 @@ def test_predicted_memory_is_that_of_the_wrappers_own_flags(program, monkeypatch
     own += ["--class_prompt", "a dog"] * (name == "dreambooth")
     model = own.index("--pretrained_model_name_or_path")
     del own[model : model + 2]  # what the plan takes lies in a folder of its own
-    shown = re.search(rf"^\| `{program}.py` \|(?:[^|]*\|){{3}} ([\d.]+); ([\d.]+)", ENGLISH, re.M)
+    shown = re.search(rf"^\| `{program}.py` \|(?:[^|]*\|){{3}} ([\d.]+) \| ([\d.]+)", ENGLISH, re.M)
     for figure, flags in zip(shown.groups(), variants, strict=True):
         setting = loops.Setting(name, resolution, (*own, "--", *flags), 77 + 256)
         peak = trainers.planned(setting).peak + 2 * VAE.get(name, 0)

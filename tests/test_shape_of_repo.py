@@ -21,9 +21,10 @@ RUN_LAYER = {
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": set(),
-    "cli": {"cli"}, "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "quantize": set(), "memory": set(),
+    "cli": {"cli"}, "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "memory": set(),
     "activations": set(), "hub": {"errors"}, "errors": set(),
-    "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"}, "norms": {"lora"},
+    "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"},
+    "norms": {"lora"}, "quantize": {"lora"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", "hub", "errors", *MATHS},
     "scorers": {"scorers", "images", "tiny", "hub", "errors", "cli"},  # cli: the program in __main__

@@ -262,7 +262,7 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
     g.add_argument("--init_lora", type=path_or_name, metavar="PATH", help="start from this LoRA file or folder (unset: from zero)")
     if not unet:
         g.add_argument(
-            "--export_format", choices=("diffusers", "kohya"), default="diffusers", help="kohya: a second file, for ComfyUI, A1111, Forge"
+            "--export_format", choices=("diffusers", "kohya"), default="diffusers", help="kohya: a second file, for ComfyUI and Forge"
         )
     merged = "UNet" if unet else "transformer"
     g.add_argument("--export_merged", action="store_true", help=f"write the merged {merged} as one safetensors file, too")
