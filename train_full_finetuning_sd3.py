@@ -117,6 +117,8 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return plan.show(args, adapt=lambda transformer: select(transformer, args), whole=full_plan(args))
     run = runtime.start(args)
+    if args.weights_dtype == "bf16":
+        runtime.check_equal_gpus(run, "--weights_dtype bf16")
     if not args.save_transformer_only:  # the rest of the result: a download that fails ends the run before it begins
         path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
         run.require(lambda: full.fetch(path, trained=full_plan(args).parts, **options))

@@ -101,7 +101,7 @@ def clean_latents(
     picture = x0.detach()
     yield x0
     for n in range(num_renoised):
-        renoised = ddpm.add_noise(picture, draw(f"renoise {n}"), schedule.alphas[first])
+        renoised = ddpm.add_noise(picture, draw(f"renoise {n}"), schedule.alphas[seeds.send(first, picture.device)])
         yield sd15_rollout.jump(predict, renoised, first, schedule)
 
 

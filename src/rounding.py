@@ -71,7 +71,8 @@ class Pieces(Optimizer):
 
     Moments are fp32 (or 8 bits, by the optimizer inside) whatever the weights are. Only for optimizers that treat every weight tensor by
     itself: not for Prodigy, whose step size depends on all. The rounding of an update depends on (seed, number of the update, number of
-    the weight tensor) alone: equal on all processes, and exact to resume. The state has the layout of any torch optimizer.
+    the weight tensor) alone, on one model of GPU: equal on all processes, and exact to resume. The state has the layout of any torch
+    optimizer.
 
     Args:
         groups: as torch takes them: {"params": [...], "lr": ...}.
@@ -85,7 +86,7 @@ class Pieces(Optimizer):
         self, groups: Sequence[dict[str, Any]], build: Callable[[list[Parameter]], Optimizer], *, seed: int, fused: bool = False,
         compiled: bool = False, piece: int = PIECE,
     ):  # fmt: skip
-        super().__init__(groups, {"lr": 0.0})
+        super().__init__(groups, {"lr": groups[0].get("lr", 0.0)})  # one of diffusers' schedules reads it there
         self.seed, self.fused, self.compiled, self.updates = seed, fused, compiled, 0
         self._squares: list[Tensor] = []  # of the gradients of a fused backward pass
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -103,7 +104,8 @@ class Pieces(Optimizer):
         if compiled:  # here, and not later in the thread of the backward pass
             for device in {weight.device for group in self.param_groups for weight in group["params"]}:
                 values = torch.zeros(1024, device=device)
-                stochastic_round_(values.bfloat16(), values, torch.Generator(device), compiled=True)
+                with torch.no_grad():  # as `step` is: compiled code is made for either
+                    stochastic_round_(values.bfloat16(), values, torch.Generator(device), compiled=True)
         if fused:
             for piece_ in self.pieces:
                 piece_.weights[0].register_post_accumulate_grad_hook(lambda _, piece_=piece_: self._update_fused(piece_))

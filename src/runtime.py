@@ -212,6 +212,11 @@ class Run:
 
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
         """Scales the gradients down to a global norm of `max_norm` (0: leaves them); returns the norm before, a scalar on the device."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if all(gradient.dtype == torch.bfloat16 for gradient in gradients):  # torch's norm of them would have three digits
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
+            return norm
         return sharding.whole(self.accelerator.clip_grad_norm_(parameters, max_norm or float("inf")))  # undoes fp16's loss scale first
 
     def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
@@ -273,6 +278,23 @@ def check_shared(run: Run, folder: Path, flag: str) -> None:
         raise SystemExit(
             f"error: --{flag} {folder}: {run.world - seen} of {run.world} processes see another folder; it must lie on storage that all "
             "machines share"
+        )
+
+
+def check_equal_gpus(run: Run, flag: str) -> None:
+    """Ends every process if their GPUs differ: what a generator draws on one depends on its number of multiprocessors.
+
+    Raises:
+        SystemExit: naming the flag.
+    """
+    if run.device.type != "cuda" or run.world == 1:
+        return
+    count = torch.cuda.get_device_properties(run.device).multi_processor_count
+    counts = run.gather(torch.tensor([count], device=run.device)).tolist()
+    if len(set(counts)) > 1:
+        raise SystemExit(
+            f"error: {flag}: the GPUs differ ({', '.join(map(str, counts))} multiprocessors), and each would round its weights otherwise; "
+            "take equal ones (CUDA_VISIBLE_DEVICES), or --weights_dtype fp32"
         )
 
 

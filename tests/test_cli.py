@@ -269,6 +269,7 @@ def test_warm_up_is_500_steps_or_a_quarter_of_a_shorter_run(parse, steps, warmup
         (["--lr_scheduler", "cosine", "--lr_warmup_steps", "100"], "must be less than --max_train_steps 100"),
         (["--lr_num_cycles", "3", "--lr_scheduler", "cosine"], "--lr_num_cycles 3 has no effect without"),
         (["--lr_power", "2"], "--lr_power 2.0 has no effect without --lr_scheduler polynomial"),
+        (["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"], "--lr_scheduler polynomial ends at 1e-7, --learning_rate 1e-08"),
         (["--optimizer", "adafactor", "--adam_beta2", "0.9"], "--adam_beta2 0.9 has no effect with --optimizer adafactor"),
         (["--optimizer", "adafactor", "--adam_epsilon", "1e-6"], "--adam_epsilon"),
         (["--optimizer", "prodigy", "--scale_lr"], "--scale_lr contradicts --optimizer prodigy"),

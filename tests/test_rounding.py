@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src import activations, optim, plan, rounding
+from src import activations, cli, optim, plan, rounding
 
 CPU = torch.device("cpu")
 PIECEWISE = ("adamw", "adamw8bit", "adafactor")
@@ -173,6 +173,7 @@ def test_compiled_pieces_step_to_the_same_bits_fused_or_not(monkeypatch):
     compile_once = rounding._compiled_carry
     monkeypatch.setattr(rounding, "_compiled_carry", lambda: asked.append(1) or compile_once())
     others = [problem(compiled=True, fused=fused) for fused in (False, True)]
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for number in range(2):
         step(number)
         for _, _, compiled_step in others:
@@ -180,6 +181,7 @@ def test_compiled_pieces_step_to_the_same_bits_fused_or_not(monkeypatch):
     for weights, _, _ in others:
         assert all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True))
     assert len(asked) == 2 * (1 + 2 * len(SHAPES))  # once before anything is trained
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled > 0  # and nothing is compiled in a backward pass
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -229,6 +231,15 @@ def test_groups_keep_their_learning_rates_and_a_weight_without_gradient_stays():
     optimizer.step()
     moved = [(a - b).abs().max().item() for a, b in zip(before, weights, strict=True)]
     assert moved == pytest.approx([1e-2, 0.0, 1e-3], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", cli.SCHEDULES)
+def test_every_schedule_moves_each_groups_rate(name):
+    """At its start, without a warm-up, the schedule is at the rates that the groups were given."""
+    _, optimizer, _ = problem()
+    optim.schedule(optimizer, name, warmup_steps=int(name == "constant_with_warmup"), total_steps=8)
+    warmed = 0 if name == "constant_with_warmup" else 1
+    assert [group["lr"] for group in optimizer.param_groups] == [warmed * 1e-2, pytest.approx(warmed * 1e-3)]
 
 
 def test_a_state_of_other_weights_is_refused():

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -209,6 +210,27 @@ def test_gradients_are_clipped_to_the_norm_and_zero_leaves_them(tmp_path):
         assert run.clip_gradients([p], limit) == 5.0
         torch.testing.assert_close(p.grad, torch.tensor(expected), rtol=1e-5, atol=1e-6)
     run.finish()
+
+
+def test_the_norm_of_bf16_gradients_is_an_fp32_number(tmp_path):
+    """n numbers of 1 have the norm sqrt(n): 1001 of them 31.638584, which bf16 would round to 31.625."""
+    run = runtime.start(arguments(tmp_path))
+    parameters = [torch.nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)) for size in (1000, 1, 5)]
+    for parameter in parameters[:2]:  # the last one has none
+        parameter.grad = torch.ones_like(parameter)
+    norm = run.clip_gradients(parameters, 8.0)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(1001**0.5, rel=1e-6)
+    torch.testing.assert_close(parameters[0].grad, torch.full((1000,), 8 / 1001**0.5).bfloat16(), rtol=2**-8, atol=0)
+    run.finish()
+
+
+@pytest.mark.parametrize(("counts", "refused"), [([132, 132], False), ([132, 114], True)])
+def test_gpus_that_would_round_differently_are_refused(counts, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=counts[0]))
+    monkeypatch.setattr(torch, "tensor", lambda values, device: np.array(values))  # there is no GPU here to put one on
+    run = SimpleNamespace(device=torch.device("cuda", 0), world=2, gather=lambda own: np.array(counts))
+    with pytest.raises(SystemExit, match="132, 114 multiprocessors") if refused else contextlib.nullcontext():
+        runtime.check_equal_gpus(run, "--weights_dtype bf16")
 
 
 @pytest.fixture

@@ -146,6 +146,8 @@ def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[
             yield "--use_dora needs the base's full weights, which --quantize_base does not keep; leave one out"
         if has.get("export_merged"):
             yield "--export_merged would write the rounded weights of --quantize_base: leave it out, and merge the LoRA into the original"
+    if has.get("lr_scheduler") == "polynomial" and (has["learning_rate"] or 1) <= 1e-7 and not has.get("scale_lr"):
+        yield f"--lr_scheduler polynomial ends at 1e-7, --learning_rate {has['learning_rate']:g} is no more than that; use linear"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
         yield "--scale_lr contradicts --optimizer prodigy, which finds its own step size; leave it out"
     if "chosen_column" in has and (has["chosen_column"] is None) != (has["rejected_column"] is None):
