@@ -88,7 +88,7 @@ def state_bytes(args: argparse.Namespace, way: str) -> int:
     dtype, optimizer, fused = WAYS[way]
     weight = full.DTYPES[dtype].itemsize
     count = sum(p.numel() for p in sd3.transformer_from_config(config_of(args.pretrained_model_name_or_path)).parameters())
-    return count * (weight + (0 if fused else weight) + plan.TRAINED_BYTES[optimizer] - 8)
+    return count * (weight + (0 if fused else weight) + plan.STATE_BYTES[optimizer])
 
 
 def main(args: argparse.Namespace) -> dict:

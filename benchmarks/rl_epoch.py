@@ -150,8 +150,8 @@ def step_cost(args: argparse.Namespace) -> float:
     transformer = sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision)
     policy.adapt(transformer, args)
     tokens = plan.text_tokens(args)
-    step = plan.step_flops(transformer, args.resolution, tokens, checkpointing=plan.checkpoint_every(args))
-    return step / sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
+    forward, step = plan.step_flops(transformer, args.resolution, tokens, checkpointing=plan.checkpoint_every(args))
+    return step / forward
 
 
 def ideal_passes(*, steps: int, trained_steps: int, step_cost: float, guidance: bool, others: int) -> float:

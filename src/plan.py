@@ -19,9 +19,9 @@ from src.data import buckets, captions, prompts
 from src.pipelines import sd3, sd15
 
 BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number, by --mixed_precision
-# fp32 weight, gradient and optimizer state: bytes per trained parameter. AdamW keeps two fp32 moments, 8-bit AdamW two of one byte,
-# Prodigy four fp32 tensors; Adafactor's row and column of moments come to about 1 byte for a matrix of rank 16.
-TRAINED_BYTES = {"adamw": 16, "adamw8bit": 10, "prodigy": 24, "adafactor": 9}
+# Bytes of optimizer state per trained parameter. AdamW keeps two fp32 moments, 8-bit AdamW two of one byte, Prodigy four fp32 tensors;
+# Adafactor's row and column of moments come to about 1 byte for a matrix of rank 16.
+STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 1}
 EMA_BYTES = 4  # per trained parameter with --use_ema
 RATE = 300e12  # FLOP/s: about half of what an H100's matrix multiplications reach in bf16, a good training step on it
 UPDATE_BYTES = 8  # per bf16 weight of a piece that is being updated: fp32 copies of it and of its gradient
@@ -165,8 +165,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
                        averages=2 * other_passes)  # fmt: skip  # itself, and what it takes the place of while it is asked
     decoding = drawing_bytes(args, sd15.vae_from_config(path, args.revision))
     peak = replace(peak, peak=max(peak.peak, peak.resident + decoding))  # no gradient is there meanwhile
-    step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
-    forward = sd3.forward_flops(transformer, args.resolution, args.resolution, tokens)
+    forward, step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
     sampler = prompts.GroupSampler(found.training, group_size=vars(args).get("group_size", 1), batch_size=args.sample_batch_size,
                                    batches_per_epoch=args.sample_num_batches_per_epoch, seed=args.seed or 0,
@@ -218,8 +217,7 @@ def show_reward_gradient(
     passes = 2 if args.guidance_scale > 1 else 1
     known = dict(weights=weights, trained=trained, tokens=tokens, whole=whole, family=family)
     peak, decoding = reward_gradient_memory(args, denoiser, sd15.vae_from_config(path, args.revision), **known)
-    step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
-    forward = _passes(denoiser, args.resolution, tokens, family)[0]
+    forward, step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
     each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     sampler = prompts.GroupSampler(found.training, group_size=1, batch_size=args.train_batch_size, seed=args.seed or 0,
@@ -293,7 +291,7 @@ def per_trained_parameter(args: argparse.Namespace, whole: Whole | None = None) 
     """Bytes of an fp32 adapter's parameter with its gradient, the optimizer's state and its moving average; of a part that is trained as
     a whole, without the parameter, which is counted with the part."""
     average = EMA_BYTES if args.use_ema and vars(args).get("ema_device") != "cpu" else 0
-    return TRAINED_BYTES[args.optimizer] + average + (whole.gradient - 8 if whole else 0)  # 8: an fp32 parameter and its gradient
+    return STATE_BYTES[args.optimizer] + average + (whole.gradient if whole else 8)  # 8: an fp32 parameter and its gradient
 
 
 def rollout_batch(args: argparse.Namespace) -> int:
@@ -496,7 +494,7 @@ def _checkpoints(args: argparse.Namespace, trained: int, modules: int | None, du
             them and their buffers; None: an adapter is trained. due: how many the run writes; averages: of what is trained, besides
             --use_ema.
     """
-    size = trained * (TRAINED_BYTES[args.optimizer] - 8 + EMA_BYTES * (args.use_ema + averages))  # 8: an fp32 parameter and its gradient
+    size = trained * (STATE_BYTES[args.optimizer] + EMA_BYTES * (args.use_ema + averages))
     # An adapter is there twice, once more for other programs, and so is its average.
     size += trained * (8 + 4 * args.use_ema) if modules is None else modules
     due = max(due, 1)  # a run that is told to stop writes one in any case
@@ -556,31 +554,22 @@ def text_tokens(args: argparse.Namespace, family: ModuleType = sd3) -> int:
 
 def sample_flops(family: ModuleType, denoiser: nn.Module, args: argparse.Namespace, tokens: int, preference: Preference | None) -> int:
     """Of one sample in an optimizer step: a picture; or a pair, with the reference's forward passes (without one, its winner alone)."""
-    step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
-    if preference is None or not preference.reference:
-        return step
-    return 2 * (step + _passes(denoiser, args.resolution, tokens, family)[0])
+    forward, step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
+    return 2 * (step + forward) if preference and preference.reference else step
 
 
-def step_flops(denoiser: nn.Module, resolution: int, tokens: int, *, checkpointing: int, family: ModuleType = sd3) -> int:
-    """Floating-point operations (a multiply-add is two) of one picture's forward and backward pass, counted on the meta device.
+def step_flops(denoiser: nn.Module, resolution: int, tokens: int, *, checkpointing: int = 0, family: ModuleType = sd3) -> tuple[int, int]:
+    """Floating-point operations (a multiply-add is two) of one picture: of its forward pass, and of forward and backward pass together.
 
-    Counted, because no fixed multiple of the forward pass is right: frozen weights need no gradient, so the backward pass of a linear
-    layer costs one forward, but that of attention costs 2.5. A LoRA of SD3.5-medium comes to 2.13 forwards at 512 px and 2.37 at 1024.
+    Counted on the meta device, because no fixed multiple of the forward pass is right: frozen weights need no gradient, so the backward
+    pass of a linear layer costs one forward, but that of attention costs 2.5. A LoRA of SD3.5-medium comes to 2.13 forwards at 512 px and
+    2.37 at 1024.
 
     Args:
         denoiser: on the meta device, with the parameters trainable that are trained.
         tokens: L, of all text encoders.
         checkpointing: every how many blocks one runs forward twice (the few layers outside of them counted as blocks are); 0: none.
     """
-    forward, both = _passes(denoiser, resolution, tokens, family)
-    blocks = speed.blocks(denoiser)
-    again = len(blocks[::checkpointing]) / len(blocks) if checkpointing else 0
-    return both + round(again * forward)
-
-
-def _passes(denoiser: nn.Module, resolution: int, tokens: int, family: ModuleType) -> tuple[int, int]:
-    """FLOPs of one picture's forward pass, and of forward and backward pass together."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
@@ -588,7 +577,9 @@ def _passes(denoiser: nn.Module, resolution: int, tokens: int, family: ModuleTyp
         forward = counter.get_total_flops()
         prediction.sum().backward()
     denoiser.zero_grad()
-    return forward, counter.get_total_flops()
+    blocks = speed.blocks(denoiser)
+    again = len(blocks[::checkpointing]) / len(blocks) if checkpointing else 0
+    return forward, counter.get_total_flops() + round(again * forward)
 
 
 # --------------------------------------------------------------------------- how it reads

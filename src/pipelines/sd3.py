@@ -375,23 +375,3 @@ def example_inputs(config: dict[str, Any], side: int, tokens: int, pictures: int
     width, pooled = text_width(config)
     return dict(hidden_states=torch.empty(pictures, config["in_channels"], side, side), timestep=torch.empty(pictures),
                 encoder_hidden_states=torch.empty(pictures, tokens, width), pooled_projections=torch.empty(pictures, pooled))  # fmt: skip
-
-
-def forward_flops(transformer: nn.Module, height: int, width: int, text_tokens: int) -> int:
-    """Floating-point operations (a multiply-add is two) of one forward pass for one picture, counted on the meta device.
-
-    Args:
-        transformer: from `transformer_from_config`.
-        height, width: pixels.
-        text_tokens: L, CLIP's tokens plus T5's (77 + 77 = 154, 77 + 256 = 333).
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = transformer.config
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, torch.device("meta"):
-        transformer(
-            hidden_states=torch.empty(1, config.in_channels, height // VAE_SCALE, width // VAE_SCALE),
-            timestep=torch.empty(1), encoder_hidden_states=torch.empty(1, text_tokens, config.joint_attention_dim),
-            pooled_projections=torch.empty(1, config.pooled_projection_dim), return_dict=False,
-        )  # fmt: skip
-    return counter.get_total_flops()
