@@ -139,13 +139,10 @@ class Rewards:
 
     def __init__(self, run: runtime.Run, mixture: Mixture, *, background: bool):
         self.run, self.mixture = run, mixture
-        device = run.device if run.device.type == "cuda" else None  # a new thread would take GPU 0, whichever is this process's
-        self._thread = (
-            ThreadPoolExecutor(1, "rewards", initializer=torch.cuda.set_device if device else None, initargs=(device,) if device else ())
-            if background
-            else None
-        )
-        self._stream = torch.cuda.Stream(run.device) if background and run.device.type == "cuda" else None
+        on_gpu = run.device.type == "cuda"  # a new thread would take GPU 0, whichever is this process's
+        options: dict[str, Any] = {"initializer": torch.cuda.set_device, "initargs": (run.device,)} if on_gpu else {}
+        self._thread = ThreadPoolExecutor(1, "rewards", **options) if background else None
+        self._stream = torch.cuda.Stream(run.device) if background and on_gpu else None
         self._scored: list[Future | tuple[Tensor, dict[str, Tensor]]] = []
         self._positions: list[int] = []
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 
 from src.cli.scorers import SCORER_OPTIONS, judged_by
 
+MOST_MODE_SCALE = 2 / (math.pi - 2)  # as src/flow.py has it, which needs torch
+
 
 def _data_of(args: argparse.Namespace) -> str | None:
     return args.dataset_name if hasattr(args, "dataset_name") else args.pretrain_dataset_name
@@ -146,6 +148,8 @@ def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[
             yield "--use_dora needs the base's full weights, which --quantize_base does not keep; leave one out"
         if has.get("export_merged"):
             yield "--export_merged would write the rounded weights of --quantize_base: leave it out, and merge the LoRA into the original"
+    if has.get("timestep_density") == "mode" and not -1 <= has["mode_scale"] <= MOST_MODE_SCALE:
+        yield f"--mode_scale must lie in [-1, {MOST_MODE_SCALE:.3f}], got {has['mode_scale']:g}; 1.29 is the paper's best"
     if has.get("lr_scheduler") == "polynomial" and (has["learning_rate"] or 1) <= 1e-7 and not has.get("scale_lr"):
         yield f"--lr_scheduler polynomial ends at 1e-7, --learning_rate {has['learning_rate']:g} is no more than that; use linear"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
