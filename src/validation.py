@@ -241,10 +241,10 @@ def _changes(axis, lines: list[dict], shades) -> None:
     for number, sigma in enumerate(SIGMAS):
         values = _points(lines, f"val_loss_sigma_{sigma}")
         changes = [(step, 100 * (value / values[0][1] - 1)) for step, value in values if values[0][1]]
-        axis.plot(*zip(*changes, strict=True), color=shades(number / len(SIGMAS)), linewidth=1.6, marker=".", label=f"sigma {sigma}")
+        axis.plot(*zip(*changes, strict=True), color=shades(number / len(SIGMAS)), linewidth=1.6, marker=".", label=str(sigma))
     axis.axhline(0, color="#888888", linewidth=0.8)
     axis.set_title("validation loss by level, change in %", fontsize=11)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(title="sigma", title_fontsize=8, fontsize=8, frameon=False, handlelength=1, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _curve(axis, points: list[tuple[int, float]], title: str) -> None:
