@@ -6,10 +6,10 @@ Every epoch, with the policy as it is:
   3. advantage  reward minus the mean of the last rewards of that prompt, over their standard deviation
   4. update     --num_inner_epochs times: replay each picture's steps in a random order and follow the clipped policy gradient
 
-What differs from the paper: SD1.5's DDIM step is one of a rectified flow that keeps the schedule's noise (--transition cps); noise and
-training in a window of 3 early steps, the last step never (--window_size 0 --window_range 0 9 --transition flow --clip_nats 6.55: all
-others, as in the paper); no guidance; clip in nats of the joint probability. What differs from train_grpo_sd3.py: no groups, but running
-statistics of each prompt; no KL.
+What differs from the paper: in place of SD1.5's DDIM step, one of a rectified flow that keeps the schedule's noise (--transition cps);
+noise and training in a window of 3 early steps, never in the last step (in all the others, as in the paper: --window_size 0
+--window_range 0 9 --transition flow --clip_nats 6.55); no guidance; clip in nats of the joint probability. What differs from
+train_grpo_sd3.py: no groups, but running statistics of each prompt; no KL.
 
   bash scripts/train_aesthetic_ddpo_sd3.sh                           # SD3.5-medium on one GPU
   TINY=1 bash scripts/train_aesthetic_ddpo_sd3.sh                    # the tiny model, pictures that JPEG compresses well, on a CPU
@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be known about batches, updates and statistics before anything is loaded."""
+    """Raises ValueError for batches, updates and statistics that cannot work, before anything is loaded."""
     if args.sample_batch_size % args.train_batch_size:
         raise ValueError(f"--train_batch_size {args.train_batch_size} does not divide --sample_batch_size {args.sample_batch_size}: a "
                          "step must be scored in the batch that it was drawn in; try 1")  # fmt: skip
@@ -70,12 +70,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def batches_per_epoch(args: argparse.Namespace) -> int:
-    """Of --train_batch_size, which pictures are drawn in as well."""
+    """Batches of --train_batch_size pictures in an epoch; pictures are also drawn in these."""
     return args.sample_num_batches_per_epoch * args.sample_batch_size // args.train_batch_size
 
 
 def updates_per_epoch(args: argparse.Namespace) -> int:
-    """Optimizer steps."""
+    """Optimizer steps in an epoch."""
     return args.num_inner_epochs * (batches_per_epoch(args) // args.train_gradient_accumulation_steps)
 
 
@@ -83,12 +83,12 @@ def updates_per_epoch(args: argparse.Namespace) -> int:
 
 
 class PromptStatistics:
-    """The last rewards of each prompt, and advantages relative to them; belongs into a checkpoint.
+    """The last rewards of each prompt, and advantages relative to them; a part of a checkpoint.
 
     Source: arXiv 2305.13301 (rewards normalised for each prompt); buffer and least count as in its authors' code.
 
     Args:
-        size: rewards that are kept of a prompt; 0: none, every picture is compared with those of its epoch.
+        size: number of rewards kept per prompt; 0: none, every picture is compared with those of its epoch.
         least: a prompt with fewer is compared with the epoch's pictures.
     """
 
@@ -97,11 +97,11 @@ class PromptStatistics:
         self.rewards: dict[str, deque[float]] = {}
 
     def advantages(self, texts: Sequence[str], reward: Tensor, limit: float = 5.0) -> Tensor:
-        """Take up the rewards of an epoch, then: reward minus mean, over standard deviation, within +-limit, (n,) float32.
+        """Store the rewards of an epoch; return reward minus mean, over standard deviation, within +-limit, (n,) float32.
 
         Args:
-            texts: n prompts, over all processes: then all processes keep the same statistics.
-            reward: (n,), NaN where a picture could not be judged: its advantage is 0, and nothing is kept of it.
+            texts: n prompts, those of all processes, so that all keep the same statistics.
+            reward: (n,), NaN where a picture could not be judged: its advantage is 0, and it is not stored.
         """
         values = [value if math.isfinite(value) else None for value in reward.double().tolist()]
         for text, value in zip(texts, values, strict=True):
@@ -138,10 +138,10 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_nats: float, dimensio
     """PPO's clipped surrogate for steps of D dimensions, to be minimised: (b,), with gradient -advantage * grad log p at ratio 1.
 
     The ratio is exp(log_ratio / D), clipped to exp(+-clip_nats / D), and the loss is times D: so it does not depend on the resolution.
-    It is written relative to ratio 1, which shifts it by a constant: the difference of two numbers near D would keep two digits.
+    It is written relative to ratio 1, a constant shift: a difference of two numbers near D would have only two correct digits.
 
     Args:
-        log_ratio: (b,) of the joint probabilities of a step by the policy of now and of sampling, nats. advantage: (b,).
+        log_ratio: (b,), nats, of a step's joint probability under the current and under the sampling policy. advantage: (b,).
 
     Source: Flow-GRPO, eq. 5, whose log-probabilities are means over dimensions, too.
     """
@@ -157,7 +157,7 @@ def surrogate(
     actor: policy.Policy, rollout: policy.Rollout, t: Tensor, condition: sd3.Conditioning, negative: sd3.Conditioning | None,
     clip_nats: float,
 ) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:  # fmt: skip
-    """Loss (b,) of step t (b,) of each picture, what is logged of it, and the step itself."""
+    """Loss (b,) of step t (b,) of each picture, its metrics, and the step itself."""
     step = sd3_rollout.replay(actor.network, rollout.trajectory, t, condition, negative)
     loss = policy_loss(step.log_ratio, rollout.advantage, clip_nats, rollout.trajectory.dimensions)
     clipped = (step.log_ratio.abs() > clip_nats).float()
@@ -211,14 +211,14 @@ def main(args: argparse.Namespace) -> None:
     if first_epoch == 0:
         evaluator.run(0)
 
-    # An epoch has `updates` optimizer steps, equally many in each of its inner epochs: a round is one of them. It takes as many `passes`,
-    # forward and backward, as its batches have `steps`, of which each picture has its own.
+    # An epoch has `updates` optimizer steps, here called rounds, equally many in each inner epoch. A round has one of its `passes`,
+    # forward and backward, for each batch and turn; `steps` gives each picture its own denoising step for each turn.
     for epoch in range(first_epoch, args.num_epochs):
-        saver.hold(epoch * updates, copy=not args.full_weights)  # stopped inside it, a run goes back to its start: docs/scaling.md
+        saver.hold(epoch * updates, copy=not args.full_weights)  # a run stopped inside an epoch goes back to its start: docs/scaling.md
         window = policy.window(args, epoch)
         batches = sampler.batches(epoch)
-        values = defaultdict(list)  # of each metric, one a pass
-        trajectories, rollouts, passes = [], [], []  # frees those of the epoch before
+        values = defaultdict(list)  # metric -> one value per pass
+        trajectories, rollouts, passes = [], [], []  # frees the previous epoch's
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
             # 1. rollout
             trajectory = sd3_rollout.sample(
@@ -239,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
         teaches = policy.with_advantage(advantages, len(batches))  # (batches,)
 
         # 4. update
-        rounds = []  # inner epoch, and numbers of the batches, of each update
+        rounds = []  # (inner epoch, numbers of the batches) of each update
         for inner in range(args.num_inner_epochs):
             for members in sampler.updates(epoch * args.num_inner_epochs + inner, updates // args.num_inner_epochs):
                 rounds.append((inner, members))
@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
                     run.accelerator.backward((loss * rollout.judged).mean() / (len(members) * turns))
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
-                if not args.full_weights and run.stop_requested():  # all weights, 27 GB and more, finish the epoch
+                if not args.full_weights and run.stop_requested():  # with --full_weights the epoch is finished: 27 GB and more to copy
                     return rewards.stop(run, saver, scoring)
             values["grad_norm"].append(run.clip_gradients(actor.weights, args.max_grad_norm))
             optimizer.step()

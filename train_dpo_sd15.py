@@ -53,7 +53,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be known about models, data, adapter, optimizer, upload and checkpoint before anything is loaded."""
+    """Raises ValueError for models, data, adapter, optimizer, upload or checkpoint that cannot work, before anything is loaded."""
     inputs.check_pairs(args, sd15)
     if args.reference_model:
         sd15.check_reference(args.reference_model, args.pretrained_model_name_or_path)
@@ -85,7 +85,7 @@ def denoising_errors(
 def preference_logits(errors: Tensor, reference_errors: Tensor, beta: float) -> Tensor:
     """How strongly the policy prefers each winner, (b,) float32: -beta / 2 * ((m_w - m_l) - (r_w - r_l)).
 
-    beta is the paper's: its code has this half. Source: arXiv 2311.12908, eq. 14, with the sum over timesteps and omega in beta.
+    beta is the paper's: its code has the factor 1/2, too. Source: arXiv 2311.12908, eq. 14, with the sum over timesteps and omega in beta.
 
     Args:
         errors, reference_errors: (b, 2) float32, winner and loser.
@@ -96,7 +96,7 @@ def preference_logits(errors: Tensor, reference_errors: Tensor, beta: float) -> 
 def preference_loss(logits: Tensor, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
     """Loss of each pair, (b,) float32, from its logit x.
 
-    sigmoid: -log sigmoid(x), of which a share `label_smoothing` with the preference turned round; ipo: (x - 1/2)^2; hinge: max(0, 1 - x).
+    sigmoid: -log sigmoid(x), a share `label_smoothing` of it with the reversed preference; ipo: (x - 1/2)^2; hinge: max(0, 1 - x).
     Source: DPO, arXiv 2305.18290, eq. 7; IPO, arXiv 2310.12036, eq. 17; SLiC, arXiv 2305.10425.
     """
     if loss_type == "ipo":
@@ -115,7 +115,7 @@ def objective(
     policy: Predict, reference: Predict | None, x0: Tensor, noise: Tensor, timestep: Tensor, alphas_cumprod: Tensor,
     condition: sd15.Conditioning, *, beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """The loss, and what is logged beside it, as scalars; without a reference the winners' denoising loss. Arguments as above."""
+    """The loss and other metrics, as scalars; without a reference the winners' denoising loss alone. Arguments as above."""
     if reference is None:
         return {"loss": denoising_errors(policy, x0[:, :1], noise, timestep, alphas_cumprod, condition).mean()}
     errors = denoising_errors(policy, x0, noise, timestep, alphas_cumprod, condition)  # (b, 2)
@@ -154,7 +154,7 @@ def held_out_measures(data: inputs.Inputs, loss: Callable[..., dict[str, Tensor]
     """Loss and accuracy of the held-out pairs at VALIDATION_TIMESTEPS, always with the same noise; the processes share the pairs.
 
     Args:
-        loss: x0, noise, timestep, condition -> what `objective` returns.
+        loss: x0, noise, timestep, condition -> scalars, as `objective`.
     """
     run, levels, count, total = data.run, len(VALIDATION_TIMESTEPS), len(data.held_out), {}
     for turn in run.turns(count):

@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be known about the adapter, the optimizer, the upload and the checkpoint before anything is loaded."""
+    """Raises ValueError for an adapter, optimizer, upload or checkpoint that cannot work, before anything is loaded."""
     lora.check_export(args.export_format, args.use_dora)
     if args.init_lora:
         lora.check_init(args.init_lora, rank=args.rank, alpha=args.lora_alpha, use_dora=args.use_dora)
@@ -98,7 +98,7 @@ def add_text_lora(encoder: torch.nn.Module, args: argparse.Namespace) -> None:
 
 
 def save_weights(modules: dict[str, torch.nn.Module], folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
-    """Write the LoRA of all modules to `folder` as one file: their average, if one is kept, and the weights as trained to `folder`/raw."""
+    """Write the LoRA of all modules to `folder` as one file; with an average, that goes there and the trained weights to `folder`/raw."""
     transformer, encoders = modules["transformer"], {name: modules[name] for name in lora.TEXT_PARTS if name in modules}
     ema.save(folder, average, lambda place: lora.save(transformer, place, export_format, encoders=encoders))
 

@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be known about the blocks, the optimizer, the upload and the checkpoint before anything is loaded."""
+    """Raises ValueError for blocks, an optimizer, an upload or a checkpoint that cannot work, before anything is loaded."""
     full.check_blocks(sd3.block_count(args.pretrained_model_name_or_path), args.train_blocks, args.freeze_last_blocks)
     full.check_output(args.output_dir, args.pretrained_model_name_or_path)
     sharding.check(os.environ, pieces=args.weights_dtype == "bf16", train_text_encoder=args.train_text_encoder, optimizer=args.optimizer,
@@ -90,14 +90,14 @@ def select(transformer: torch.nn.Module, args: argparse.Namespace) -> None:
 
 
 def full_plan(args: argparse.Namespace) -> plan.Whole:
-    """What --dry_run has to know of the parts that are trained."""
+    """What --dry_run needs to know about the trained parts."""
     weight = full.DTYPES[args.weights_dtype].itemsize
     parts = ("transformer", "text_encoder", "text_encoder_2") if args.train_text_encoder else ("transformer",)
     return plan.Whole(parts, weight=weight, gradient=0 if args.fused_backward else weight)
 
 
 def make_optimizer(groups: list[dict], args: argparse.Namespace, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of --optimizer; around it what rounds bf16 weights, or updates during the backward pass."""
+    """The optimizer of --optimizer, inside `rounding.Pieces` for bf16 weights or for updates during the backward pass."""
     build = functools.partial(optim.build, name=args.optimizer, learning_rate=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                               weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=device)  # fmt: skip
     if args.weights_dtype == "fp32" and not args.fused_backward:
@@ -106,7 +106,7 @@ def make_optimizer(groups: list[dict], args: argparse.Namespace, device: torch.d
 
 
 def save_weights(modules: dict[str, torch.nn.Module], folder: Path, average: ema.Ema | None, write: bool) -> None:
-    """Write the trained modules to `folder`: their average, if one is kept, and they themselves to `folder`/raw; on every process."""
+    """Write the trained modules to `folder`; with an average, that goes there, the weights to `folder`/raw. Every process calls it."""
     ema.save(folder, average, lambda place: full.save(modules, place, write=write))
 
 
@@ -119,14 +119,14 @@ def main(args: argparse.Namespace) -> None:
     run = runtime.start(args)
     if args.weights_dtype == "bf16":
         runtime.check_equal_gpus(run, "--weights_dtype bf16")
-    if not args.save_transformer_only:  # the rest of the result: a download that fails ends the run before it begins
+    if not args.save_transformer_only:  # the rest of the result: a failed download ends the run before it begins
         path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
         run.require(lambda: full.fetch(path, trained=full_plan(args).parts, **options))
 
     # Data: the caches are filled first; no encoder stays in memory that is not needed later.
     data = inputs.prepare(run, args)
 
-    # Model: the whole transformer in --weights_dtype, blocks that stay frozen too; with --train_text_encoder CLIP-L and -G as well.
+    # Model: the transformer in --weights_dtype, including frozen blocks; with --train_text_encoder CLIP-L and -G as well.
     dtype = full.DTYPES[args.weights_dtype]
     model = sd3.load(args.pretrained_model_name_or_path, revision=args.revision, variant=args.variant, dtype=dtype,
                      device=run.device, parts=() if args.from_config else ("transformer",))  # fmt: skip
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
                               cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
     network, optimizer = sharding.prepare(run.accelerator, transformer, optimizer)
-    weights = [weight for module in modules.values() for weight in full.parameters(module)]  # only now: FSDP2 puts its own in their place
+    weights = [weight for module in modules.values() for weight in full.parameters(module)]  # only now: FSDP2 has replaced them by its own
     average = ema.Ema(weights, args.ema_decay, device="cpu" if args.ema_device == "cpu" else None) if args.use_ema else None
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 

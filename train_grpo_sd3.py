@@ -49,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be known about groups, updates and losses before anything is loaded."""
+    """Raises ValueError for groups, updates and losses that cannot work, before anything is loaded."""
     if args.group_size < 2:
         raise ValueError("--group_size 1: GRPO compares pictures of one prompt; give at least 2, usual are 8 to 24")
     prompts.check_group_size(args.group_size, policy.samples_per_epoch(args))
@@ -71,9 +71,9 @@ def group_advantages(reward: Tensor, groups: Tensor, scale: str = "group", limit
     """Reward minus the mean of its group, over a standard deviation, within +-limit. Source: Flow-GRPO, eq. 4.
 
     Args:
-        reward: (n,), NaN where a picture could not be judged: its advantage is 0, and the others of its group do without it.
+        reward: (n,), NaN where a picture could not be judged: its advantage is 0, and its group's statistics leave it out.
         groups: (n,) whole numbers; equal ones are pictures of one prompt.
-        scale: the deviation is that of the "group" (the paper), or of all rewards ("global": a group that hardly differs teaches less).
+        scale: the deviation of the "group" (the paper), or of all rewards ("global": groups of similar rewards count less).
 
     Returns:
         (n,) float32, summing to 0 in each group unless the limit binds; all 0 in a group whose rewards are equal.
@@ -101,10 +101,10 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_nats: float, dimensio
     """PPO's clipped surrogate for steps of D dimensions, to be minimised: (b,), with gradient -advantage * grad log p at ratio 1.
 
     The ratio is exp(log_ratio / D), clipped to exp(+-clip_nats / D), and the loss is times D: so it does not depend on the resolution.
-    It is written relative to ratio 1, which shifts it by a constant: the difference of two numbers near D would keep two digits.
+    It is written relative to ratio 1, a constant shift: a difference of two numbers near D would have only two correct digits.
 
     Args:
-        log_ratio: (b,) of the joint probabilities of a step by the policy of now and of sampling, nats. advantage: (b,).
+        log_ratio: (b,), nats, of a step's joint probability under the current and under the sampling policy. advantage: (b,).
 
     Source: Flow-GRPO, eq. 5, whose log-probabilities are means over dimensions, too.
     """
@@ -120,9 +120,9 @@ def surrogate(
     actor: policy.Policy, rollout: policy.Rollout, t: int, condition: sd3.Conditioning, negative: sd3.Conditioning | None,
     args: argparse.Namespace,
 ) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:  # fmt: skip
-    """Loss (b,) of step t of the window, what is logged of it, and the step itself."""
+    """Loss (b,) of step t of the window, its metrics, and the step itself."""
     trajectory, kl = rollout.trajectory, torch.zeros_like(rollout.advantage)
-    if args.kl_weight:  # first, before there is a graph: the reference may be the same parameters holding other values for a while
+    if args.kl_weight:  # first, before there is an autograd graph: the reference may swap values into the same parameters
         with actor.reference() as network:
             reference = sd3_rollout.replay(network, trajectory, t, condition, negative)
     step = sd3_rollout.replay(actor.network, trajectory, t, condition, negative)
@@ -146,12 +146,12 @@ def forward_process(
     actor: policy.Policy, old_policy: ema.Ema, rollout: policy.Rollout, level: int, epoch: int, condition: sd3.Conditioning,
     args: argparse.Namespace,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """DiffusionNFT's loss (b,) at noise level number `level` of each picture, and what is logged of it."""
+    """DiffusionNFT's loss (b,) at noise level number `level` of each picture, and its metrics."""
     x0, where = seeds.send(rollout.trajectory.final, condition.embeds.device), (args.seed, epoch, rollout.batch.positions)
     noise = seeds.normal(*where, f"nft noise {level}", x0.shape[1:], x0.device)  # (b, 16, h, w)
     sigma = flow.sigmas(seeds.uniform(*where, f"nft level {level}", x0.device), density="uniform", shift=actor.model.shift)  # (b,)
     x_t, kl = flow.interpolate(x0, noise, sigma), torch.zeros_like(rollout.advantage)
-    with torch.no_grad(), old_policy.applied():  # both before the policy's own pass, as above
+    with torch.no_grad(), old_policy.applied():  # this and the reference before the policy's own pass, as above
         old_velocity = sd3.velocity(actor.transformer, x_t, sigma, condition)
     if args.kl_weight:
         with actor.reference() as network:
@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     texts = inputs.prepare_texts(run, args, [args.negative_prompt, *sampler.drawn(args.num_epochs), *found.evaluated])
     negative = texts.condition([args.negative_prompt]) if args.guidance_scale > 1 else None
 
-    # Policy: a LoRA on frozen weights, or all weights. What it starts as is the reference.
+    # Policy: a LoRA on frozen weights, or all weights. The reference is its start.
     actor = policy.Policy(run, args, needs_reference=args.kl_weight > 0)
     sigmas = sd3_rollout.schedule(actor.model, args.num_inference_steps)  # (T + 1,)
 
@@ -194,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
                               cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
     optimizer = actor.prepare(optimizer)
     average = ema.Ema(actor.weights, args.ema_decay) if args.use_ema else None
-    old_policy = ema.Ema(actor.weights, 0.0, warmup=False) if nft else None  # what draws the pictures there
+    old_policy = ema.Ema(actor.weights, 0.0, warmup=False) if nft else None  # draws nft's pictures
     run.print(f"{sum(p.numel() for p in actor.weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
@@ -210,11 +210,11 @@ def main(args: argparse.Namespace) -> None:
         evaluator.run(0)
 
     for epoch in range(first_epoch, args.num_epochs):
-        saver.hold(epoch * updates, copy=not args.full_weights)  # stopped inside it, a run goes back to its start: docs/scaling.md
+        saver.hold(epoch * updates, copy=not args.full_weights)  # a run stopped inside an epoch goes back to its start: docs/scaling.md
         window = range(0) if nft else policy.window(args, epoch)
         batches = sampler.batches(epoch)
-        values = defaultdict(list)  # of each metric, one a pass
-        trajectories, rollouts, passes = [], [], []  # frees those of the epoch before
+        values = defaultdict(list)  # metric -> one value per pass
+        trajectories, rollouts, passes = [], [], []  # frees the previous epoch's
         for batch in run.progress(batches, f"epoch {epoch + 1}, pictures"):
             # 1. rollout
             with ema.applied(old_policy):
@@ -239,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
 
         # 4. update
         for update, members in enumerate(sampler.updates(epoch, updates)):
-            used = [i for i in members if teaches[i] or (nft and teaches[members].any())]  # else its gradient is 0, but for nft's
+            used = [i for i in members if teaches[i] or (nft and teaches[members].any())]  # others have gradient 0, but not with nft
             if not used:
                 schedule.step()
                 continue
@@ -257,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
                     run.accelerator.backward((loss * rollout.judged).mean() / (len(members) * len(steps)))
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
-                if not args.full_weights and run.stop_requested():  # all weights, 27 GB and more, finish the epoch
+                if not args.full_weights and run.stop_requested():  # with --full_weights the epoch is finished: 27 GB and more to copy
                     return rewards.stop(run, saver, scoring)
             values["grad_norm"].append(run.clip_gradients(actor.weights, args.max_grad_norm))
             optimizer.step()

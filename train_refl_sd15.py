@@ -11,7 +11,7 @@ Every optimizer step:
 the last one, for the picture and for re-noised copies of it.
 
 What differs from the paper's code: guidance in the rollout, as pictures are drawn later; noise and late step are each picture's own, on
-every process; the UNet is told the late step's timestep, not its number; clamping passes the gradient of saturated pixels on; decoder and
+every process; the UNet gets the late step's timestep, not its index; clamping passes on the gradient of saturated pixels; decoder and
 scorers compute in fp32; the pre-training loss is there.
 
   bash scripts/train_refl_v1_5.sh                                    # SD1.5 against ImageReward on one GPU
@@ -59,7 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be known about steps, scorers, models and data before anything is loaded."""
+    """Raises ValueError for steps, scorers, models or data that cannot work, before anything is loaded."""
     steps = args.num_inference_steps
     if args.method == "refl" and not args.mid_range[0] <= args.mid_range[1] < steps:
         first, last = args.mid_range
@@ -81,10 +81,10 @@ def clean_latents(
     predict: sd15_rollout.Predict, x_t: Tensor, first: Tensor, schedule: sd15_rollout.Schedule, draw: sd15_rollout.Draw, *,
     method: str, num_renoised: int = 0,
 ) -> Iterator[Tensor]:  # fmt: skip
-    """Clean latents (b, 4, h, w) with a gradient to the policy; run backward on each before taking the next, which then holds no other.
+    """Clean latents (b, 4, h, w) with a gradient to the policy; run backward on each before taking the next: one graph at a time.
 
-    In refl and draft_lv a jump from step `first`, in draft the steps that are left. Once more from each of num_renoised copies that are
-    noised back to that last step.
+    refl and draft_lv jump from step `first` to the clean latents, draft takes the remaining steps. Then a jump from each of num_renoised
+    copies, noised back to that last step.
     Source: ImageReward, algorithm 1; DRaFT, section 3.
 
     Args:
@@ -93,7 +93,7 @@ def clean_latents(
     """
     last = len(schedule) - 1
     if method == "draft":
-        for i in range(int(first[0]), last):  # several steps would not fit into memory: each is computed again in the backward pass
+        for i in range(int(first[0]), last):  # several steps would not fit into memory: each is recomputed in the backward pass
             noise = sd15_rollout.step_noise(i, schedule, draw)
             x_t = recomputed(sd15_rollout.denoise, predict, x_t, i, schedule, noise, use_reentrant=False)
         first = torch.full_like(first, last)
@@ -121,7 +121,7 @@ def straight_through_clamp(images: Tensor) -> Tensor:
 def decode(model: sd15.SD15, x0: Tensor, batch_size: int) -> Tensor:
     """Images (b, 3, H, W) in [0, 1] of clean latents, in the VAE's own precision, some at a time.
 
-    In the backward pass they are decoded again, but for the last, which it meets first: one batch's activations are there at a time.
+    The backward pass recomputes each batch but the last, which comes first there: it holds the activations of one batch at a time.
     """
     *early, last = x0.split(batch_size)
     parts = [recomputed(sd15.decode_pixels, model, part, use_reentrant=False, preserve_rng_state=False) for part in early]
@@ -144,7 +144,7 @@ def predictor(
     copies = 1 if negative is None else 2
 
     def predict(x_t: Tensor, timestep: Tensor) -> Tensor:
-        with run.accelerator.autocast():  # no wider: it remembers weights that it casts, and those without gradient would be met again
+        with run.accelerator.autocast():  # no wider: autocast caches cast weights, and those cached by the rollout have no gradient
             noise = sd15.eps(policy, x_t.repeat(copies, 1, 1, 1), timestep.repeat(copies), text)
         if negative is None:
             return noise
@@ -156,7 +156,7 @@ def predictor(
 
 @contextmanager
 def sampling(run: runtime.Run, policy: torch.nn.Module) -> Iterator[None]:
-    """Inside, the policy draws pictures: without dropout, its weights cast once for all steps and forgotten at the end."""
+    """Inside, the policy draws pictures: no dropout, and autocast casts its weights once for all steps, until the end."""
     with evaluating(policy), run.accelerator.autocast():
         yield
 
@@ -200,20 +200,20 @@ def main(args: argparse.Namespace) -> None:
     negative = texts.condition([""]) if args.guidance_scale > 1 else None
     data = inputs.prepare_pretraining(run, args, sd15)
 
-    # Model: the VAE in fp32, whose gradient is worth something
+    # Model: the VAE in fp32, for the precision of its gradient
     model = unet.load(run, args)
     policy = model.unet
     options = dict(revision=args.revision, variant=args.variant, device=run.device)
     model.vae = sd15.load(args.pretrained_model_name_or_path, **options, parts=("vae",)).vae
     if args.gradient_checkpointing:
-        model.vae.enable_gradient_checkpointing()  # decoding one picture of 512 px with a gradient keeps 6 GB otherwise
+        model.vae.enable_gradient_checkpointing()  # otherwise decoding one picture of 512 px saves 6 GB for backward
     alphas_cumprod = model.alphas_cumprod.to(run.device)  # (1000,)
     steps = sd15_rollout.schedule(alphas_cumprod, args.num_inference_steps, args.eta)
     if note := sd15_rollout.few_steps(alphas_cumprod, args.num_inference_steps):
         run.print(note)
     latent_shape = (sd15.LATENT_CHANNELS, args.resolution // sd15.VAE_SCALE, args.resolution // sd15.VAE_SCALE)
 
-    # Optimizer; the policy itself stays unwrapped, since a step passes through it many times: gradients are averaged below
+    # Optimizer; the policy is not wrapped for several processes, since a step runs it many times: gradients are averaged below
     weights = unet.parameters(policy, args)
     optimizer, schedule = unet.optimizer(weights, run, args, sampler.samples_per_epoch)
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be known about the adapter, the optimizer, the upload and the checkpoint before anything is loaded."""
+    """Raises ValueError for an adapter, optimizer, upload or checkpoint that cannot work, before anything is loaded."""
     lora.check_export(args.export_format, args.use_dora)
     if args.init_lora:
         lora.check_init(args.init_lora, rank=args.rank, alpha=args.lora_alpha, use_dora=args.use_dora)
@@ -89,7 +89,7 @@ def add_lora(transformer: torch.nn.Module, args: argparse.Namespace) -> None:
 
 
 def save_weights(transformer: torch.nn.Module, folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
-    """Write the LoRA to `folder`; with a moving average this is what goes there, and the weights as trained to `folder`/raw."""
+    """Write the LoRA to `folder`; with a moving average, the average goes there and the trained weights to `folder`/raw."""
     ema.save(folder, average, lambda place: lora.save(transformer, place, export_format))
 
 
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
     schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
                               cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
-    # network: the transformer, wrapped for several processes; call it where a gradient is wanted
+    # network: the transformer, wrapped for several processes; call it for forward passes with gradient
     network, optimizer = run.accelerator.prepare(transformer, optimizer)
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
             # 1. data; encode draws the latents from the VAE's posterior, by (seed, step)
             batch = next(batches)
             x0, condition = data.encode(batch, args.seed, step)  # (b, 16, h, w), (b, L, D)
-            # 2. noise; positions: places in the global batch, with seed and step the key of every random number (src/seeds.py)
+            # 2. noise; positions in the global batch, with seed and step, are the key of every random number (src/seeds.py)
             # twin: noise
             noise = seeds.normal(args.seed, step, batch.positions, "noise", x0.shape[1:], run.device)  # (b, 16, h, w)
             u = seeds.uniform(args.seed, step, batch.positions, "sigma", run.device)  # (b,)

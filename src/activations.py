@@ -1,7 +1,7 @@
-"""What a forward pass keeps for the backward one, of any model: counted in a pass as on a GPU, over tensors that have no memory.
+"""Bytes that a forward pass of any model saves for the backward pass: counted in a pass on fake CUDA tensors, which have no memory.
 
-`src/memory.py` has the same for SD3's transformer by arithmetic, compiled blocks included. Here neither what torch.compile saves nor the
-workspace of kernels is counted.
+`src/memory.py` computes the same for SD3's transformer by arithmetic, compiled blocks included. Not counted here: tensors that compiled
+code saves, and the workspace of kernels.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Kept:
     """Bytes.
 
     Attributes:
-        total: of all that the graph keeps, weights aside; of units that are computed again their inputs alone.
-        again: the most that one such unit keeps while its own backward pass runs; 0 if there is none.
-        copies: in 16 bits, of weights in such units, made by autocast: still there when the forward pass ends, but not kept.
-        largest: one tensor of these; the backward pass holds about as much for a moment.
+        total: saved for the backward pass, without the weights; of recomputed units only the inputs.
+        again: the most that one recomputed unit saves besides, while its own backward pass runs; 0 without such units.
+        copies: autocast's 16-bit copies of weights in recomputed units: in its cache when the forward pass ends, but not saved.
+        largest: the largest saved tensor; the backward pass briefly holds about as much besides.
     """
 
     total: int
@@ -46,10 +46,10 @@ def count(
     """Run `forward` on a copy of the model.
 
     Args:
-        model: on the meta device, in the mode and with the dtypes in which it is trained; what is trained needs a gradient.
-        forward: takes the copy, makes its inputs on torch's default device, and returns what the backward pass starts from.
+        model: on the meta device, in the mode and with the dtypes of training; trained parameters have requires_grad.
+        forward: takes the copy, makes its inputs on torch's default device, and returns the tensor that the backward pass starts from.
         autocast: 16-bit dtype; None: none.
-        units: of the copy: modules that gradient checkpointing computes again in the backward pass.
+        units: gives the copy's modules that gradient checkpointing recomputes in the backward pass.
     """
     with _without_memory(model) as model, _FusedAttention(), _autocast(autocast):
         again = units(model)
@@ -58,7 +58,7 @@ def count(
             forward(model)
     outside, inside = book.sizes()
     weights = [weight for unit in again for weight in unit.parameters() if autocast]
-    converted = [w for w in weights if w.requires_grad and w.ndim > 1 and w.dtype != autocast]  # autocast remembers no others
+    converted = [w for w in weights if w.requires_grad and w.ndim > 1 and w.dtype != autocast]  # autocast caches only these
     return Kept(
         total=sum(outside), again=max(map(sum, inside), default=0), copies=sum(2 * weight.numel() for weight in converted),
         largest=max(chain(outside, *inside), default=0),
@@ -66,7 +66,7 @@ def count(
 
 
 def live(model: nn.Module, forward: Callable[[Any], Any]) -> int:
-    """Run `forward` on a copy of the model without gradient: the most bytes that its tensors hold at once, weights aside.
+    """Peak bytes of the tensors that `forward` makes on a copy of the model, run without gradient; weights are not counted.
 
     Args:
         model, forward: as for `count`.
@@ -78,7 +78,7 @@ def live(model: nn.Module, forward: Callable[[Any], Any]) -> int:
 
 @contextlib.contextmanager
 def _without_memory(model: nn.Module) -> Iterator[nn.Module]:
-    """A copy of the model, as on a GPU, whose tensors have sizes alone; so do those that are made meanwhile."""
+    """Yields a copy of the model on a fake GPU: its tensors, and those made inside, have sizes but no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = copy.deepcopy(model)
@@ -93,7 +93,7 @@ def _without_memory(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the storages that operations make, from then on until nothing refers to them."""
+    """Counts the bytes of each storage from the operation that makes it until nothing refers to it."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ class _Live(TorchDispatchMode):
 
 
 class _Book:
-    """The storages that the graph keeps, by address: outside of all units, and in each of them."""
+    """The storages saved for the backward pass, by address: outside of all units, and inside each of them."""
 
     def __init__(self, model: nn.Module, units: Sequence[nn.Module]):
         self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -136,7 +136,7 @@ class _Book:
         return tensor
 
     def sizes(self) -> tuple[list[int], list[list[int]]]:
-        """Bytes of each, outside; and of each that a unit keeps besides, by unit."""
+        """Bytes of each storage saved outside the units; and for each unit, of those that it saves besides."""
         outside, *units = self._kept.values()
         return list(map(_bytes, outside.values())), [[_bytes(unit[key]) for key in unit.keys() - outside.keys()] for unit in units]
 
@@ -155,8 +155,8 @@ def _bytes(tensor: Tensor) -> int:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """The kernel that a GPU takes, in autocast's dtype: it keeps its inputs and its result. The one that torch chooses for tensors without
-    memory would keep every product."""
+    """Attention by a GPU's fused kernel, in autocast's dtype, which saves only its inputs and its result. For tensors without memory torch
+    would choose a kernel that saves every product."""
 
     def __torch_function__(self, function: Any, types: Any, given: tuple = (), named: dict[str, Any] | None = None) -> Any:
         named = named or {}
@@ -170,7 +170,7 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """What torch.autocast("cuda") does, which does nothing on a machine without a GPU."""
+    """As torch.autocast("cuda"), but also on a machine without a GPU, where that has no effect."""
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", dtype is not None)
     torch.set_autocast_dtype("cuda", dtype or before[1])

@@ -12,7 +12,7 @@ from pathlib import Path
 from src import ema, full, lora, metrics, runtime
 from src.errors import first_line
 
-# What the Hub keeps of a run: not the checkpoints, which are for resuming. A `*` matches slashes too.
+# Not uploaded to the Hub: checkpoints serve only to resume. A `*` matches slashes too.
 NOT_UPLOADED = ["checkpoint-*", "logs/*", "*.tmp"]
 
 SD35 = "stabilityai/stable-diffusion-3.5-"
@@ -37,7 +37,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel
 transformer = SD3Transformer2DModel.from_pretrained({where!r}, subfolder="transformer", torch_dtype=torch.bfloat16)
 pipeline = DiffusionPipeline.from_pretrained({base!r}, transformer=transformer, torch_dtype=torch.bfloat16)
 image = pipeline({prompt!r}{drawn}).images[0]"""
-# What a reader asks first; a run that has no such flag, or has it unset or off, leaves it out. The rest is in args.json.
+# The most important settings; the card omits those that the run does not have, or has unset or off. The rest is in args.json.
 SETTINGS = (
     "resolution", "rank", "lora_alpha", "weights_dtype", "quantize_base", "optimizer", "learning_rate", "lr_scheduler", "train_batch_size",
     "gradient_accumulation_steps", "timestep_density", "prior_loss_weight", "beta_dpo", "loss_type", "loss", "method", "scorer", "prompts",
@@ -46,7 +46,7 @@ SETTINGS = (
     "mixed_precision",
 )  # fmt: skip
 
-_HF = Path(sys.executable).with_name("hf")  # beside the Python that runs: who calls a wrapper has not activated its environment
+_HF = Path(sys.executable).with_name("hf")  # beside this Python: users of the wrappers need not activate its environment
 _HF = _HF if _HF.exists() else "hf"
 
 
@@ -69,9 +69,9 @@ def write(
     """Write README.md, remove results of an earlier run that this one did not replace, and upload the folder with --push_to_hub.
 
     Args:
-        kind: what was trained, in words; the example loads a LoRA if they end so, a transformer alone, or a whole pipeline.
+        kind: what was trained, in words; the example loads a LoRA ("... LoRA"), a "Fine-tuned transformer", or else a pipeline.
         prompt: one that suits the data, for the example.
-        images: number of training pictures of --dataset_name; or trained_on: what else training saw, and for how long.
+        images: number of training pictures of --dataset_name. trained_on: instead, what training used, and for how long, in words.
 
     Raises:
         SystemExit: the upload failed; everything is on disk, and the message says how to go on.
@@ -83,7 +83,7 @@ def write(
     readme = folder / "README.md"
     remove_stale(args)
     trained_on = trained_on or f"{images} pictures of `{getattr(args, 'dataset_name', '')}`, {args.max_train_steps} optimizer steps"
-    if run.world > 1:  # args.json says what each of them did
+    if run.world > 1:  # args.json has the batch size of each process
         trained_on += f", on {run.world} processes"
     readme.write_text(text(args, kind=kind, trained_on=trained_on, prompt=prompt, where=where), encoding="utf-8")
     if not args.push_to_hub:
@@ -103,15 +103,15 @@ def write(
     run.print(f"uploaded to {repository}")
 
 
-# What a run writes in a second form: these files, in a folder of its own or in one for each part that is trained whole.
+# Weights in a second form (raw/, merged_...): these files, directly in that folder, or in one folder per part if all weights are trained.
 WEIGHT_FILES = (lora.WEIGHTS_NAME, lora.KOHYA_NAME, full.WEIGHTS_NAME, "model.safetensors", "config.json")
 WEIGHT_FOLDERS = ("transformer", "unet", *lora.TEXT_PARTS)
 
 
 def remove_stale(args: argparse.Namespace) -> None:
-    """Delete what an earlier run left in --output_dir in a second form that this run does not write: it would pass for its result.
+    """Delete an earlier run's weights in --output_dir in forms that this run does not write: they would pass for its result.
 
-    That is kohya's file, the weights beside an average, and merged ones. Files of other names are not ours, and stay with their folder.
+    These are kohya's file, raw weights beside an average, and merged weights. Other files are not ours, and stay with their folder.
     """
     folder, merged = Path(args.output_dir), vars(args).get("export_merged", False)
     if vars(args).get("export_format") != "kohya":
@@ -167,11 +167,11 @@ name of the program or of its wrapper repeats the run.{command}
 
 
 def as_evaluated(args: argparse.Namespace) -> str:
-    """More arguments of the example, in a run on a reward: the pipeline's own guidance and size are not what was learned to please."""
+    """Arguments that the example adds after training on a reward: size, steps and guidance of the evaluation, not the pipeline's own."""
     guidance, steps = getattr(args, "eval_guidance_scale", None), getattr(args, "eval_num_inference_steps", None)
     if guidance is None:
         return ""
-    size, against = getattr(args, "resolution", None), getattr(args, "negative_prompt", "")  # which ReFL has not
+    size, against = getattr(args, "resolution", None), getattr(args, "negative_prompt", "")  # ReFL has no negative prompt
     negative = f", negative_prompt={against!r}" if against and guidance > 1 else ""
     return f", height={size}, width={size}, num_inference_steps={steps}, guidance_scale={guidance}{negative}"
 
@@ -184,7 +184,7 @@ def settings(args: argparse.Namespace) -> str:
 
 
 def licence(base: str) -> str:
-    """What applies to weights that were trained from this base model."""
+    """The licence of weights that were trained from this base model."""
     if base.startswith(SD35):
         return f"Stability AI Community License, that of the base model: https://huggingface.co/{base}/blob/main/LICENSE.md"
     if base in OPENRAIL.values():
@@ -195,7 +195,7 @@ def licence(base: str) -> str:
 
 
 def hub_name(path: str) -> str:
-    """The Hub id of a base model, where it can be known: scripts/download.sh keeps the name of the repository."""
+    """The Hub id of a base model if the folder's name tells (scripts/download.sh keeps the repository's name), else `path`."""
     name = Path(path).name
     if name in OPENRAIL:
         return OPENRAIL[name]
@@ -209,7 +209,7 @@ def front_matter(args: argparse.Namespace, kind: str) -> str:
 
     base, folder = hub_name(args.pretrained_model_name_or_path), Path(args.output_dir)
     fields: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a folder on this machine means nothing there
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a folder on this machine means nothing on the Hub
         fields |= {"base_model": base, "base_model_relation": "adapter" if kind.endswith("LoRA") else "finetune"}
     if base.startswith(SD35):
         fields |= {"license": "other", "license_name": "stabilityai-ai-community",

@@ -2,7 +2,7 @@
 
 output_dir/checkpoint-STEP holds `state.pt` (a dictionary of the parts' states, readable with `torch.load(weights_only=True)`),
 the run's `args.json` and whatever `write_weights` adds for other programs. It is written as `checkpoint-STEP.tmp`, flushed to the
-disk and renamed: a run killed at any moment leaves the previous checkpoint whole.
+disk and renamed: a run killed at any moment leaves the previous checkpoint intact.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def saved_args(folder: Path) -> dict[str, Any]:
 def check_resume(
     spec: str | None, output_dir: Path, max_train_steps: int | None = None, *, num_epochs: int | None = None, updates: int = 1
 ) -> None:
-    """Refuses to resume from what is no checkpoint or lies past the end of the run, and to mix two runs in one folder.
+    """Refuses to resume from a folder that is no checkpoint or is past the end of the run, and to mix two runs in one folder.
 
     Args:
-        max_train_steps: where the run ends; or num_epochs, of so many `updates` each. None: nowhere.
+        max_train_steps: last step of the run; or num_epochs: its last epoch, each of `updates` steps. None: no end.
 
     Raises:
         ValueError: --resume_from_checkpoint names no checkpoint, or one past the end, or output_dir holds checkpoints that this run would
@@ -96,7 +96,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _no_checksums() -> Iterator[None]:
-    """Inside, torch.save computes none, a third of its time, which nobody would read: what is not whole is never renamed."""
+    """Inside, torch.save computes no checksums, a third of its time. They are not needed: an incomplete file is never renamed."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -106,7 +106,7 @@ def _no_checksums() -> Iterator[None]:
 
 
 def _remove(folder: Path) -> None:
-    """Deletes a checkpoint so that a kill in between leaves no half of it under a checkpoint's name."""
+    """Deletes a checkpoint; a kill in between leaves no partial one under a checkpoint's name."""
     doomed = folder if folder.suffix == ".tmp" else folder.with_name(folder.name + ".old.tmp")
     if doomed != folder:
         os.replace(folder, doomed)
@@ -114,14 +114,14 @@ def _remove(folder: Path) -> None:
 
 
 def _write_failures() -> tuple[type[BaseException], ...]:
-    """What writing to a full or read-only disk raises."""
+    """Exceptions raised when writing to a full or read-only disk."""
     from safetensors import SafetensorError
 
     return OSError, SafetensorError
 
 
 def _difference(saved: dict, here: dict) -> str | None:
-    """What keeps one flat dictionary of tensors from being loaded into another, or None."""
+    """Why a flat dictionary of tensors, `saved`, cannot be loaded into another, `here`; None if no reason is found."""
     if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in (*saved.values(), *here.values())):
         return None  # nested or scalar: the part's own load_state_dict has to judge
     missing, extra = sorted(here.keys() - saved.keys()), sorted(saved.keys() - here.keys())
@@ -146,9 +146,9 @@ class Checkpointer:
     """Saves and restores `parts`, each an object with `state_dict` and `load_state_dict` of tensors, numbers and texts.
 
     A part that also has `write_files(folder, state)` and `read_files(folder) -> state` is kept in files of its own, not in state.pt.
-    The time that saving takes does not count for the speed that a part "log" (metrics.Log) writes.
-    Put the weights first: they are checked before an optimizer that would accept anything. The GradScaler of fp16 is added by
-    itself. In a training step, save last: after the metrics and the validation of that step are on the disk.
+    The speed that a part "log" (metrics.Log) writes does not include the time of saving.
+    Put the weights first: they are then checked before the optimizer, which would accept any state. fp16's GradScaler is added
+    automatically. In a training step, save last: after the metrics and the validation of that step are on the disk.
 
     Args:
         every: optimizer steps between checkpoints.
@@ -188,25 +188,25 @@ class Checkpointer:
         if step == self.saved:
             return
         with getattr(self.parts.get("log"), "untimed", contextlib.nullcontext)():
-            # everywhere: a part may need its peers
+            # on every process: sharded parts are gathered by all of them
             state = {name: sharding.gathered(part.state_dict(), keep=self.run.is_main) for name, part in self.parts.items()}
             failure = None
             if self.run.is_main:
                 failure = self._try_write(step, state)
-            failure = self.run.broadcast(failure)  # also the wait of the others
+            failure = self.run.broadcast(failure)  # the other processes wait here
         if failure:
             raise SystemExit(failure)
         self.saved = step
 
     def hold(self, step: int, copy: bool = True) -> None:
-        """Remembers all parts as they are, copied to the CPU: what `save_held` goes back to. Every process calls it.
+        """Holds the present state of all parts, copied to the CPU, for `save_held` to restore. Every process calls it.
 
-        For loops whose every state is not worth saving: reinforcement learning can only continue from the end of an epoch.
+        For loops that cannot resume at every step: reinforcement learning continues only from the end of an epoch.
 
         Args:
-            copy: False where the state is too large for that, and the loop calls `save_held` only while it has not changed.
+            copy: False if the state is too large to copy; then call `save_held` only while nothing has changed.
         """
-        self._held = None  # first, or the last copy would be in memory beside the next
+        self._held = None  # first, so that the old and the new copy are never both in memory
         state = {name: part.state_dict() for name, part in self.parts.items()}
         self._held = (step, _copied(sharding.gathered(state)) if copy else None)
 
@@ -220,7 +220,7 @@ class Checkpointer:
         return step
 
     def _try_write(self, step: int, state: dict) -> str | None:
-        """Writes, renames, rotates; returns what to tell the user if the disk refused."""
+        """Writes, renames, rotates; if the disk refused, returns the message for the user."""
         output_dir = self.run.output_dir
         folder = output_dir / f"checkpoint-{step}"
         temporary = folder.with_name(folder.name + ".tmp")
@@ -250,7 +250,7 @@ class Checkpointer:
         folder.mkdir()
         for name, part in self._with_files().items():
             part.write_files(folder, state.pop(name))
-        with open(folder / "state.pt", "wb") as file, _no_checksums():  # a Python file: a full disk is then an OSError with its reason
+        with open(folder / "state.pt", "wb") as file, _no_checksums():  # a Python file: a full disk then raises OSError with its reason
             torch.save(state, file)
         shutil.copyfile(self.run.output_dir / "args.json", folder / "args.json")
         if self.write_weights is not None:
@@ -268,7 +268,7 @@ class Checkpointer:
     def resume(self, spec: str | Path | None) -> int:
         """Loads every part from `latest` or a folder; returns the step to continue after, 0 for a fresh start.
 
-        From here on SIGTERM and Ctrl-C wait for the loop, which saves: call it right before.
+        From here on SIGTERM and Ctrl-C only set a flag, on which the training loop saves and stops: call this right before the loop.
 
         Raises:
             ValueError: the checkpoint does not fit the flags of this run; says which part and which flags differ.
@@ -303,7 +303,7 @@ class Checkpointer:
         return step
 
     def _load(self, state: dict[str, Any]) -> None:
-        """Hands the parts their states, spread as the parts are."""
+        """Loads the state of each part, sharded as the part is."""
         for name, value in state.items():
             part = self.parts[name]
             part.load_state_dict(sharding.placed_state(value, part) if hasattr(part, "param_groups") else value)
@@ -312,7 +312,7 @@ class Checkpointer:
         return {name: part for name, part in self.parts.items() if hasattr(part, "write_files")}
 
     def _kinds(self) -> dict[str, str]:
-        """Class of each optimizer: torch loads the state of any other one and fails steps later."""
+        """Class of each optimizer: torch would load another optimizer's state, and fail steps later."""
         optimizers = {name: part for name, part in self.parts.items() if hasattr(part, "param_groups")}
         bare = {name: getattr(part, "optimizer", part) for name, part in optimizers.items()}  # inside accelerate's wrapper
         return {name: getattr(optimizer, "kind", type(optimizer).__name__) for name, optimizer in bare.items()}
@@ -324,7 +324,7 @@ class Checkpointer:
 
 
 def changed_flags(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`--rank 4 -> 8` for each flag that differs, but for those that say where from and whether to resume."""
+    """`--rank 4 -> 8` for each flag that differs, except --resume_from_checkpoint, --output_dir and --dry_run."""
     ignored = {"resume_from_checkpoint", "output_dir", "dry_run"}
     names = [name for name in (*before, *(n for n in now if n not in before)) if name not in ignored]
     return [f"--{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]

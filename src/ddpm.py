@@ -1,7 +1,7 @@
 """Noise-prediction diffusion as in Stable Diffusion 1.x, 2.x and XL: add noise, recover x0, DDIM steps.
 
 x_t = sqrt(a) x0 + sqrt(1 - a) noise, where a = alpha_bar(t) falls from nearly 1 (t = 0, the picture) to nearly 0 (t = 999, noise).
-Every function takes `alpha`, the value of alpha_bar for each sample: `alphas_cumprod(...)[timesteps]`. All in fp32, whatever comes in.
+Every function takes `alpha`, the value of alpha_bar for each sample: `alphas_cumprod(...)[timesteps]`. Computed in fp32; fp64 stays fp64.
 
 Source: Ho et al., DDPM, arXiv 2006.11239; Song et al., DDIM, arXiv 2010.02502.
 """
@@ -39,7 +39,7 @@ def inference_timesteps(num_inference_steps: int) -> list[int]:
 
 
 def _per_sample(alpha: Tensor, like: Tensor) -> Tensor:
-    """(b,) -> (b, 1, ..., 1) on the device of `like` (b, ...); fp32, or fp64 where that comes in."""
+    """(b,) -> (b, 1, ..., 1) on the device of `like` (b, ...); fp32, or fp64 if alpha is fp64."""
     alpha = alpha if alpha.dtype == torch.float64 else alpha.float()
     return alpha.to(like.device).view(-1, *[1] * (like.ndim - 1))
 
@@ -87,7 +87,7 @@ class Step:
         return self.mean + _per_sample(self.std, self.mean) * _float(noise)
 
     def log_prob(self, sample: Tensor) -> Tensor:
-        """Log-density of `sample` (b, ...), in nats, summed over its numbers: (b,). Needs eta > 0.
+        """Log-density of `sample` (b, ...), in nats, summed over its elements: (b,). Needs eta > 0.
 
         Raises:
             ValueError: a deterministic step has none.
@@ -103,8 +103,8 @@ def ddim_step(x_t: Tensor, eps: Tensor, alpha: Tensor, alpha_next: Tensor, *, et
     """From x_t towards the picture, to the noise level of `alpha_next`. Source: DDIM, eq. 12 and 16.
 
     Args:
-        x_t, eps: latents and the noise predicted in them, (b, ...); alpha, alpha_next: (b,), the next one is larger.
-        eta: 0: deterministic; 1: as much fresh noise as in DDPM, whose step on the same timesteps this then is.
+        x_t, eps: latents and the noise predicted in them, (b, ...); alpha, alpha_next: (b,), alpha_next is larger.
+        eta: 0: deterministic; 1: as much fresh noise as in DDPM: the step is then DDPM's on the same timesteps.
     """
     x0 = x0_from_eps(x_t, eps, alpha)
     a, a_next = (_per_sample(value, x_t) for value in (alpha, alpha_next))

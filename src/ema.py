@@ -11,14 +11,14 @@ from torch.nn import Parameter
 
 from src.sharding import placed, sharded
 
-RAW = "raw"  # folder of the weights as they were trained, beside their average
+RAW = "raw"  # folder of the trained weights, beside their average
 
 
 @contextmanager
 def swapped(parameters: list[Parameter], values: list[torch.Tensor]) -> Iterator[None]:
     """Inside, the parameters hold these values; afterwards exactly the bits they held before, also after an error.
 
-    In place: no graph that still has to run backward may hang on the parameters.
+    In place: no autograd graph that still has to run backward may depend on the parameters.
     """
     with torch.no_grad():
         held = [p.detach().to(value.device, copy=True) for value, p in zip(values, parameters, strict=True)]
@@ -34,17 +34,17 @@ def _fill(parameters: list[Parameter], values: list[torch.Tensor]) -> None:
     if not any(map(sharded, parameters)):
         torch._foreach_copy_(parameters, values)  # one kernel for hundreds of adapters
         return
-    for parameter, value in zip(parameters, values, strict=True):  # foreach knows no sharded tensors
+    for parameter, value in zip(parameters, values, strict=True):  # foreach does not support sharded tensors
         parameter.copy_(value)
 
 
 def applied(average: Ema | None) -> AbstractContextManager[None]:
-    """Inside, the model holds the average, if there is one: what is validated, evaluated, and left as the result."""
+    """Inside, the model holds the average, if there is one: the weights to validate, evaluate, and save as the result."""
     return average.applied() if average else nullcontext()
 
 
 def save(folder: Path, average: Ema | None, write: Callable[[Path], None]) -> None:
-    """`write(folder)`, of the average if there is one; then the weights as they were trained go to `folder`/raw besides."""
+    """Call `write(folder)`, with the average in the model if there is one, and then also `write(folder/raw)` with the trained weights."""
     with applied(average):
         write(folder)
     if average:
@@ -83,7 +83,7 @@ class Ema:
         return swapped(self.parameters, self.average)
 
     def state_dict(self) -> dict:
-        """Number of updates and the average, in the order of the parameters; not copied: beside a whole model there may be no room."""
+        """Number of updates and the average, in the order of the parameters; not copied: a full model may leave no room."""
         return {"updates": self.updates, "average": list(self.average)}
 
     def load_state_dict(self, state: dict) -> None:

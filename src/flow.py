@@ -1,7 +1,7 @@
 """Rectified flow: the straight path from data to noise, what to predict on it, and how often to visit each noise level.
 
 x_t = (1 - sigma) * x0 + sigma * noise, so sigma 0 is the picture and sigma 1 is noise; the velocity d x_t / d sigma = noise - x0.
-Everything is computed in fp32 (sigma in fp64 until it is done): bf16 has 8 bits, too few to tell timestep 711 from 712.
+Everything is computed in fp32 (sigma in fp64, rounded to fp32 at the end): bf16 has 8 bits, too few to tell timestep 711 from 712.
 
 Source: Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", arXiv 2403.03206 ("the paper").
 """
@@ -46,7 +46,7 @@ def velocity_loss(prediction: Tensor, target: Tensor, mask: Tensor | None = None
     """Mean squared error of each sample, (b,) float32: mean over channels, height and width, weight 1 at every sigma.
 
     Args:
-        mask: (b, 1, h, w) of at least 0: weights of the mean. Divided by their sum, so a small mask gives no smaller a loss.
+        mask: (b, 1, h, w), at least 0: weights of the mean, divided by their sum, so that a small mask does not make the loss smaller.
     """
     error = (prediction.float() - target.float()).square()  # (b, c, h, w)
     if mask is None:
@@ -61,9 +61,9 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 
 def resolution_shift(shift: float, height: int, width: int, base_resolution: int) -> float:
-    """The shift of a height x width picture, if `shift` fits a square of `base_resolution` pixels: times sqrt(m / n), m and n pixel counts.
+    """The shift of a height x width picture, if `shift` fits a square of side `base_resolution`: times sqrt(m / n), m and n pixel counts.
 
-    A larger picture needs more noise to be destroyed as much. Shifts compose by multiplication. Source: paper, sec. 5.3.2.
+    A larger picture needs more noise to be destroyed equally. Shifts compose by multiplication. Source: paper, sec. 5.3.2.
     """
     return shift * math.sqrt(height * width) / base_resolution
 
@@ -80,10 +80,10 @@ def sigmas(
         mode          f(u) = 1 - u' - s (cos^2(pi u' / 2) - 1 + u'), u' = 1 - u; s = mode_scale, 1.29 is the paper's best   eq. 20
         cosmap        1 - 1 / (tan(pi u / 2) + 1), whose density is 2 / (pi - 2 pi t + 2 pi t^2)                           eq. 21
 
-    They are densities of the timestep with weight 1 in the loss, as in the paper, not weights over uniform timesteps.
+    Sigma is drawn from these densities and has weight 1 in the loss, as in the paper; they do not weight the loss of uniform timesteps.
 
     Raises:
-        ValueError: for a density or a parameter that is none, naming the flag.
+        ValueError: for an unknown density or a parameter out of range, naming the flag.
     """
     u = u.double()
     if density == "uniform":

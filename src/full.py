@@ -21,7 +21,7 @@ from src import hub, lora, sharding
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # what diffusers looks for in a transformer's folder
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by --weights_dtype
 _SMALL = ("*.json", "*.txt", "*.model")  # configurations and vocabularies of a part
-_VARIANTS = ("fp16", "bf16")  # that models are published in besides their plain files
+_VARIANTS = ("fp16", "bf16")  # in which models are published besides their plain files
 
 
 # --------------------------------------------------------------------------- which weights
@@ -42,7 +42,7 @@ def check_blocks(count: int | None, blocks: str | None, freeze_last: int) -> Non
 
 
 def check_output(output_dir: Path, source: str) -> None:
-    """Refuse to write the result over the base model; over that of somebody else `runtime.check` lets no run write.
+    """Refuse to write the result over the base model; `runtime.check` refuses to write over any other model that is not ours.
 
     Raises:
         ValueError: naming --output_dir.
@@ -52,16 +52,16 @@ def check_output(output_dir: Path, source: str) -> None:
 
 
 def select(transformer: nn.Module, *, blocks: str | None = None, freeze_last: int = 0) -> None:
-    """Make trainable what is to be trained, and freeze the rest.
+    """Make the chosen weights trainable, and freeze the rest.
 
-    Layers that never get a gradient stay frozen: the last block drops its text tokens, so nothing reads what they ask.
+    Layers that never get a gradient stay frozen: the last block drops its text tokens, so it does not use their queries.
 
     Args:
-        blocks: numbers and ranges of transformer blocks ("0-11,23"): these alone. None: everything, layers outside the blocks too.
+        blocks: numbers and ranges of transformer blocks ("0-11,23"): only these are trained. None: all layers, also outside the blocks.
         freeze_last: number of blocks at the end that stay frozen.
 
     Raises:
-        ValueError: what `check_blocks` refuses.
+        ValueError: as `check_blocks`.
     """
     count = len(transformer.transformer_blocks)
     check_blocks(count, blocks, freeze_last)
@@ -79,7 +79,7 @@ def select(transformer: nn.Module, *, blocks: str | None = None, freeze_last: in
 
 
 def parameters(module: nn.Module) -> list[nn.Parameter]:
-    """What is trained of a module, in its order."""
+    """The trainable parameters of a module, in its order."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
@@ -87,7 +87,7 @@ def parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 class State:
-    """Whole modules as a part of a checkpoint, in diffusers' files (`transformer/`, ...) instead of `state.pt`.
+    """All weights of modules as a part of a checkpoint, in diffusers' files (`transformer/`, ...) instead of `state.pt`.
 
     Args:
         modules: by the name of their folder in a pipeline, without any wrapper.
@@ -106,13 +106,13 @@ class State:
                 here[key].copy_(sharding.placed(tensor, here[key]))
 
     def write_files(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """One folder per module, from a `state_dict()` with whole tensors."""
+        """One folder per module, from a `state_dict()` with gathered tensors."""
         for name, module in self.modules.items():
             own = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
             _write(module, folder / name, own)
 
     def read_files(self, folder: Path) -> dict[str, Tensor]:
-        """What `write_files` wrote, as from `state_dict()`.
+        """The state that `write_files` wrote, with the keys of `state_dict()`.
 
         Raises:
             ValueError: the folder of a module is missing.
@@ -144,11 +144,11 @@ def _read(module: nn.Module, folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{folder.parent} holds no {folder.name}/; it was written by another program, or with other flags")
     if hasattr(module, "save_config"):
         return load_file(folder / WEIGHTS_NAME)
-    return type(module).from_pretrained(folder, dtype=module.dtype).state_dict()  # its files have other names than its tensors
+    return type(module).from_pretrained(folder, dtype=module.dtype).state_dict()  # in its files the tensors have other names
 
 
 def save(modules: dict[str, nn.Module], folder: Path, *, write: bool = True) -> None:
-    """Write modules as they are into `folder`/NAME, in their dtype; every process calls it if they are sharded, one has `write`."""
+    """Write modules into `folder`/NAME, in their dtype; if they are sharded, every process calls it, one of them with `write`."""
     part = State(modules)
     state = sharding.gathered(part.state_dict(), keep=write)
     if write:
@@ -161,16 +161,16 @@ def save(modules: dict[str, nn.Module], folder: Path, *, write: bool = True) -> 
 def complete_pipeline(
     source: str, folder: Path, *, trained: Collection[str], revision: str | None = None, variant: str | None = None
 ) -> None:
-    """Add to `folder` what the pipeline `source` has besides the `trained` parts: unchanged files, in their original precision.
+    """Add to `folder` all parts of the pipeline `source` but the `trained` ones: unchanged files, in their original precision.
 
-    Files are hard links where the file system allows them (no second copy of a 9.5 GB encoder), else copies. Those of a variant lose its
-    name, so that the result loads without --variant. Of a Hub id those are taken that `fetch` has brought here before the training.
+    Files are hard links where the file system allows them (no second copy of a 9.5 GB encoder), else copies. A variant's name is removed
+    from file names, so that the result loads without --variant. For a Hub id, `fetch` has downloaded the files before training.
 
     Args:
         source: local folder or Hub id of the base model.
 
     Raises:
-        SystemExit: what `fetch` refuses; the message says that the weights are saved, and how to go on.
+        SystemExit: `fetch` fails; the message says that the weights are saved, and how to go on.
     """
     base = _fetched(source, folder, trained=trained, revision=revision, variant=variant)
     for name in (part for part in _parts(base) if part not in trained):
@@ -182,7 +182,7 @@ def complete_pipeline(
 
 
 def _fetched(source: str, folder: Path, **options: Any) -> Path:
-    for cached in (True, False):  # False: the model has a new version since, which another program has begun to download
+    for cached in (True, False):  # False: another program has begun to download a newer version since
         try:
             return fetch(source, **options, cached=cached)
         except ValueError as error:
@@ -194,16 +194,16 @@ def _fetched(source: str, folder: Path, **options: Any) -> Path:
 
 
 def fetch(source: str, *, trained: Collection[str], revision: str | None = None, variant: str | None = None, cached: bool = False) -> Path:
-    """The base model's folder with all that `complete_pipeline` will add, which is downloaded if `source` is a Hub id.
+    """The base model's folder with all files that `complete_pipeline` will add; if `source` is a Hub id, they are downloaded.
 
-    To be called before a training: after it, a connection that is gone would cost the result. What a run loads is not all of it: no run
-    loads a safety checker, and one whose text cache is full loads no text encoder.
+    Call it before training: afterwards a lost connection would cost the result. Training itself does not load all of these files: never
+    a safety checker, and no text encoder if the text cache is full.
 
     Args:
-        cached: ask this machine's cache alone.
+        cached: use only this machine's cache.
 
     Raises:
-        ValueError: naming --pretrained_model_name_or_path, if a part cannot be had.
+        ValueError: naming --pretrained_model_name_or_path, if a part is not available.
     """
     base, flag = Path(source).expanduser(), f"--pretrained_model_name_or_path {source}"
     if base.is_dir():
@@ -239,18 +239,18 @@ def fetch(source: str, *, trained: Collection[str], revision: str | None = None,
 
 
 def _parts(base: Path) -> list[str]:
-    """The parts that model_index.json names, but for those that were left out."""
+    """The parts that model_index.json names, except those that it sets to null."""
     index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     return [name for name, kind in index.items() if isinstance(kind, list) and kind[1] is not None]
 
 
 def _as_variants(source: str, parts: Collection[str], *, revision: str | None, variant: str | None) -> list[tuple[str, str]]:
-    """(part, variant) of those whose weights the Hub has neither as this variant nor plain; none if it cannot be asked."""
+    """(part, variant) of each part whose weights the Hub has only as another variant; empty if the Hub cannot be reached."""
     from huggingface_hub import list_repo_files
 
     try:
         files = list_repo_files(source, revision=revision)
-    except hub.errors():  # then what the Hub has is not the question: the caller says what is lacking here
+    except hub.errors():  # the caller then only reports what is missing here
         return []
     found = []
     for part in parts:
@@ -262,9 +262,9 @@ def _as_variants(source: str, parts: Collection[str], *, revision: str | None, v
 
 
 def _weights_on_the_hub(variant: str | None) -> list[tuple[list[str], tuple[str, ...]]]:
-    """Names of weight files, best first, and what they must not match: as `_files` chooses, one kind is asked for where the last is not.
+    """Patterns of weight files to download and to ignore, best first, in the order of `_files`; each is for parts that lack those before.
 
-    Torch's own files by their first names alone: OpenVINO's end in .bin, too.
+    Files of torch's own format are matched by pytorch_model in their names: OpenVINO's end in .bin, too.
     """
     others = tuple(f"*.{name}{end}" for name in _VARIANTS for end in (".*", "-*"))
     kinds = []
@@ -276,14 +276,14 @@ def _weights_on_the_hub(variant: str | None) -> list[tuple[list[str], tuple[str,
 
 
 def _variant_of(name: str, variant: str | None) -> str | None:
-    """Which variant a file's name says: this one, another that is known, or None."""
+    """The variant in a file's name: `variant`, another known one, or None."""
     return next((one for one in (variant, *_VARIANTS) if one and f".{one}" in name), None)
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
-    """The files of one part that this variant uses: without it where the part does not have it; safetensors where there are any.
+    """The files of one part: safetensors if there are any, else .bin; of either those of this variant if there are any, else plain ones.
 
-    Of a folder on this machine that has nothing but another variant that one: the part would be missing in the result.
+    A local folder may have only another variant; its files are then used, or the part would be missing in the result.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     weights = [path for path in files if ".safetensors" in path.name or ".bin" in path.name]  # and the lists of their shards
@@ -297,16 +297,16 @@ def _files(folder: Path, variant: str | None) -> list[Path]:
 
 
 def _weights(folder: Path, variant: str | None) -> list[str]:
-    """Names of the weight files among `_files`, but for those of another variant."""
+    """Names of the weight files among `_files`, except those of another variant."""
     names = [path.name for path in _files(folder, variant) if path.suffix in (".safetensors", ".bin")]
     return [name for name in names if _variant_of(name, variant) in (variant, None)]
 
 
 def _is_whole(folder: Path, variant: str | None) -> bool:
-    """Whether a part in the Hub's cache is more than the small files that --dry_run reads of it, with every shard of its weights."""
+    """Whether a part in the Hub's cache is complete, with every shard of its weights: --dry_run downloads only some small files."""
     if not folder.is_dir():
         return False
-    if not (folder / "config.json").is_file():  # a scheduler or a preprocessor, one file each, or a tokenizer, which has a vocabulary
+    if not (folder / "config.json").is_file():  # a scheduler or preprocessor has one file, a tokenizer also a vocabulary
         return len(_files(folder, variant)) > (folder / "tokenizer_config.json").is_file()
     names = _weights(folder, variant)
     shards = [shard for name in names if (shard := re.search(r"-\d{5}-of-(\d{5})", name))]
@@ -319,7 +319,7 @@ def _without_variant(name: str, variant: str | None) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Weights become hard links; small files copies, which may be edited without changing the base model."""
+    """Weights become hard links. Small files become copies, so that editing them does not change the base model."""
     real = source.resolve()  # the Hub's cache holds symbolic links
     if source.suffix not in (".safetensors", ".bin"):
         shutil.copyfile(real, target)

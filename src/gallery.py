@@ -1,4 +1,4 @@
-"""What the demo leaves on disk: pictures that say how they were made and what they scored, and a sheet of them."""
+"""Files of the demo: pictures with their settings and scores inside, and a sheet of them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from PIL import Image
 
 from src import images
 
-PROMPTS, SEEDS, CELL = 24, 8, 512  # the sheet shows no more prompts, pictures of each, and pixels a side
+PROMPTS, SEEDS, CELL = 24, 8, 512  # limits of the sheet: prompts, seeds per prompt, pixels of a side
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw: its number, and what alone decides how it looks besides the settings."""
+    """One picture to draw: its number, and the prompt and seed, which with the settings determine it."""
 
     index: int
     prompt: str
@@ -44,12 +44,12 @@ def score_suffix(scores: Mapping[str, float]) -> str:
 
 
 def blacked_out(output: Any) -> list[bool]:
-    """For each picture of a pipeline's output whether the model's safety checker made it black; without a checker none was."""
+    """For each picture of a pipeline's output: whether the model's safety checker made it black; False without a checker."""
     return [bool(hit) for hit in getattr(output, "nsfw_content_detected", None) or [False] * len(output.images)]
 
 
 def safety_note(names: Sequence[str], count: int, *, scored: bool) -> str:
-    """One line on those of `count` pictures that were blacked out, by their files; scored: whether pictures are judged."""
+    """One line on the blacked-out pictures among `count`, with their file names; scored: whether pictures are judged."""
     listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     effect = ", which are not scored" if scored else ""
     return f"note: the model's safety checker blacked out {len(names)} of {count} picture(s){effect}: {listed}"
@@ -65,7 +65,7 @@ def parameters(prompt: str, seed: int, settings: Mapping[str, Any]) -> str:
 
 
 def save(picture: Image.Image, path: Path, prompt: str, seed: int, settings: Mapping[str, Any], scores: Mapping[str, float]) -> None:
-    """PNG with `prompt`, `seed`, `settings` (JSON), so that it can be made again, `scores` (JSON), and `parameters` for other programs."""
+    """PNG with `prompt`, `seed` and `settings` (JSON), which reproduce it, `scores` (JSON), and `parameters` for other programs."""
     texts = {"seed": str(seed), "settings": json.dumps(settings), "parameters": parameters(prompt, seed, settings)}
     if scores:
         texts["scores"] = json.dumps({name: value if math.isfinite(value) else None for name, value in scores.items()})
@@ -76,7 +76,7 @@ def sheet(
     cells: Mapping[tuple[str, int], tuple[Image.Image, Mapping[str, float]]], prompts: Sequence[str], columns: Sequence[str],
     seeds: Sequence[int],
 ) -> Image.Image:  # fmt: skip
-    """One row per prompt, the pictures of a seed beside each other, one of each column, and below each what it scored.
+    """One row per prompt; in it, seed by seed, one picture of each column, with its scores below.
 
     Args:
         cells: (column, number of the picture) -> picture and scores; picture n of prompt p has number p * len(seeds) + n.

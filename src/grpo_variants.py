@@ -1,4 +1,4 @@
-"""What may take the place of GRPO's clipped surrogate: GRPO-Guard's ratio, and DiffusionNFT's loss on the forward process.
+"""Alternatives to GRPO's clipped surrogate: GRPO-Guard's ratio, and DiffusionNFT's loss on the forward process.
 
 Shapes: b pictures, h w latent side. Everything here is pure; log-ratios are joint over the latent, in nats.
 """
@@ -11,12 +11,12 @@ from src import flow, transitions
 def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, step_std: Tensor, scale: float) -> Tensor:
     """GRPO-Guard's log-ratio, (b,) nats: scale times `log_ratio` without its drift, -|mean - old_mean|^2 / (2 step_std^2) of each sample.
 
-    The drift makes every ratio fall below 1 on average, most where step_std is small, so that the upper clip hardly ever binds. What is
-    left, scale / step_std (x' - old_mean) (mean - old_mean) / step_std, is linear in the change of the mean, and spread equally over
-    steps if `scale` is proportional to step_std.
+    The drift makes every ratio fall below 1 on average, most where step_std is small, so that the upper clip hardly ever binds. The
+    remainder, scale / step_std (x' - old_mean) (mean - old_mean) / step_std, is linear in the change of the mean, and spread equally
+    over steps if `scale` is proportional to step_std.
 
     Args:
-        log_ratio: (b,). mean, old_mean: (b, 16, h, w), by the policy of now and of sampling. step_std: (b, 1, 1, 1).
+        log_ratio: (b,). mean, old_mean: (b, 16, h, w), by the current and the sampling policy. step_std: (b, 1, 1, 1).
 
     Source: arXiv 2510.22319, section 4.1; the authors' code takes one drift for the whole batch.
     """
@@ -24,9 +24,9 @@ def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, step_st
 
 
 def guard_factors(step_std: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
-    """For each trainable step (n,): factor of its log-ratio, step_std over the mean, and of its loss, the mean of |dt| over |dt|.
+    """Two factors for each trainable step, (n,): step_std / mean(step_std) for its log-ratio, and mean(|dt|) / |dt| for its loss.
 
-    The paper has step_std and 1 / |dt|. Relative to their means, clip and learning rate keep their meaning for the average step.
+    The paper has step_std and 1 / |dt|. Relative to their means, they leave clip and learning rate unchanged for the average step.
     """
     dt = sigma - sigma_next
     return step_std / step_std.mean(), dt.mean() / dt
@@ -38,11 +38,11 @@ def nft_loss(
     """DiffusionNFT: pull the velocity towards good pictures, and its mirror image on the far side of old_velocity towards bad ones: (b,).
 
     Args:
-        velocity, old_velocity: (b, 16, h, w) at x_t, by this policy and by the one that follows it slowly and drew the pictures.
+        velocity, old_velocity: (b, 16, h, w) at x_t, by the current policy, and by its slow follower, which drew the pictures.
         x_t: x0 noised to sigma (b,). x0: (b, 16, h, w), the pictures' latents; advantage: (b,).
-        strength: the paper's beta, how far the two are apart. limit: an advantage of +-limit is wholly good or bad.
+        strength: the paper's beta, how far both lie from old_velocity. limit: an advantage of +-limit counts as fully good or bad.
 
-    Source: arXiv 2509.16117, eq. 5; each squared error over its own detached mean absolute error, as in the authors' code.
+    Source: arXiv 2509.16117, eq. 5; each squared error is divided by its own detached mean absolute error, as in the authors' code.
     """
 
     def error(candidate: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What went wrong between this machine and the Hugging Face Hub, in a few words, for errors that name the flag.
+"""Why a download from the Hugging Face Hub failed, in a few words, for error messages that name the flag.
 
 huggingface_hub is imported inside the functions.
 """
@@ -11,7 +11,7 @@ from src.errors import first_line
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """What a download may raise."""
+    """Exceptions that a download may raise."""
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
 
     # HTTPError: of huggingface_hub's HTTP library, where a connection breaks halfway; RuntimeError: of hf_xet, which moves large files
@@ -19,14 +19,14 @@ def errors() -> tuple[type[Exception], ...]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """It and what it was raised from, the last one first: transformers and datasets wrap what the Hub says in words of their own."""
+    """The error and those it was raised from, the latest first: transformers and datasets wrap the Hub's errors in their own."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether it, or what it was raised from, says that the Hub was not there to be asked."""
+    """Whether the error, or one it was raised from, means that the Hub could not be reached."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
     for one in _chain(error):
@@ -38,10 +38,9 @@ def unreachable(error: BaseException) -> bool:
 
 
 def _answer(error: BaseException) -> BaseException | None:
-    """The Hub's own words in it or in what it was raised from.
+    """The Hub's own error: `error`, or one it was raised from; None if there is none.
 
-    That a file is lacking counts in the error itself alone: who looks for a file under several names goes on, and what happens to the next
-    one has the first one's absence as its context.
+    A missing file counts only if `error` itself reports it: callers that try several file names see earlier misses as __context__.
     """
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
@@ -51,7 +50,7 @@ def _answer(error: BaseException) -> BaseException | None:
 
 
 def concerned(error: BaseException) -> bool:
-    """Whether the Hub is what went wrong, so that `reason` knows better than the library that raised it."""
+    """Whether the cause is the Hub: `reason` then explains the error better than the library that raised it."""
     return unreachable(error) or _answer(error) is not None
 
 
@@ -67,7 +66,7 @@ def reason(error: BaseException) -> str:
         return "there is no such repository, or it is private; look at the spelling, or run hf auth login"
     if isinstance(answer, RevisionNotFoundError):
         return "it has no such revision"
-    if unreachable(error):  # before the next: what the cache lacks is an EntryNotFoundError, too
+    if unreachable(error):  # before the next: LocalEntryNotFoundError is an EntryNotFoundError, too
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "is there a connection?"
         return f"the Hub could not be reached ({why}), and the cache on this machine lacks files of it"
     if isinstance(answer, EntryNotFoundError):

@@ -1,7 +1,7 @@
 """THE image contract: pictures travel as float tensors (b, 3, H, W) in [0, 1], and every file becomes RGB in one place.
 
 `open_rgb` reads any file that people have in their folders, `from_pil` and `to_pil` cross the border, `grid` shows the result, `save` and
-`prompt_of` write and read what a picture was to show.
+`prompt_of` write and read a picture's prompt.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-SOFTWARE = "dive-into-sd3"  # under PNG's own keyword for the writing program: others keep other things under "prompt"
+SOFTWARE = "dive-into-sd3"  # under PNG's keyword for the writing program: other programs also have a "prompt"
 _WHITE = (255, 255, 255)
 _INK = (40, 40, 40)
 _ORIENTATION = 0x0112  # EXIF tag
-# What Pillow's decoders raise on damaged bytes, one format or another; DecompressionBombError is a picture above 179 megapixels.
+# Exceptions of Pillow's decoders on damaged bytes, depending on the format; DecompressionBombError: above 179 megapixels.
 _DECODER_ERRORS = (
     OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
     struct.error, zlib.error, Image.DecompressionBombError,
@@ -63,7 +63,7 @@ def to_png(image: Image.Image) -> bytes:
 
 
 def save(image: Image.Image, path: Path, prompt: str, **texts: str) -> None:
-    """A PNG that carries its prompt, further texts by keyword, and the mark by which `prompt_of` knows it."""
+    """Write a PNG with its prompt, further texts by keyword, and the mark by which `prompt_of` recognises it."""
     info = PngInfo()
     for keyword, text in {"Software": SOFTWARE, "prompt": prompt, **texts}.items():
         info.add_itxt(keyword, text)
@@ -74,7 +74,7 @@ def prompt_of(path: Path) -> str:
     """The prompt in a picture that `save` wrote; empty for any other file, also for one that is no picture."""
     try:
         with Image.open(path) as picture:
-            ours = picture.info.get("Software") == SOFTWARE or "settings" in picture.info  # so older versions of the demo marked theirs
+            ours = picture.info.get("Software") == SOFTWARE or "settings" in picture.info  # "settings": older versions of the demo
             return str(picture.info.get("prompt", "")) if ours else ""
     except _DECODER_ERRORS:
         return ""
@@ -84,9 +84,9 @@ def prompt_of(path: Path) -> str:
 
 
 def open_rgb(source: Path | str | bytes | Image.Image, name: str | None = None) -> Image.Image:
-    """Decodes a picture wholly and returns it upright in RGB.
+    """Decodes a picture fully and returns it upright in RGB.
 
-    EXIF rotation is applied; transparency (alpha, palette or a transparent colour) lies on white; greyscale, palette, CMYK and
+    EXIF rotation is applied; transparency (alpha, palette or a transparent colour) is put on white; greyscale, palette, CMYK and
     1-bit pictures are converted; 16-bit greyscale is scaled to 8 bits, not clipped. Of an animation, the first frame.
     Colour profiles are not applied, so a CMYK picture gets plain, somewhat vivid colours.
 
@@ -98,19 +98,19 @@ def open_rgb(source: Path | str | bytes | Image.Image, name: str | None = None) 
         ValueError: naming the picture, if it is missing, broken, cut short, or in a form whose brightness range is unknown.
     """
     with _opened(source, name) as image:
-        image.load()  # all of it: a file that was cut short shows only here
+        image.load()  # decodes all of it: only this detects a file that was cut short
         return _upright_rgb(image)
 
 
 def open_mask(
     source: Path | str | bytes | Image.Image, name: str | None = None, *, opaque: bool = True
 ) -> tuple[Image.Image, bool]:  # fmt: skip
-    """How much of each pixel counts, upright, in mode L: 255 wholly, 0 not at all.
+    """Weight of each pixel, as an upright picture in mode L: 255 counts fully, 0 not at all.
 
-    The opacity of a picture with transparency, the brightness of any other one.
+    The weight is the opacity if the picture has transparency, else its brightness.
 
     Args:
-        opaque: whether one with an alpha channel that is opaque everywhere counts wholly, and not by its brightness.
+        opaque: whether a picture whose alpha channel is opaque everywhere counts fully, instead of by its brightness.
 
     Returns:
         The mask, and whether it is an opacity.
@@ -128,7 +128,7 @@ def open_mask(
 
 
 def measure(source: Path | str | bytes | Image.Image, name: str | None = None) -> tuple[int, int]:
-    """(width, height) of what `open_rgb` would give; refuses what it would refuse, in about a third of the time for a JPEG.
+    """(width, height) of the result of `open_rgb`; refuses the same files, in about a third of the time for a JPEG.
 
     Raises:
         ValueError: as `open_rgb`.
@@ -139,7 +139,7 @@ def measure(source: Path | str | bytes | Image.Image, name: str | None = None) -
         drafted = image.draft(None, (1, 1))  # JPEG only: reads all of the file but computes one pixel in 8 x 8
         image.load()
         upright = _upright_rgb(image)
-        if drafted is None:  # asked afterwards, because Pillow turns a TIFF itself when it loads, and has told its size before
+        if drafted is None:  # read only now: Pillow rotates a TIFF when it loads; before that, its size is the unrotated one
             return upright.size
         return (height, width) if turned else (width, height)
 
@@ -168,7 +168,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     kind, image = image.format, ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         return _high_bytes(image).convert("RGB")
-    if image.mode == "I":  # what older versions of Pillow make of a 16-bit PNG
+    if image.mode == "I":  # mode of a 16-bit PNG in older versions of Pillow
         if kind == "TIFF" or image.getextrema()[1] > 65535:
             raise ValueError("32-bit greyscale has no agreed white level; save it with 8 or 16 bits")
         return image.point(lambda value: value * (1 / 257) + 0.5).convert("L").convert("RGB")
@@ -207,8 +207,8 @@ def grid(
         columns: pictures per row.
         row_labels: one text per row, left of it; column_labels: one per column, above; labels: one per picture, below it.
             Texts are wrapped, and end in an ellipsis where they are still too long.
-        scale: whole-number enlargement, without smoothing; by default what makes a cell at least 128 px, so 2 for 64 px pictures.
-        largest: pixels a side, of the longer one, to which larger pictures are shrunk; None: they stay whole.
+        scale: whole-number enlargement, without smoothing; by default as needed for cells of at least 128 px, so 2 for 64 px pictures.
+        largest: pixels of the longer side, to which larger pictures are shrunk; None: not shrunk.
 
     Raises:
         ValueError: without pictures, or if the number of labels is not that of the rows, columns or pictures.
@@ -278,7 +278,7 @@ class _Text:
                 lines[-1:] = [joined]
                 continue
             lines.append(word)
-            while len(lines) <= most and not fits(lines[-1]):  # one word wider than the cell: break it where it leaves
+            while len(lines) <= most and not fits(lines[-1]):  # one word wider than the cell: break it at the edge
                 cut = next(n for n in range(1, len(lines[-1])) if not fits(lines[-1][: n + 1]))
                 lines[-1:] = [lines[-1][:cut], lines[-1][cut:]]
             if len(lines) > most:

@@ -1,4 +1,4 @@
-"""What a trainer feeds on, from its arguments: captioned pictures, preference pairs or prompts, with buckets, caches and batches.
+"""The inputs of a trainer, from its arguments: captioned pictures, preference pairs or prompts, with buckets, caches and batches.
 
 `family` is the module of the model: `pipelines.sd3`, or `pipelines.sd15` for Stable Diffusion 1.x, 2.x and XL.
 Encoders are loaded only when something is missing from a cache, and leave memory as soon as it is filled: T5-XXL alone is 9.5 GB.
@@ -26,9 +26,9 @@ from src.data import buckets, cache, captions, preferences, samples, sources
 from src.pipelines import common, sd3
 
 TEXT_FOLDERS = tuple(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
-MAX_HELD_OUT = 16  # pictures of the validation loss, if its number is not given: one in twenty, no more than these
+MAX_HELD_OUT = 16  # pictures for the validation loss by default: one in twenty, at most these
 MAX_HELD_OUT_PAIRS = 64  # likewise: an accuracy needs more samples than a loss
-SHARED = Path("/dev/shm")  # where workers put their batches; 64 MiB in a container, unless somebody says otherwise
+SHARED = Path("/dev/shm")  # where workers put their batches; 64 MiB in a container by default
 PREFETCHED = 2  # batches that a worker holds ready, torch's default
 
 
@@ -38,11 +38,11 @@ class Inputs:
 
     Attributes:
         family: module of the model's family.
-        model: what the run still needs besides the denoiser: the VAE, and the text encoders that no cache stands in for.
+        model: parts that the run needs besides the denoiser: the VAE, and text encoders that the text cache does not replace.
         training, held_out: samples to train on, and those kept for the validation loss (never flipped, caption never dropped).
         plan: which samples make up which optimizer step.
         sequence_length: tokens of SD3's T5, or of SD1.5's CLIP; the same in training and validation.
-        first_position: of a step's first sample; not 0 in a second data set of the run.
+        first_position: position of a step's first sample; above 0 in a second data set of the run.
     """
 
     run: runtime.Run
@@ -73,11 +73,11 @@ class Inputs:
     def encode(self, batch: samples.Batch, seed: int, step: int, *, train_text: bool = False) -> tuple[Tensor, sd3.Conditioning]:
         """A batch as the denoiser takes it: latents (b, C, h, w) drawn from the posterior and scaled, and the conditioning.
 
-        Of pairs (b, 2, C, h, w), the winner first. The draw depends on (seed, step, position) alone, so cached and encoded latents are
+        For pairs (b, 2, C, h, w), the winner first. The draw depends on (seed, step, position) alone, so cached and encoded latents are
         the same.
 
         Args:
-            train_text: let gradients flow into the text encoders; takes a run in which they are resident.
+            train_text: let gradients flow into the text encoders, which must be resident.
         """
         batch, family = batch.to(self.run.device), self.family
         mean, std = (batch.latent_mean, batch.latent_std) if batch.pixels is None else self._posterior(batch.pixels)
@@ -101,7 +101,7 @@ class Inputs:
         return self._by_residents(prompts, cached)
 
     def _by_residents(self, prompts: list[str], cached: sd3.Conditioning | None) -> sd3.Conditioning:
-        """What is cached, but for what resident encoders give: all of it, or CLIP's part where both are trained and T5 is frozen."""
+        """Conditioning by the resident text encoders, T5's tokens from `cached` if given; `cached` itself if none is resident."""
         if not self.model.text_encoders:
             return cached
         known = {} if cached is None else {"t5_tokens": cached.embeds[:, self.family.clip_length(self.model) :]}
@@ -109,9 +109,9 @@ class Inputs:
 
 
 class Identity:
-    """A part of a checkpoint: number and hash of a run's samples in their order. Loaded into a run of others it says so, in one line.
+    """A part of a checkpoint: number and hash of a run's samples in their order. A run resumed with other samples prints one line.
 
-    In a file of its own, which a checkpoint may lack.
+    Saved in a file of its own, which older checkpoints lack.
     """
 
     FILE = "data.json"
@@ -137,7 +137,7 @@ class Identity:
         (folder / self.FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def read_files(self, folder: Path) -> dict[str, int | str]:
-        """Empty for a checkpoint of a time when there was no such file."""
+        """Empty for an older checkpoint, without this file."""
         file = folder / self.FILE
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -157,7 +157,7 @@ def check(args: argparse.Namespace, family: ModuleType = sd3, *, captioned: bool
 
 
 def check_pairs(args: argparse.Namespace, family: ModuleType) -> None:
-    """As `check`, of a data set of preference pairs."""
+    """As `check`, for a data set of preference pairs."""
     _check_model(args, family)
     check_shared_memory(args, family, pictures=2)
     preferences.check_source(args.dataset_name, _columns(args))
@@ -170,12 +170,12 @@ def _check_model(args: argparse.Namespace, family: ModuleType) -> None:
 
 
 def check_shared_memory(args: argparse.Namespace, family: ModuleType, pictures: int = 1) -> None:
-    """Refuse workers whose batches do not fit into shared memory, which kills them, or leaves the run waiting, after the caches are filled.
+    """Refuse workers whose batches exceed shared memory: after the caches are filled, they would be killed, or the run would hang.
 
-    A Hub id passes, as nothing is downloaded yet, and so does a plan, which may be made on another machine.
+    A Hub id passes, since nothing is downloaded yet, and so does --dry_run, since the run may be meant for another machine.
 
     Args:
-        pictures: of a sample.
+        pictures: number of pictures in a sample.
 
     Raises:
         ValueError: naming --dataloader_num_workers and how many there may be.
@@ -206,7 +206,7 @@ def _columns(args: argparse.Namespace) -> preferences.Columns:
 
 
 def check_pretraining(args: argparse.Namespace, family: ModuleType) -> None:
-    """As `check`, of captioned pictures that may be left out: those of --pretrain_dataset_name."""
+    """As `check`, for the optional captioned pictures of --pretrain_dataset_name."""
     _check_model(args, family)
     if args.pretrain_dataset_name:
         check_shared_memory(args, family)
@@ -215,7 +215,7 @@ def check_pretraining(args: argparse.Namespace, family: ModuleType) -> None:
 
 
 def open_pretraining(args: argparse.Namespace) -> captions.CaptionedImages | None:
-    """The pictures of --pretrain_dataset_name, None without; raises as `open_images`."""
+    """The pictures of --pretrain_dataset_name, None without that flag; raises as `open_images`."""
     if args.pretrain_dataset_name is None:
         return None
     with sources.naming("--pretrain_dataset_name"):
@@ -223,7 +223,7 @@ def open_pretraining(args: argparse.Namespace) -> captions.CaptionedImages | Non
 
 
 def _dataset(args: argparse.Namespace) -> str:
-    """The captioned pictures: of --dataset_name, or in a script that can do without them of --pretrain_dataset_name."""
+    """Source of the captioned pictures: --dataset_name, or --pretrain_dataset_name in scripts where they are optional."""
     return getattr(args, "dataset_name", None) or getattr(args, "pretrain_dataset_name", None)
 
 
@@ -233,7 +233,7 @@ def open_images(
     """The pictures to train on, and those held out for the validation loss (None if there are none).
 
     Args:
-        default_prompt: of pictures without a caption (None: they cannot be used).
+        default_prompt: for pictures without a caption (None: these cannot be used).
 
     Raises:
         ValueError: the data set cannot be read, or nothing is left to train on.
@@ -267,7 +267,7 @@ def open_pairs(args: argparse.Namespace) -> tuple[preferences.PreferencePairs, p
     try:
         return pairs.hold_out(count)
     except ValueError as error:
-        if wanted is None:  # whole captions are held out: there may be one alone
+        if wanted is None:  # all pairs of a caption are held out together: there may be only one caption
             return pairs, None
         raise ValueError(f"--num_validation_pairs {count}: {error}; lower it") from error
 
@@ -285,10 +285,10 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3, *, flag: str = "--dataset_name") -> Inputs:
-    """Open the data set, which `flag` names, lay out the steps, fill the caches.
+    """Open the data set that `flag` names, lay out the steps, fill the caches.
 
     Raises:
-        SystemExit: what `open_images` refuses.
+        SystemExit: where `open_images` raises ValueError.
     """
 
     def opened() -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:
@@ -301,17 +301,17 @@ def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3
 
 
 def prepare_pretraining(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs | None:
-    """The same for the pictures of --pretrain_dataset_name, all of which are trained on; None without."""
+    """The same for the pictures of --pretrain_dataset_name, all of them trained on; None without that flag."""
     if args.pretrain_dataset_name is None:
         return None
     return prepare(run, args, family, flag="--pretrain_dataset_name")
 
 
 def prepare_pairs(run: runtime.Run, args: argparse.Namespace, family: ModuleType) -> Inputs:
-    """The same for preference pairs, whose pictures share a bucket: that of the winner's shape.
+    """The same for preference pairs; both pictures of a pair use the bucket of the winner's shape.
 
     Raises:
-        SystemExit: what `open_pairs` refuses.
+        SystemExit: where `open_pairs` raises ValueError.
     """
     train, held_out = run.require(lambda: open_pairs(args))
     parts = [train, held_out or train.subset([])]
@@ -322,7 +322,7 @@ def _prepare(
     run: runtime.Run, args: argparse.Namespace, family: ModuleType, kind: type[samples.Samples], parts: list[Any],
     pictures: list[captions.CaptionedImages], name: str,
 ) -> Inputs:  # fmt: skip
-    """Encode the prompts, load what is needed after that, and `assemble`."""
+    """Encode the prompts, load the parts that are needed after that, and `assemble`."""
     text = encode_texts(run, args, [record.prompt for part in parts for record in part.records], family)
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     model = family.load(path, **options, dtype=run.weight_dtype, device=run.device, parts=resident(args, text))
@@ -330,7 +330,7 @@ def _prepare(
 
 
 def resident(args: argparse.Namespace, text: cache.TensorCache | None) -> tuple[str, ...]:
-    """Parts of the model that batches are encoded by: with a text cache T5 is never needed again, and CLIP only where it is trained."""
+    """Parts of the model that encode batches: with a text cache T5 is no longer needed, and CLIP only if it is trained."""
     if text is None:
         return ("vae", "text")
     return ("vae", "clip") if getattr(args, "train_text_encoder", False) else ("vae",)
@@ -341,14 +341,14 @@ def assemble(
     pictures: list[captions.CaptionedImages], name: str, *, model: Any, text: cache.TensorCache | None, first_position: int = 0,
     masks: Callable[[captions.CaptionedImages, list[tuple[int, int]]], list[Tensor]] | None = None,
 ) -> Inputs:  # fmt: skip
-    """Lay out the steps of the samples to train on and those held out, and fill their latent cache.
+    """Lay out the steps of the samples to train on, and fill the latent cache of these and of the held-out samples.
 
     Args:
-        parts: what is one sample each, with `records`; pictures: theirs, equally many (one, or two) for each sample, in the same order.
-        name: of a sample, in the line that is printed.
-        model: with the VAE, and the text encoders that are to stay; text: of the samples' prompts.
+        parts: samples to train on, and held out, with `records`; pictures: theirs in the same order, one or two per sample.
+        name: of the samples, in the line that is printed.
+        model: with the VAE, and the text encoders that stay resident; text: the cache of the samples' prompts.
         first_position: see `Inputs`.
-        masks: pictures and their sizes (H, W) -> what of each counts in the loss, (1, h, w) each; None: all of it.
+        masks: (pictures, their sizes (H, W)) -> weights of each picture in the loss, (1, h, w); None: all counts.
     """
     shapes = buckets.buckets(args.resolution, aspect_buckets=args.aspect_buckets)
     each = len(pictures[0]) // len(parts[0])  # pictures of a sample
@@ -391,13 +391,13 @@ class Texts:
     _last: list[Any] = field(default_factory=list, init=False, repr=False)  # [prompts, conditioning]
 
     def condition(self, prompts: list[str]) -> sd3.Conditioning:
-        """embeds (b, L, D), pooled (b, P), read from the disk, which is little beside a denoising step.
+        """embeds (b, L, D), pooled (b, P), read from the disk: fast compared with a denoising step.
 
-        Asked again for the same prompts, as for each step of a trajectory, it gives the same tensors.
+        Called again with the same prompts, as for each step of a trajectory, it returns the same tensors.
         """
         if self._last[:1] == [prompts]:
             return self._last[1]
-        unique = list(dict.fromkeys(prompts))  # a group has one prompt, many times: it travels once
+        unique = list(dict.fromkeys(prompts))  # a group repeats one prompt: its embedding is sent once
         entries = [self.cache.read(prompt) for prompt in unique]
         stacked = (torch.stack([entry[name] for entry in entries]) for name in ("embeds", "pooled"))
         found = self.family.Conditioning(*(seeds.send(part, self.device) for part in stacked))
@@ -418,9 +418,9 @@ def encode_texts(run: runtime.Run, args: argparse.Namespace, prompts: list[str],
 
 
 def fingerprint(args: argparse.Namespace, *folders: str) -> str:
-    """What identifies these parts of the base model: their content, wherever the folder lies, or a Hub id with its commit.
+    """Identifies these parts of the base model: by the content of a local folder, wherever it lies, or by Hub id and commit.
 
-    A part that model_index.json leaves out, as T5 often is, is not loaded though its folder may be there.
+    Parts that model_index.json leaves out (often T5) do not count: they are not loaded even if their folders exist.
     """
     path = Path(args.pretrained_model_name_or_path)
     if path.is_dir():
@@ -433,7 +433,7 @@ def fingerprint(args: argparse.Namespace, *folders: str) -> str:
 
 
 def _one_line_if_full(fill: Callable[..., cache.TensorCache]) -> Callable[..., cache.TensorCache]:
-    """A cache that cannot be written ends the program with one line; what is there stays, and need not be computed again."""
+    """If a cache cannot be written, the program ends with one line; entries written so far stay, and are not computed again."""
 
     @functools.wraps(fill)
     def filled(run: runtime.Run, args: argparse.Namespace, *rest: Any) -> cache.TensorCache:
@@ -447,7 +447,7 @@ def _one_line_if_full(fill: Callable[..., cache.TensorCache]) -> Callable[..., c
 
 @_one_line_if_full
 def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, prompts: list[str]) -> cache.TensorCache:
-    """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only for what is missing, then dropped."""
+    """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only if prompts are missing, then dropped."""
     length = sequence_length(args, family)
     described = {"encoders": fingerprint(args, *TEXT_FOLDERS), "variant": args.variant, "sequence_length": length}
     store = cache.TensorCache(args.cache_dir, "text", described | {"dtype": str(run.weight_dtype)})
@@ -476,7 +476,7 @@ def _latent_cache(
     run: runtime.Run, args: argparse.Namespace, family: ModuleType, parts: list[captions.CaptionedImages],
     sizes: list[list[tuple[int, int]]], model: Any,
 ) -> cache.TensorCache:  # fmt: skip
-    """Cache of posterior mean and std (C, h, w) by picture, bucket and orientation; mirrored ones only of what training flips."""
+    """Cache of posterior mean and std (C, h, w) by picture, bucket and orientation; mirrored only for pictures that training flips."""
     described = {"vae": fingerprint(args, "vae"), "variant": args.variant, "dtype": str(run.weight_dtype)}
     store = cache.TensorCache(args.cache_dir, "latents", described)
 

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 ADAPTER = "default"  # peft's name of the one adapter that we train
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
 KOHYA_NAME = "pytorch_lora_weights_kohya.safetensors"
-METADATA_NAME = "lora_adapter_metadata"  # under which diffusers keeps rank and alpha in the file's header
+METADATA_NAME = "lora_adapter_metadata"  # key under which diffusers keeps rank and alpha in the file's header
 
 _JOINT = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _DUAL = ("to_q", "to_k", "to_v", "to_out.0")
-# Every attention projection. diffusers' scripts name only those of `attn`: 191 of SD3.5-medium's 243, the dual attention is never trained.
+# Every attention projection. diffusers' scripts take only those of `attn`, 191 of SD3.5-medium's 243, and never train the dual attention.
 DEFAULT_LAYERS = tuple(f"attn.{name}" for name in _JOINT) + tuple(f"attn2.{name}" for name in _DUAL)
 UNET_LAYERS = tuple(f"{attention}.{name}" for attention in ("attn1", "attn2") for name in _DUAL)  # self- and cross-attention
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of every attention of a CLIP text encoder, as in diffusers' scripts
@@ -52,7 +52,7 @@ def part_of(module: nn.Module) -> str:
 
 
 def _dead(transformer: nn.Module) -> set[str]:
-    """Layers whose gradient is always zero: the last block drops its text tokens, so the queries that they ask have no reader."""
+    """Layers whose gradient is always zero: the last block drops its text tokens, so it does not use their queries."""
     blocks = transformer.transformer_blocks if part_of(transformer) == "transformer" else ()
     return {f"transformer_blocks.{i}.attn.add_q_proj" for i, block in enumerate(blocks) if block.context_pre_only}
 
@@ -61,7 +61,7 @@ def block_numbers(blocks: str, count: int, flag: str = "--lora_blocks") -> set[i
     """ "0-2,5" -> {0, 1, 2, 5}.
 
     Raises:
-        ValueError: naming the flag, if that is no list of blocks of a model that has `count`.
+        ValueError: naming the flag, if `blocks` does not list blocks of a model that has `count`.
     """
     numbers: set[int] = set()
     for part in blocks.split(","):
@@ -73,14 +73,14 @@ def block_numbers(blocks: str, count: int, flag: str = "--lora_blocks") -> set[i
     return numbers
 
 
-_CONTAINERS = r"\.(transformer_blocks|resnets|attentions|downsamplers|upsamplers)"  # what a layer's short name comes after
+_CONTAINERS = r"\.(transformer_blocks|resnets|attentions|downsamplers|upsamplers)"  # a layer's short name follows one of these
 
 
 def targets(transformer: nn.Module, layers: str | None = None, blocks: str | None = None) -> list[str]:
     """Full names of the layers that get a LoRA, in the model's order, without those that never get a gradient.
 
     Args:
-        layers: comma-separated ends of module names ("attn.to_q,ff.net.2"), of linear layers, in a UNet of convolutions too
+        layers: comma-separated ends of module names ("attn.to_q,ff.net.2"), of linear layers, in a UNet also of convolutions
             ("conv1,conv2"); None: every attention projection, `attn2` included.
         blocks: comma-separated numbers and ranges of SD3's transformer blocks ("0-11,23"); None: all, and layers outside the blocks too.
 
@@ -118,7 +118,7 @@ def add(
     A is drawn from torch's global generator, N(0, 1/rank^2) as peft's "gaussian"; B is zero.
 
     Raises:
-        ValueError: what `targets` and `check_layers` refuse.
+        ValueError: as `targets` and `check_layers`.
     """
     transformer = unwrap(transformer)
     names = targets(transformer, layers, blocks)
@@ -140,11 +140,11 @@ def _attach(module: nn.Module, names: list[str], *, rank: int, alpha: float | No
         r=rank, lora_alpha=rank if alpha is None else alpha, lora_dropout=dropout, use_dora=use_dora, init_lora_weights="gaussian",
         target_modules=names,
     )  # fmt: skip
-    inject_adapter_in_model(config, module, ADAPTER)  # not add_adapter, before which some releases ask for a later peft than there is
+    inject_adapter_in_model(config, module, ADAPTER)  # not add_adapter: some releases require a peft that is not out yet
     for _, layer in _layers(module):
         if not use_dora and not dropout:  # DoRA takes the precision of its norms from the input; dropout scales in fp32
             layer._cast_input_dtype = _unless_autocast
-            if isinstance(layer.base_layer, nn.Linear):  # a class, not a function of each layer: the compiler would tell blocks apart by it
+            if isinstance(layer.base_layer, nn.Linear):  # a class: with a function per layer torch.compile would compile every block anew
                 layer.__class__ = _in_place(type(layer))
         for parameter in _tensors(layer).values():
             parameter.data = parameter.data.float()  # peft casts them to the base's dtype, where small updates vanish
@@ -153,16 +153,16 @@ def _attach(module: nn.Module, names: list[str], *, rank: int, alpha: float | No
 
 
 def _unless_autocast(x: Any, dtype: torch.dtype) -> Any:
-    """In place of peft's cast of a layer's input to the adapter's fp32, which autocast would at once undo: two passes over memory each."""
+    """Replaces peft's cast of a layer's input to fp32, which autocast would undo at once: two passes over memory in each layer."""
     return x if x is None or under_autocast(x) else x.to(dtype)
 
 
 @functools.cache
 def _in_place(kind: type) -> type:
-    """A class of peft's adapted linear layers, with W x + scale * B A x computed by adding the second part where the first one lies.
+    """A subclass of a peft linear layer that adds scale * B A x in place to W x.
 
-    peft's own forward pass makes three passes through memory of it: scale, add, and a copy of inputs that attention hands over as slices,
-    whose product with a frozen weight torch would compute in batches.
+    peft's own forward pass takes three passes through memory: scale, add, and a copy of inputs that attention hands over as slices, since
+    torch computes the product of a slice and a frozen weight as a batched one.
     """
 
     class InPlace(kind):
@@ -172,7 +172,7 @@ def _in_place(kind: type) -> type:
             flat = x.reshape(-1, x.shape[-1])
             result = self.base_layer(flat)
             if not self.disable_adapters:
-                up = self.lora_B[ADAPTER].weight.to(result.dtype)  # (out, rank); autocast knows no product in place
+                up = self.lora_B[ADAPTER].weight.to(result.dtype)  # (out, rank); autocast does not cast for addmm_
                 result = result.addmm_(self.lora_A[ADAPTER](flat), up.t(), alpha=self.scaling[ADAPTER])
             return result.view(*x.shape[:-1], -1)
 
@@ -180,7 +180,7 @@ def _in_place(kind: type) -> type:
 
 
 def under_autocast(x: Tensor) -> bool:
-    """Whether autocast would convert what is computed from x now."""
+    """Whether autocast applies to operations on x here."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
@@ -216,10 +216,10 @@ def adapted(module: nn.Module) -> list[str]:
 
 @contextmanager
 def disabled(transformer: nn.Module) -> Iterator[None]:
-    """Inside, the transformer is the base model (the reference model of RL); nested or after an exception, all is put back.
+    """Inside, the transformer is the base model (the reference model of RL); afterwards, also if nested or after an error, as before.
 
-    With B = 0 the two are equal to the bit. So is the model without adapters, but under autocast, where an adapted layer rounds less often.
-    peft's own `enable_adapters` would also turn requires_grad off and on again, under a graph that may still need it.
+    With B = 0 the two are equal to the bit. A model without adapters is equal, too, except under autocast: an adapted layer rounds less
+    often. peft's own `enable_adapters` would also turn requires_grad off and on, which an autograd graph may still need.
     """
     layers = [layer for _, layer in _layers(transformer)]
     before = [layer._disable_adapters for layer in layers]
@@ -236,12 +236,12 @@ def disabled(transformer: nn.Module) -> Iterator[None]:
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors, detached and not copied, with the names of a saved file (without the part's, as "transformer.")."""
+    """The adapters' tensors, detached and not copied, with the names of a saved file (without the part's prefix, as "transformer.")."""
     return {key: parameter.detach() for key, parameter in _named(module).items()}
 
 
 def load_state(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy what `state` gave into the same adapters.
+    """Copy tensors from `state` into the same adapters.
 
     Raises:
         ValueError: if the names or shapes differ, as with another --rank, --lora_layers or --use_dora.
@@ -273,7 +273,7 @@ class State:
 
 
 def _metadata(module: nn.Module) -> dict[str, Any]:
-    """What a reader needs besides the tensors. Few keys on purpose: an older peft refuses those it does not know."""
+    """Settings that a reader of the file needs. Few keys on purpose: an older peft refuses those it does not know."""
     config = unwrap(module).peft_config[ADAPTER]
     return {
         "r": config.r, "lora_alpha": config.lora_alpha, "use_dora": config.use_dora,
@@ -282,7 +282,7 @@ def _metadata(module: nn.Module) -> dict[str, Any]:
 
 
 def check_layers(use_dora: bool, names: list[str], module: nn.Module) -> None:
-    """Refuse DoRA on convolutions, whose rows it does not define.
+    """Refuse DoRA on convolutions: it scales the rows of a matrix.
 
     Raises:
         ValueError: naming --use_dora.
@@ -308,13 +308,13 @@ def check_export(export_format: str, use_dora: bool) -> None:
 def save(
     transformer: nn.Module, folder: str | Path, export_format: str = "diffusers", *, encoders: Mapping[str, nn.Module] | None = None
 ) -> None:
-    """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` takes, with alpha in its metadata; "kohya": that file besides.
+    """Write `pytorch_lora_weights.safetensors`, which `load_lora_weights` reads, with alpha in its metadata; "kohya": also kohya's file.
 
     Args:
         encoders: text encoders that were adapted too, by their names in TEXT_PARTS; they go into the same file.
 
     Raises:
-        ValueError: what `check_export` refuses, before anything is written.
+        ValueError: as `check_export`, before anything is written.
     """
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
@@ -323,7 +323,7 @@ def save(
     for name, module in {denoiser: transformer, **(encoders or {})}.items():
         parts[f"{name}_lora_layers"] = {key: tensor.cpu().contiguous() for key, tensor in state(module).items()}
         parts[f"{name}_lora_adapter_metadata"] = _metadata(module)
-    writer = StableDiffusion3Pipeline if denoiser == "transformer" else StableDiffusionPipeline  # whose files XL's pipeline reads as well
+    writer = StableDiffusion3Pipeline if denoiser == "transformer" else StableDiffusionPipeline  # XL's pipeline reads its files, too
     writer.save_lora_weights(str(folder), weight_name=WEIGHTS_NAME, **parts)
     if export_format == "kohya":
         export_kohya(transformer, Path(folder) / KOHYA_NAME, encoders=encoders)
@@ -343,7 +343,7 @@ def init_file(path: str | Path) -> Path:
 
 
 def check_init(path: str | Path, *, rank: int, alpha: float, use_dora: bool) -> None:
-    """Refuse a LoRA to start from whose scaling is not that of this run, or that has kohya's names, by the file's header alone.
+    """Refuse an --init_lora whose scaling differs from this run's, or that has kohya's names; reads only the file's header.
 
     Raises:
         ValueError: naming --init_lora and the flag to change.
@@ -368,7 +368,7 @@ def check_init(path: str | Path, *, rank: int, alpha: float, use_dora: bool) -> 
 
 
 def _check_scaling(flag: str, part: str, ranks: set[int], dora: bool, metadata: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raises ValueError where rank, alpha or kind of a saved adapter are not `ours`, which holds what `_metadata` says."""
+    """Raises ValueError if rank, alpha or kind of a saved adapter differ from `ours`, this run's values by the keys of `_metadata`."""
     named = "--text_encoder_rank" if part in TEXT_PARTS else "--rank"
     if ranks != {ours["r"]}:
         raise ValueError(f"{flag}: has rank {', '.join(map(str, sorted(ranks)))}, this run {named} {ours['r']}; pass {named} {max(ranks)}")
@@ -384,7 +384,7 @@ def _check_scaling(flag: str, part: str, ranks: set[int], dora: bool, metadata: 
 
 
 def _read(path: str | Path, denoiser: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a saved LoRA that has one of this denoiser; raises ValueError naming --init_lora."""
+    """Tensors and metadata of a saved LoRA; raises ValueError naming --init_lora, also if it does not adapt this denoiser."""
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
     from safetensors import SafetensorError
 
@@ -392,7 +392,7 @@ def _read(path: str | Path, denoiser: str) -> tuple[dict[str, Tensor], dict[str,
     try:
         reader = StableDiffusion3Pipeline if denoiser == "transformer" else StableDiffusionPipeline
         options = dict(weight_name=file.name, use_safetensors=True, return_lora_metadata=True)
-        tensors, *_, metadata = reader.lora_state_dict(str(file.parent), **options)  # between them may be alphas of kohya's format
+        tensors, *_, metadata = reader.lora_state_dict(str(file.parent), **options)  # in between, there may be alphas of kohya's format
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{flag}: cannot be read as safetensors ({error}); is the file complete?") from error
     if not any(key.startswith(f"{denoiser}.") and key.endswith("lora_A.weight") for key in tensors):
@@ -404,23 +404,23 @@ def _read(path: str | Path, denoiser: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _part(named: dict[str, Any], part: str) -> dict[str, Any]:
-    """What belongs to one part of the pipeline, without its name."""
+    """The entries of one part of the pipeline, without its prefix."""
     return {key.removeprefix(f"{part}."): value for key, value in named.items() if key.startswith(f"{part}.")}
 
 
 def load(transformer: nn.Module, path: str | Path, *, encoders: Mapping[str, nn.Module] | None = None) -> list[str]:
     """Start the adapters (made by `add`) from a saved LoRA: a folder or file, ours or diffusers'.
 
-    Layers that this run does not train for want of a gradient are ignored.
+    Layers in the file that never get a gradient are ignored.
 
     Args:
         encoders: text encoders with adapters (made by `add_text`), by their names in TEXT_PARTS.
 
     Returns:
-        Names of adapted layers that the file does not hold; they keep their start, where they change nothing.
+        Names of adapted layers that the file does not hold; they keep their initial values, with which they change nothing.
 
     Raises:
-        ValueError: naming --init_lora, and the flag to change, for another rank, alpha, DoRA, shape or layers that this run leaves out.
+        ValueError: naming --init_lora, and the flag to change: another rank, alpha, DoRA, shape, or layers that this run leaves out.
     """
     denoiser, encoders = part_of(transformer), encoders or {}
     tensors, metadata = _read(path, denoiser)
@@ -453,7 +453,7 @@ def _load_part(module: nn.Module, tensors: dict[str, Tensor], metadata: dict[str
 
 # --------------------------------------------------------------------------- export
 
-# Names in the original SD3 checkpoint, which ComfyUI, A1111 and kohya use, where q, k and v are one layer.
+# Names in the original SD3 checkpoint, which ComfyUI, A1111 and kohya use; there q, k and v are one layer.
 # diffusers' name inside a block -> (original name, which third of it)
 _QKV = {"to_q": 0, "to_k": 1, "to_v": 2, "add_q_proj": 0, "add_k_proj": 1, "add_v_proj": 2}
 _BLOCK_NAMES = {
@@ -527,7 +527,7 @@ def export_kohya(transformer: nn.Module, file: str | Path, *, encoders: Mapping[
 
 
 def _merged_weight(layer: Any) -> Tensor:
-    """The weight that acts as base and adapter together, computed in fp32, in the base's dtype."""
+    """The weight of base and adapter together, computed in fp32, returned in the base's dtype."""
     weight = layer.base_layer.weight.detach().float()  # (out, in), of a convolution (out, in, height, width)
     tensors = _tensors(layer)
     update = tensors["lora_B.weight"].detach().flatten(1) @ tensors["lora_A.weight"].detach().flatten(1)
@@ -543,7 +543,7 @@ def export_merged(transformer: nn.Module, folder: str | Path) -> None:
     `SD3Transformer2DModel.from_pretrained(folder)`, or `UNet2DConditionModel`'s, reads it. In the base's dtype: bf16 rounds the sum once.
 
     Raises:
-        ValueError: the base is quantised: what is left of its weights is not worth keeping.
+        ValueError: the base is quantised: its rounded weights are not worth keeping.
     """
     from safetensors.torch import save_file
 

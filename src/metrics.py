@@ -54,23 +54,23 @@ NAMES = {
     "seconds": "seconds since this process started to train, validation and saving included",
     "memory_gb": "peak memory of the main process: on the GPU, or in RAM without one (1 GB = 10^9 bytes)",
 }
-FAMILIES = {  # of names that end in that of a scorer
+FAMILIES = {  # prefixes of names that end in a scorer's name
     "reward/": "this scorer on pictures drawn for training, on its own scale",
     "eval/": "this scorer on the evaluation prompts, deterministic sampler, fixed seeds",
 }
-VARYING = frozenset({"images_per_second", "seconds", "memory_gb"})  # the only names that a resumed run writes differently
+VARYING = frozenset({"images_per_second", "seconds", "memory_gb"})  # the only metrics that differ in a resumed run
 
 
 def meaning(name: str) -> str | None:
-    """The line of meaning of a metric, or None: then it must not be written."""
+    """The explanation of a metric, or None: then it must not be written."""
     return NAMES.get(name) or next((text for start, text in FAMILIES.items() if name.startswith(start)), None)
 
 
 class Log:
     """Collects scalars on the device, once per optimizer step, and writes a line of means every `every` steps and at the last one.
 
-    Belongs into a checkpoint. The first line it writes cuts metrics.jsonl back: to the step that was resumed, or to nothing in a
-    fresh run. Shows a progress bar on the main process.
+    A part of every checkpoint. Before its first line it cuts metrics.jsonl back: to the resumed step, or to nothing in a fresh
+    run. Shows a progress bar on the main process.
 
     Args:
         every: optimizer steps per line.
@@ -88,10 +88,10 @@ class Log:
         self._written = 0  # last step of the last window
         self._step = 0  # last step of all
         self._resumed, self._opened = 0, False
-        self._known: list[set[str]] = []  # names in each line that the run resumed from wrote at its very step
+        self._known: list[set[str]] = []  # names in each line that metrics.jsonl already has for the resumed step
         self._bar: tqdm | None = None
-        self._began, self._clock = time.monotonic(), None  # the clock starts after the first step: it loads, compiles, warms up
-        self._first = self._began  # when the first step began: what was loaded, resumed and validated before is none of it
+        self._began, self._clock = time.monotonic(), None  # the clock starts after the first step, which loads, compiles, warms up
+        self._first = self._began  # when the first step began: loading, resuming and validating before it do not count
         self._timed = 0  # steps since the clock started
 
     @property
@@ -113,7 +113,7 @@ class Log:
             self._timed += 1
 
     def write(self, step: int, **floats: float) -> dict[str, float] | None:
-        """After every step; at the end of a window writes its means and the given numbers and returns that line, else None.
+        """To be called after every step; at the end of a window writes and returns a line with its means and `floats`, else returns None.
 
         Raises:
             FloatingPointError: a loss was not finite; names the step, on every process.
@@ -125,7 +125,7 @@ class Log:
         self._settle()
         means = {name: math.fsum(values) / len(values) for name, values in self._settled.items()}
         now = time.monotonic()
-        steps, since = (self._timed, self._clock) if self._timed else (1, self._first)  # a window of the first step alone
+        steps, since = (self._timed, self._clock) if self._timed else (1, self._first)  # the window has only the first step
         speed = steps * self.images_per_add / max(now - since, 1e-9)
         timing = {"images_per_second": speed, "seconds": now - self._began, "memory_gb": self.run.peak_memory() / 1e9}
         self._settled, self._written, self._timed, self._clock = {}, step, 0, now
@@ -134,9 +134,9 @@ class Log:
         return line
 
     def record(self, step: int, **floats: float) -> None:
-        """Writes one line of numbers that are no training means: validation.
+        """Writes one line of numbers that are not means of training steps: results of a validation.
 
-        A run that was killed after its last validation, and resumed at its last step, validates again: that line is there already.
+        A run killed after its last validation and resumed at its last step validates again; its line exists and is not written twice.
         """
         if not self._opened:
             self._rewind()
@@ -158,7 +158,7 @@ class Log:
     @contextmanager
     def untimed(self) -> Iterator[None]:
         """Time spent inside (validation, saving) does not count for images_per_second; called on every process."""
-        self._settle()  # what the GPU still has to do of the steps before is training
+        self._settle()  # waits for the GPU: pending work of earlier steps is training time
         began = time.monotonic()
         try:
             yield
@@ -178,7 +178,7 @@ class Log:
         for name, values in self._fresh.items():
             self._settled.setdefault(name, []).extend(next(numbers) for _ in values)
         self._fresh = {}
-        # A finite loss may have a gradient that is not, and the update then ruins the weights. Only fp16's loss scale skips such steps.
+        # A finite loss may have a non-finite gradient, whose update ruins the weights. Only fp16's loss scale skips such steps.
         scaled = getattr(self.run.accelerator, "scaler", None) is not None
         for name, values in self._settled.items():
             for index, value in enumerate(values):
@@ -202,7 +202,7 @@ class Log:
         return {"step": step, **floats}
 
     def _rewind(self) -> None:
-        """Cuts metrics.jsonl back to the step that this run continues after; a last line torn by a kill is dropped."""
+        """Cuts metrics.jsonl back to the step that this run continues after; a last line cut short by a kill is dropped."""
         self._opened = True
         resumed = self._resumed
         if self.run.is_main and self.path.exists():
@@ -231,7 +231,7 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl as dictionaries, without a last line that a kill tore.
+    """The lines of a metrics.jsonl as dictionaries, without a last line that a kill cut short.
 
     Raises:
         ValueError: a line before the last is damaged.

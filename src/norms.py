@@ -1,8 +1,8 @@
-"""RMS norm of queries and keys under autocast, in fewer passes through memory, keeping 16-bit inputs alone for the backward pass.
+"""RMS norm of queries and keys under autocast, in fewer passes through memory, saving 16-bit inputs instead of fp32 copies for backward.
 
-diffusers' `RMSNorm` is written for clarity: uncompiled, each norm goes through memory a dozen times and keeps an fp32 copy of its input, a
-quarter of all that a LoRA of SD3.5-medium keeps. Here products are computed in fp32 and stored in 16 bits by the same pass (`out=`).
-torch's own fused norm (`torch.nn.functional.rms_norm`) gives each row a block of threads; here a row is the 64 numbers of a head.
+diffusers' `RMSNorm` is written for clarity: uncompiled, each norm takes a dozen passes through memory and saves an fp32 copy of its input,
+a quarter of all that a LoRA of SD3.5-medium saves. Here products are computed in fp32 and stored in 16 bits by the same pass (`out=`).
+torch's own fused norm (`torch.nn.functional.rms_norm`) uses a block of threads per row; a row here is only the 64 numbers of a head.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from src.lora import under_autocast, unwrap
 class RMSNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x: (..., n) of 16 bits, weight: (n,); the result has the dtype of x.
 
-    Rounded where diffusers' own is: in the weight's precision between the two products, in that of x at the end.
+    Rounds where diffusers' own does: to the weight's precision between the two products, to that of x at the end.
     Source: Zhang and Sennrich, arXiv 1910.07467, equation 4.
     """
 
@@ -36,7 +36,7 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """With u = x * inverse and g = gradient * weight * inverse: dx = g - u * mean(g * u), dweight = sum over rows of gradient * u.
 
-        Each result is laid out as x, in the order in which attention's projections lie in memory.
+        Results have the memory layout of x, that of attention's projections.
         """
         x, inverse, weight = ctx.saved_tensors
         between = torch.empty_like(x, dtype=weight.dtype)
@@ -53,12 +53,12 @@ class RMSNorm(torch.autograd.Function):
 
 
 def lean(model: nn.Module) -> None:
-    """Let the RMS norms of every attention of an SD3 transformer compute so, wherever autocast is on and nothing is compiled."""
+    """Make all attention RMS norms of an SD3 transformer use `RMSNorm` above, whenever autocast is on and the code is not compiled."""
     from diffusers.models.normalization import RMSNorm as Plain
 
     for module in unwrap(model).modules():
         if type(module) is Plain and module.weight is not None and module.bias is None:
-            module.__class__ = _lean(Plain)  # not a function of each module: the compiler would tell blocks apart by it
+            module.__class__ = _lean(Plain)  # with a function per module torch.compile would compile every block anew
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-PACKAGES = {"adamw": None, "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "adafactor": None}  # what each needs besides torch
+PACKAGES = {"adamw": None, "adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "adafactor": None}  # package that each needs besides torch
 
 
 def check(name: str) -> None:
@@ -38,12 +38,12 @@ def build(
     epsilon: float = 1e-8,
     device: torch.device,
 ) -> Optimizer:
-    """The optimizer `name` over `parameters`; every one decouples the weight decay.
+    """The optimizer `name` over `parameters`; all of them decouple the weight decay.
 
     adamw is fused on CUDA (one kernel per step). adamw8bit keeps both moments in 8 bits for tensors of at least 4096 numbers.
     prodigy estimates its step size, `learning_rate` only scales it: leave it at 1. adafactor keeps a row and a column of
-    second moments and no first one: `betas` and `epsilon` do not apply. Its step is `learning_rate`, as Adam's; torch's own also
-    multiplies by the root mean square of the weights, which of a LoRA's B is 0.
+    second moments and no first one: `betas` and `epsilon` do not apply. Its step is `learning_rate`, as Adam's; torch's Adafactor
+    also multiplies by the root mean square of the weights, which is 0 for a LoRA's B.
 
     Raises:
         ValueError: see `check`; or nothing to train.
@@ -66,21 +66,21 @@ def build(
     from transformers.optimization import Adafactor
 
     optimizer = Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
-    optimizer.kind = "Adafactor of transformers"  # checkpoints know it by this: torch's has the same name and another state
+    optimizer.kind = "Adafactor of transformers"  # its name in checkpoints: torch's class has the same name and another state
     return optimizer
 
 
 def _adamw8bit() -> type[Optimizer]:
-    """bitsandbytes' AdamW8bit without its wait for the GPU after every weight tensor: of a whole transformer there are 900 a step."""
+    """bitsandbytes' AdamW8bit without its wait for the GPU after every weight tensor: 900 per step if a full transformer is trained."""
     from bitsandbytes import optim as stock
 
-    class AdamW8bit(stock.AdamW8bit):  # checkpoints know it by this name
+    class AdamW8bit(stock.AdamW8bit):  # its name in checkpoints
         @torch.no_grad()
         def step(self, closure: None = None) -> None:
             assert closure is None, "no optimizer here takes a closure"
             if not self.initialized:
                 self.check_overrides()
-                self.to_gpu()  # a state that was loaded
+                self.to_gpu()  # moves a loaded state
                 self.initialized = True
             for index, group in enumerate(self.param_groups):
                 for number, parameter in enumerate(group["params"]):
@@ -107,11 +107,11 @@ def schedule(
 
 
 def rate(schedule: LRScheduler) -> float:
-    """The learning rate of the next step; prodigy's is what the schedule says times the step size that it has found so far."""
+    """The learning rate of the next step; prodigy's is the schedule's rate times its current estimate of the step size."""
     group = schedule.optimizer.param_groups[0]
     return group["lr"] * group.get("d", 1.0)
 
 
 def learning_rate(peak: float, scale: bool, global_batch: int) -> float:
-    """The learning rate that results: `peak`, times the global batch with --scale_lr (batch x accumulation x processes)."""
+    """The learning rate to use: `peak`, times the global batch with --scale_lr (batch x accumulation x processes)."""
     return peak * global_batch if scale else peak

@@ -1,4 +1,4 @@
-"""What reinforcement learning trains, from its arguments: a LoRA or all weights of the transformer, and the reference it started as."""
+"""The policy of reinforcement learning, from its arguments: a LoRA or all weights of the transformer; and its start, the reference."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def check(args: argparse.Namespace) -> None:
         sharding.check_whole(os.environ)
 
 
-# By which a velocity is off, the root of the mean square, once any weight has changed: measured in bf16; fp16 keeps three bits more.
+# RMS rounding error of a velocity once any weight has changed: measured in bf16; fp16 has three bits more.
 ROUNDING = {"bf16": 0.01, "fp16": 0.01 / 8}
-MAX_ROUNDING = 2.0  # clips: the paper's, 6.55 nats of `flow` at every step, is let pass, whose last but one has 7.2
+MAX_ROUNDING = 2.0  # times the clip; Flow-GRPO's own settings must pass: clip 6.55 nats, rounding 7.2 nats at its last step but one
 PAPER_CLIP = 6.55  # nats: Flow-GRPO's 1e-4 a dimension at 512 px
 
 
 def check_steps(args: argparse.Namespace, updates: int) -> None:
-    """Refuse stochastic steps that do not exist, have no log-probability, or one that is rounding noise.
+    """Refuse stochastic steps that do not exist, have no log-probability, or whose log-ratio is dominated by rounding.
 
     Args:
-        updates: optimizer steps of an epoch; in the first no weight has changed, and ratios are 1.
+        updates: optimizer steps of an epoch; in the first no weight has changed yet, so ratios are 1.
 
     Raises:
         ValueError: naming the flag and the cure.
@@ -60,7 +60,7 @@ def check_steps(args: argparse.Namespace, updates: int) -> None:
     transitions.check(args.transition, args.noise_level or 0.0)
     first, stop = args.window_range
     sd3_rollout.check_window(args.num_inference_steps, args.window_size or None, (first, stop))
-    guarded = getattr(args, "loss", None) == "guard"  # takes the drift, which is nearly all of it, out of the ratio
+    guarded = getattr(args, "loss", None) == "guard"  # removes the drift, nearly all of the rounding error, from the ratio
     if args.mixed_precision == "no" or guarded or updates == 1:
         return
     step = _first_noisy(args)
@@ -76,15 +76,15 @@ def check_steps(args: argparse.Namespace, updates: int) -> None:
 
 
 def _first_noisy(args: argparse.Namespace) -> int | None:
-    """The first step of --window_range whose ratio is decided by rounding."""
+    """The first step of --window_range whose log-ratio is dominated by rounding, or None."""
     noisy = (rounding_nats(args) > MAX_ROUNDING * args.clip_nats).nonzero().flatten().tolist()
     return args.window_range[0] + noisy[0] if noisy else None
 
 
 def _flow_cure(args: argparse.Namespace) -> list[str]:
-    """The paper's transition and clip, as the flags that they take beside those that are given; empty if they do not pass, either."""
+    """The paper's transition and clip, as flags to add to the given ones; empty if they would be refused, too."""
     usual, clip = cli.NOISE_LEVELS["flow"], max(args.clip_nats, PAPER_CLIP)
-    kept = usual if args.noise_level == cli.NOISE_LEVELS[args.transition] else args.noise_level  # what was unset follows the transition
+    kept = usual if args.noise_level == cli.NOISE_LEVELS[args.transition] else args.noise_level  # an unset one follows the transition
     for level in dict.fromkeys((kept, usual)):
         changed = vars(args) | {"transition": "flow", "noise_level": level, "clip_nats": clip}
         if _first_noisy(argparse.Namespace(**changed)) is None:
@@ -95,12 +95,12 @@ def _flow_cure(args: argparse.Namespace) -> list[str]:
 
 
 def rounding_nats(args: argparse.Namespace) -> Tensor:
-    """Mean size of the log-ratio that 16 bits make of nothing at each step of --window_range, nats: (stop - first,). An estimate.
+    """Estimated mean size of the log-ratio that 16-bit rounding alone causes at each step of --window_range, nats: (stop - first,).
 
-    Guidance is left out: its velocity is against + g (towards - against), whose error would grow by sqrt(g^2 + (g - 1)^2) if those of the
-    two predictions were independent. They are assumed to be largely the same, since both come from the same weights and latents. That is
-    not measured; but independent ones would make 235 nats of the 7.2 of Flow-GRPO's last but one step, which its public code trains in
-    16 bits with guidance 4.5.
+    Guidance is left out. Its velocity is against + g (towards - against): if the errors of the two predictions were independent, its
+    error would be sqrt(g^2 + (g - 1)^2) times as large. They are assumed to be largely the same, since both predictions use the same
+    weights and latents. This is not measured; but with independent errors, Flow-GRPO's last step but one would have 235 nats instead of
+    7.2, and its public code trains that step in 16 bits with guidance 4.5.
     """
     first, stop = args.window_range
     levels = sd3_rollout.schedule_by_formula(args.num_inference_steps, sd3.local_shift(args.pretrained_model_name_or_path))
@@ -123,7 +123,7 @@ def window_size(args: argparse.Namespace) -> int:
 
 
 def processes() -> int:
-    """How many the launcher says that there are or will be."""
+    """Number of processes, according to the launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -146,7 +146,7 @@ def rollouts(
     batches: Sequence[prompts.Batch], trajectories: Sequence[sd3_rollout.Trajectory], advantages: Tensor, judged: Tensor,
     device: torch.device,
 ) -> list[Rollout]:  # fmt: skip
-    """This process's batches with what was drawn and found out; advantages, judged: (N,), of all processes, by position."""
+    """This process's batches with trajectories, advantages and `judged`; advantages, judged: (N,), of all processes, by position."""
     return [
         Rollout(
             batch=batch, trajectory=trajectory, advantage=advantages[batch.positions].to(device), judged=judged[batch.positions].to(device)
@@ -158,13 +158,13 @@ def rollouts(
 def with_advantage(advantages: Tensor, batches: int) -> Tensor:
     """Which batches of an epoch hold any advantage other than 0, (batches,): the policy gradient of the others is 0.
 
-    The same on every process: a batch is what all of them draw at a time. Advantages: (N,), by position.
+    The same on every process: a batch here is that of all processes together. Advantages: (N,), by position.
     """
     return advantages.view(batches, -1).any(1)
 
 
 def adapt(transformer: nn.Module, args: argparse.Namespace) -> None:
-    """Leave trainable what the flags train: an adapter on frozen weights, or with --full_weights all that get a gradient."""
+    """Make trainable an adapter on frozen weights, or with --full_weights all weights that get a gradient."""
     if args.full_weights:
         full.select(transformer)
     else:
@@ -173,21 +173,21 @@ def adapt(transformer: nn.Module, args: argparse.Namespace) -> None:
 
 
 class Policy:
-    """The model with the transformer that is trained, always in eval mode: nothing in a rollout may depend on dropout.
+    """The model whose transformer is trained, always in eval mode: nothing in a rollout may depend on dropout.
 
     Base weights are in the run's precision or fewer bits, a LoRA in fp32; with --full_weights all weights are in fp32.
 
     Args:
-        needs_reference: keep what `reference` needs; a frozen copy of all weights with --full_weights.
+        needs_reference: `reference` will be called; with --full_weights this keeps a frozen copy of all weights.
 
     Attributes:
         model: transformer (bare) and VAE.
-        network: what to call for a gradient: the transformer, or its wrapper for several processes once `prepare` was called.
+        network: to be called for a gradient: the transformer, or after `prepare` its wrapper for several processes.
     """
 
     def __init__(self, run: runtime.Run, args: argparse.Namespace, *, needs_reference: bool):
         self.run, self.args = run, args
-        if args.full_weights:  # what `save_result` will need: a download that fails ends the run before it begins
+        if args.full_weights:  # files for `save_result`: a failed download ends the run before it begins
             path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
             run.require(lambda: full.fetch(path, trained=["transformer"], **options))
         if args.lora_layers or args.lora_blocks:  # refuses a name that does not exist before anything is loaded
@@ -203,10 +203,10 @@ class Policy:
             run.print(f"--init_lora {args.init_lora}: loaded" + (f"; {len(fresh)} layers not in it start from zero" if fresh else ""))
             self._start = _Start(self.transformer)
         if args.full_weights and needs_reference:
-            # requires_grad as what is trained, so that equal weights give equal bits: the KL starts at 0
+            # requires_grad as in the trained transformer, so that equal weights give equal bits: the KL starts at 0
             self._copy = self._load(("transformer",), torch.float32).transformer.requires_grad_(True)
             speed.narrow_frozen(self._copy, run.weight_dtype)
-        for transformer in filter(None, (self.transformer, self._copy)):  # all that draw or score a step: other kernels round otherwise
+        for transformer in filter(None, (self.transformer, self._copy)):  # both, since other kernels round differently
             speed.apply(transformer, args)
 
     def _load(self, parts: tuple[str, ...], dtype: torch.dtype) -> sd3.SD3:
@@ -220,12 +220,12 @@ class Policy:
 
     @property
     def weights(self) -> list[nn.Parameter]:
-        """What is trained, in the model's order; after `prepare` those that are sharded."""
+        """The trainable parameters, in the model's order; after `prepare` the sharded ones."""
         return full.parameters(self.transformer) if self.args.full_weights else lora.parameters(self.transformer)
 
     @property
     def kind(self) -> str:
-        """Of the result, as the run's README calls it."""
+        """Name of the kind of result in the run's README."""
         return "Full fine-tuning" if self.args.full_weights else "LoRA"
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -235,9 +235,9 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[nn.Module]:
-        """The model that training started from, without gradient: the LoRA off, or as --init_lora had it, or the frozen copy.
+        """The model that training started from, without gradient: the LoRA off, or as loaded by --init_lora, or the frozen copy.
 
-        No graph that still has to run backward may be alive: the weights may be exchanged meanwhile.
+        No autograd graph that still has to run backward may exist: the weights may be swapped inside.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
@@ -250,13 +250,13 @@ class Policy:
             yield self._copy or self.transformer
 
     def parts(self, updates: int) -> dict[str, Any]:
-        """What a checkpoint holds of it, and that an epoch has so many `updates`."""
+        """Its parts of a checkpoint, and the number of `updates` per epoch."""
         weights = full.State({"transformer": self.transformer}) if self.args.full_weights else lora.State(self.transformer)
         parts = {"weights" if self.args.full_weights else "lora": weights, "pace": Pace(updates)}
         return parts | ({"reference": self._start} if self._start else {})
 
     def save(self, folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
-        """Write the weights to `folder`: their moving average, if one is kept, and they themselves to `folder`/raw; on every process."""
+        """Write the weights to `folder`; with a moving average, that goes there, the weights to `folder`/raw. Every process calls it."""
 
         def write(where: Path) -> None:
             if self.args.full_weights:
@@ -267,11 +267,11 @@ class Policy:
         ema.save(folder, average, write)
 
     def writer(self, average: ema.Ema | None) -> Callable[[Path], None] | None:
-        """What adds the weights to a checkpoint in the format of other programs; whole weights are there already."""
+        """Adds the LoRA to a checkpoint in the format of other programs; None with --full_weights: a checkpoint has them in that format."""
         return None if self.args.full_weights else lambda folder: self.save(folder, average, self.args.export_format)
 
     def save_result(self, average: ema.Ema | None) -> None:
-        """The run's result in its folder, in every format that was asked for; with --full_weights a whole pipeline."""
+        """Write the run's result to its folder, in every requested format; with --full_weights a complete pipeline."""
         args = self.args
         self.save(args.output_dir, average, args.export_format)
         if args.full_weights and self.run.is_main:
@@ -282,7 +282,7 @@ class Policy:
 
 
 class Pace:
-    """Optimizer steps per epoch, a part of a checkpoint: its number counts steps, so a resumed run has to keep them."""
+    """Optimizer steps per epoch, a part of a checkpoint: checkpoints are numbered by step, so a resumed run must have as many."""
 
     def __init__(self, updates: int):
         self.updates = updates

@@ -1,8 +1,8 @@
 """A frozen base in 8 or 4 bits, under adapters that are trained in fp32 (QLoRA): --quantize_base.
 
-Only storage shrinks: at each product the weight is made full for a moment, forward and again backward, and nothing full is kept for the
-backward pass. Quantised are the attention and feed-forward layers in the blocks, two thirds of SD3.5-medium; norms, modulation and what
-lies outside the blocks stay as they are, the layers that diffusers excepts from casting, too.
+Only storage shrinks: each product unpacks the weight for a moment, in the forward and again in the backward pass; no unpacked weight is
+saved for the backward pass. The attention and feed-forward layers in the blocks are quantised, two thirds of SD3.5-medium. Norms,
+modulation and layers outside the blocks stay as they are, including the layers that diffusers excludes from casting.
 
     int8  a scale per row, round(w / scale) in [-127, 127]; a byte per weight, off by at most half a scale
     nf4   blocks of 64 weights, each the nearest of 16 quantiles of a normal distribution, times the block's largest; 0.56 bytes per weight
@@ -68,7 +68,7 @@ def _pack(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(packed: Tensor, scale: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """The full weight (out, in)."""
+    """The unpacked weight (out, in)."""
     if packed.dtype == torch.int8:
         return (packed * scale).to(dtype)
     return torch.ops.bitsandbytes.dequantize_4bit.default(packed, scale, NF4_BLOCK, "nf4", shape, dtype)
@@ -84,7 +84,7 @@ def _product_backward(gradient: Tensor, packed: Tensor, scale: Tensor, shape: li
 
 
 class _Product(torch.autograd.Function):
-    """Torch's own linear would keep the full W for the backward pass."""
+    """Torch's own linear would save the unpacked W for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -101,8 +101,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
     ctx.save_for_backward(packed, scale)
 
 
-# The same for the compiler, which must not look inside: it would see that both passes unpack the same, and keep it in between.
-# Uncompiled, operations of this kind cost 0.1 ms a layer.
+# The same as opaque operations for torch.compile: otherwise it would see that both passes unpack the same weight, and save that.
+# Uncompiled, such custom operations cost 0.1 ms a layer.
 _compiled_product = torch.library.custom_op("sd35::packed_linear", _product, mutates_args=())
 _compiled_backward = torch.library.custom_op("sd35::packed_linear_backward", _product_backward, mutates_args=())
 _compiled_product.register_fake(lambda x, packed, scale, bias, shape: x.new_empty((*x.shape[:-1], shape[0])))
@@ -113,7 +113,7 @@ _compiled_product.register_autograd(
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer whose weight lies packed; for peft an ordinary one.
+    """A frozen linear layer with a packed weight; peft takes it for an ordinary one.
 
     Args:
         linear: the layer to replace; its bias is kept.

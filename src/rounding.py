@@ -1,11 +1,11 @@
 """Weights kept in bf16: updates computed in fp32 and rounded at random; and updates made during the backward pass.
 
 bf16 has 8 significant bits: rounded to nearest, an update smaller than 1/512 of its weight is lost, every time. Rounded up with a
-probability equal to the distance from below, it survives on average: a thousand updates of 1e-5 move the mean of many weights by 1e-2.
+probability equal to the distance from the number below, it survives on average: a thousand updates of 1e-5 move many weights' mean by 1e-2.
 Source: Gupta et al., "Deep Learning with Limited Numerical Precision", arXiv 1502.02551, section 3.
 
-Both methods need the same machinery, an optimizer that works on some of the weights at a time: bf16 weights, so that their fp32 copies
-are never all there at once; fused backward, so that a gradient is freed before the next one is computed.
+Both methods need an optimizer that updates some of the weights at a time: for bf16 weights, so that their fp32 copies never all exist
+at once; during the backward pass, so that each gradient is freed before the next one is computed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def stochastic_round_(target: Tensor, values: Tensor, generator: torch.Generator
 
     Args:
         generator: on the device of `target`.
-        compiled: the same numbers in one pass through memory after the draw, where six passes are a tenth of a training step.
+        compiled: same result; one pass through memory after the draw instead of six, which are a tenth of a training step.
     """
     assert target.dtype == torch.bfloat16 and values.dtype == torch.float32, f"fp32 -> bf16, not {values.dtype} -> {target.dtype}"
     values = values.reshape(-1)
@@ -42,9 +42,9 @@ def stochastic_round_(target: Tensor, values: Tensor, generator: torch.Generator
 
 
 def _carry(values: Tensor, noise: Tensor) -> Tensor:
-    """bf16 (n,) of fp32 values (n,) and whole numbers (n,) below 2^16, which are overwritten.
+    """Rounded bf16 (n,) of fp32 values (n,) and whole numbers (n,) below 2^16, `noise`, which is overwritten.
 
-    The carry would make a number of some NaN, which thus pass by.
+    NaN passes through unchanged: the carry could turn it into a number.
     """
     rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)  # the last 16 bits are zero: a bf16 number
     return torch.where(values == values, rounded, values).bfloat16()
@@ -52,12 +52,12 @@ def _carry(values: Tensor, noise: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled_carry() -> Callable[[Tensor, Tensor], Tensor]:
-    return torch.compile(lambda values, noise: _carry(values, noise.clone()), dynamic=True)  # a copy costs nothing there, writing back does
+    return torch.compile(lambda values, noise: _carry(values, noise.clone()), dynamic=True)  # compiled, a copy is free; writing back is not
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Some weights of one group, and the optimizer that updates them through `copies`: themselves in fp32, else empty until needed."""
+    """Some weights of one group, and the optimizer of `copies`: the weights themselves if fp32, else fp32 copies, empty until needed."""
 
     group: int
     numbers: list[int]  # of the weights, in the order of all
@@ -69,17 +69,17 @@ class _Piece:
 class Pieces(Optimizer):
     """An optimizer that updates its weights piece by piece: bf16 ones in fp32 with stochastic rounding, fp32 ones as they are.
 
-    Moments are fp32 (or 8 bits, by the optimizer inside) whatever the weights are. Only for optimizers that treat every weight tensor by
-    itself: not for Prodigy, whose step size depends on all. The rounding of an update depends on (seed, number of the update, number of
-    the weight tensor) alone, on one model of GPU: equal on all processes, and exact to resume. The state has the layout of any torch
-    optimizer.
+    Moments are fp32 (or 8 bits, by the optimizer inside) whatever the weights are. Only for optimizers that treat every weight tensor
+    independently: not for Prodigy, whose step size depends on all. On one model of GPU, the rounding depends only on (seed, number of the
+    update, number of the weight tensor): it is equal on all processes, and a resumed run repeats it exactly. The state has the layout of
+    any torch optimizer.
 
     Args:
         groups: as torch takes them: {"params": [...], "lr": ...}.
         build: makes the optimizer of one piece, such as torch.optim.AdamW with its settings.
-        fused: update each weight as soon as the backward pass has its gradient, then drop the gradient; `step` only counts. Takes one
+        fused: update each weight as soon as the backward pass has its gradient, then drop the gradient; `step` only counts. Needs one
             process, one backward pass per update and no clipping by the global norm.
-        compiled: the rounding.
+        compiled: compile the rounding.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Pieces(Optimizer):
     ):  # fmt: skip
         super().__init__(groups, {"lr": groups[0].get("lr", 0.0)})  # one of diffusers' schedules reads it there
         self.seed, self.fused, self.compiled, self.updates = seed, fused, compiled, 0
-        self._squares: list[Tensor] = []  # of the gradients of a fused backward pass
+        self._squares: list[Tensor] = []  # squared norms of the gradients of a fused backward pass
         self._generators: dict[torch.device, torch.Generator] = {}
         self.pieces: list[_Piece] = []
         number = 0
@@ -101,10 +101,10 @@ class Pieces(Optimizer):
             group.update({name: value for name, value in options.items() if name not in group})
         inside = self.pieces[-1].optimizer
         self.kind = f"{getattr(inside, 'kind', type(inside).__name__)} in pieces"
-        if compiled:  # here, and not later in the thread of the backward pass
+        if compiled:  # compile now, and not later in the thread of the backward pass
             for device in {weight.device for group in self.param_groups for weight in group["params"]}:
                 values = torch.zeros(1024, device=device)
-                with torch.no_grad():  # as `step` is: compiled code is made for either
+                with torch.no_grad():  # as in `step`: code is compiled for one grad mode
                     stochastic_round_(values.bfloat16(), values, torch.Generator(device), compiled=True)
         if fused:
             for piece_ in self.pieces:
@@ -121,7 +121,7 @@ class Pieces(Optimizer):
         self.updates += 1
 
     def grad_norm(self) -> Tensor:
-        """Global norm of the gradients of the last fused backward pass, a scalar; to be asked before `step`."""
+        """Global norm of the gradients of the last fused backward pass, a scalar; call it before `step`."""
         return torch.stack(self._squares).sum().sqrt()
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ class Pieces(Optimizer):
         return {"state": state, "param_groups": groups, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; fused or not may change in between.
+        """Continue from `state_dict()`, of a fused or an unfused run.
 
         Raises:
             ValueError: other groups, or groups of another size.

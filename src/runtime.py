@@ -33,8 +33,8 @@ from tqdm.auto import tqdm
 from src import checkpoint, lora, sharding
 
 _PATIENCE = timedelta(hours=2)  # how long processes wait for one that renders or scores; torch's default is 10 minutes
-# And at a barrier, or for the main one alone, which downloads and scans a data set: at 300 pictures a second from a network disk 12 million
-# take 11 hours. On GPUs a process that hangs in training is still noticed after _PATIENCE: gradients go the other way.
+# The same at a barrier, or for a main process that downloads and scans a data set: 12 million pictures on a network disk, at 300 a second,
+# take 11 hours. On GPUs a process that hangs in training is still detected after _PATIENCE: gradients use another process group.
 _PATIENCE_WITH_MAIN = timedelta(hours=12)
 
 T = TypeVar("T")
@@ -42,9 +42,9 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 
 
 class StopSignal:
-    """From `install` on, the first SIGTERM or Ctrl-C raises a flag that the loop reads; the second Ctrl-C interrupts at once.
+    """From `install` on, the first SIGTERM or Ctrl-C sets a flag that the loop reads; the second Ctrl-C interrupts at once.
 
-    Before, while models are loaded and caches filled, which may take hours, both end the process at once: there is nothing to save.
+    Before `install`, either ends the process at once: loading models and filling caches may take hours, and there is nothing to save.
     """
 
     def __init__(self) -> None:
@@ -57,12 +57,12 @@ class StopSignal:
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             current = signal.getsignal(number)
-            owner = getattr(current, "__self__", None)  # a run of this process that ended in an error left its handler behind
+            owner = getattr(current, "__self__", None)  # the handler of an earlier run in this process that ended in an error
             self._previous[number] = owner._previous[number] if isinstance(owner, StopSignal) else current
             signal.signal(number, self._handle)
 
     def restore(self) -> None:
-        """Gives both signals back to whoever had them."""
+        """Restores the previous handlers of both signals."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -76,7 +76,7 @@ class StopSignal:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Inside, what the user has to mend, a ValueError, ends the program with that one line."""
+    """Inside, a ValueError, an error that the user has to fix, ends the program with its message in one line."""
     try:
         yield
     except ValueError as error:
@@ -84,8 +84,8 @@ def refusals() -> Iterator[None]:
 
 
 def resident_peak() -> int:
-    """Bytes that this process has held in RAM at most."""
-    status = Path("/proc/self/status")  # on Linux ru_maxrss begins at what the parent has held
+    """Peak of this process's RAM, in bytes."""
+    status = Path("/proc/self/status")  # on Linux ru_maxrss starts at the parent's peak
     if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else ""):
         return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
@@ -93,7 +93,7 @@ def resident_peak() -> int:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """On one GPU accelerate says "cuda" and tensors say "cuda:0": not equal, and `torch.cuda.set_device` takes the second alone."""
+    """The device with its number: on one GPU accelerate's "cuda" does not equal tensors' "cuda:0", and `set_device` needs the latter."""
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
@@ -141,17 +141,17 @@ class Run:
         return box[0]
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the main process, on every process (anything that pickles); the others do not call it, they wait.
+        """Calls `make` on the main process alone; returns its result (anything that pickles) on every process. The others wait.
 
         Raises:
-            ValueError: on every process, with the same words, if `make` does. Whatever else it raises ends the others at once.
+            ValueError: on every process, with the same message, if `make` raises it. Any other exception there ends the others at once.
         """
         if not self.is_main:
             made, refused = self.broadcast(None)
             if refused is not None:
                 raise ValueError(refused) if refused else SystemExit("error: the main process failed; its own message says why")
             return made
-        made, refused = None, ""  # what the others are told if `make` ends in any other way than with a ValueError or a value
+        made, refused = None, ""  # sent to the others if `make` neither returns nor raises ValueError
         try:
             made, refused = make(), None
         except ValueError as error:
@@ -162,15 +162,15 @@ class Run:
         return made
 
     def require(self, make: Callable[[], T]) -> T:
-        """As `from_main`, for what the user has to mend: what `make` refuses with a ValueError ends the program with that one line."""
+        """As `from_main`; but a ValueError in `make`, an error that the user has to fix, ends the program with its message in one line."""
         with refusals():
             return self.from_main(make)
 
     def stop_requested(self, wait: bool = False) -> bool:
-        """Whether any process was told to stop; call it once per step, on every process: all get the same answer.
+        """Whether any process received a stop signal; call it once per step, on every process: all get the same answer.
 
-        With several processes the answer is that of the call before, so that none waits for another inside a step; with `wait` it is
-        this call's, where calls are far between.
+        With several processes the answer is that of the previous call, so that none waits for another inside a step; with `wait` it is
+        this call's: for calls that are far apart.
         """
         if self.world == 1:
             return self.signals.received
@@ -185,10 +185,10 @@ class Run:
         return bool(pending[1].item())
 
     def turns(self, count: int) -> range:
-        """This process's numbers of `count` things that the processes share.
+        """This process's share of the numbers below `count`.
 
-        Every process has as many, since sharded weights are gathered by all together: a number of `count` or more is there to take part,
-        and counts for nothing.
+        Every process gets equally many, since all must take part whenever sharded weights are gathered. Some numbers are therefore `count`
+        or more: compute for them, but discard the result.
         """
         return range(self.rank, -(-count // self.world) * self.world, self.world)
 
@@ -196,7 +196,7 @@ class Run:
     def no_sync(self, model: Any, last: bool) -> Iterator[None]:
         """Around the backward pass of a micro-batch: gradients are summed over the processes only at the `last` one.
 
-        FSDP2 sums at each: what it has not summed it keeps whole on every GPU, 9 GB in fp32 for SD3.5-medium, whatever their number.
+        FSDP2 sums at every one: it would keep unsummed gradients unsharded, 9 GB in fp32 for SD3.5-medium on each GPU, however many.
         """
         if last or self.world == 1 or self.accelerator.is_fsdp2:
             yield
@@ -213,7 +213,7 @@ class Run:
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
         """Scales the gradients down to a global norm of `max_norm` (0: leaves them); returns the norm before, a scalar on the device."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if all(gradient.dtype == torch.bfloat16 for gradient in gradients):  # torch's norm of them would have three digits
+        if all(gradient.dtype == torch.bfloat16 for gradient in gradients):  # clip_grad_norm_ would compute the norm to three digits
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
             return norm
@@ -234,7 +234,7 @@ class Run:
                 tracker.log_images({name: [image]}, step=step)
 
     def peak_memory(self) -> int:
-        """Bytes: the most the GPU held for tensors, or the most this process held in RAM."""
+        """Peak memory in bytes: of tensors on the GPU, or, without a GPU, of this process in RAM."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resident_peak()
@@ -254,9 +254,9 @@ class Run:
 
 
 def check_shared(run: Run, folder: Path, flag: str) -> None:
-    """Makes `folder`, and ends every process if one of them sees another folder of that name, as on machines with disks of their own.
+    """Makes `folder`, and ends every process if one of them sees a different folder of that name, as on machines with separate disks.
 
-    Such a run would miss its caches after hours, or resume on one machine and start afresh on the others.
+    Such a run would miss cache files after hours, or resume on one machine and start afresh on the others.
 
     Raises:
         SystemExit: naming the flag.
@@ -282,7 +282,7 @@ def check_shared(run: Run, folder: Path, flag: str) -> None:
 
 
 def check_equal_gpus(run: Run, flag: str) -> None:
-    """Ends every process if their GPUs differ: what a generator draws on one depends on its number of multiprocessors.
+    """Ends every process if their GPUs differ: the numbers that a generator draws depend on the number of multiprocessors.
 
     Raises:
         SystemExit: naming the flag.
@@ -299,7 +299,7 @@ def check_equal_gpus(run: Run, flag: str) -> None:
 
 
 def interface_to(address: str) -> str | None:
-    """Name of the network interface by which this machine reaches `address`, or has it; None: unknown, or its own loopback."""
+    """Name of the network interface that leads to `address`, or has it; None if it is unknown or the loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # chooses a route, sends nothing
@@ -317,11 +317,11 @@ def interface_to(address: str) -> str | None:
 
 
 def _settle_gloo(environ: MutableMapping[str, str]) -> None:
-    """Gloo tells the others the address of this machine's name, which Debian's and Ubuntu's /etc/hosts make the loopback."""
+    """On several machines, sets gloo's interface: the default is that of the host name, on Debian and Ubuntu the loopback."""
     several = int(environ.get("LOCAL_WORLD_SIZE", 1)) < int(environ.get("WORLD_SIZE", 1))
     if not several or "GLOO_SOCKET_IFNAME" in environ:
         return
-    # The first machine's own name may lead it to the loopback: then the way to the outside, by an address that is reserved for examples.
+    # On the first machine MASTER_ADDR may be the loopback: then the interface that leads to an outside address, one reserved for examples.
     if name := interface_to(environ.get("MASTER_ADDR", "")) or interface_to("192.0.2.1"):
         environ["GLOO_SOCKET_IFNAME"] = name
 
@@ -332,8 +332,8 @@ def _settle_gloo(environ: MutableMapping[str, str]) -> None:
 def check_world(environ: Mapping[str, str], world: int) -> None:
     """Refuses a launcher that promised more processes than there are.
 
-    `accelerate launch --num_processes 2` without a GPU starts one process. Its only traces: it sets MASTER_ADDR, which it does for
-    several processes alone, and no WORLD_SIZE, which it does for real ones.
+    `accelerate launch --num_processes 2` without a GPU starts one process. Its only traces: MASTER_ADDR is set, as
+    for several processes, but not WORLD_SIZE, which real ones have.
 
     Raises:
         ValueError: names the command that works.
@@ -350,7 +350,7 @@ def check_world(environ: Mapping[str, str], world: int) -> None:
 
 
 def unused_gpu(driver: bool, usable: bool, built_for: str | None) -> str | None:
-    """Why torch does not use the GPU whose NVIDIA driver is here, and the cure; built_for: torch.version.cuda."""
+    """Why torch does not use the GPU although an NVIDIA driver is installed, and the cure, or None; built_for: torch.version.cuda."""
     if usable or not driver:
         return None
     if built_for is None:
@@ -370,11 +370,11 @@ def _unused_gpu() -> str | None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse an unfit result folder or precision, and a launcher that spreads the weights of a program that does not.
+    """Refuse an unfit result folder or precision, and a launcher that shards weights in a program that does not.
 
     Raises:
-        ValueError: a folder that holds somebody's model, or a result of the other kind; fp16 without a GPU; bf16, the precision of real
-            models, beside a GPU that torch cannot use; FSDP2 or DeepSpeed.
+        ValueError: a folder with a model that is not ours, or with a result of the other kind; fp16 without a GPU; bf16, the precision
+            of real models, if there is a GPU that torch cannot use; FSDP2 or DeepSpeed.
     """
     _check_output(args.output_dir, adapter=trains_adapter(args))
     _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
@@ -384,7 +384,7 @@ def check(args: argparse.Namespace) -> None:
             f"--mixed_precision bf16: {trouble}; to train on the CPU all the same, which takes weeks with a real model, put "
             "CUDA_VISIBLE_DEVICES='' before the command"
         )
-    if not vars(args).keys() & {"weights_dtype", "full_weights"}:  # those programs have a say of their own
+    if not vars(args).keys() & {"weights_dtype", "full_weights"}:  # those programs check it themselves
         sharding.check_whole(os.environ)
 
 
@@ -395,8 +395,8 @@ def trains_adapter(args: argparse.Namespace) -> bool:
 
 
 def _check_output(folder: Path, *, adapter: bool) -> None:
-    """A LoRA is refused there too: its args.json would make the model pass for a result of ours, which a later full run may replace."""
-    if (folder / "model_index.json").is_file() and not (folder / "args.json").is_file():  # which every run of ours leaves
+    """Refuses a foreign model for a LoRA, too: the run's args.json would mark the model as ours, and a later full run could replace it."""
+    if (folder / "model_index.json").is_file() and not (folder / "args.json").is_file():  # every run of ours leaves one
         raise ValueError(
             f"--output_dir {folder} holds a model that no run here wrote, and that this or a later run would replace; choose another folder"
         )
@@ -409,7 +409,7 @@ def _check_output(folder: Path, *, adapter: bool) -> None:
 
 
 def _check_precision(args: argparse.Namespace, device: torch.device) -> None:
-    if args.mixed_precision == "fp16" and device.type == "cpu":  # accelerate would compute in fp32 and not say so
+    if args.mixed_precision == "fp16" and device.type == "cpu":  # accelerate would silently compute in fp32
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU use --mixed_precision bf16 or no")
 
 
@@ -449,16 +449,16 @@ def _settle_numerics(args: argparse.Namespace) -> None:
     torch.backends.cudnn.allow_tf32 = args.allow_tf32 is not False  # unset: torch's own defaults, TF32 in convolutions alone
     torch.use_deterministic_algorithms(args.deterministic)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time: nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # saves time: nothing here reads uninitialised memory
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be deterministic
 
 
 def quieten_libraries() -> None:
-    """No progress bar for every folder that diffusers opens, no notice of CPU kernels that nobody asked bitsandbytes for.
+    """Silence diffusers' progress bars, bitsandbytes' notice about CPU kernels, and two warnings.
 
-    And none of a flag of DistributedDataParallel whose successor accelerate cannot hand over, and older versions of torch do not know;
-    nor of a schedule that goes on where an update was left out, as it should.
+    One is about DistributedDataParallel's `broadcast_buffers`, whose successor accelerate cannot pass and older versions of torch lack.
+    The other is about a schedule that advances although an update was skipped: that is intended.
     """
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
@@ -473,7 +473,7 @@ def _accelerator(args: argparse.Namespace) -> Any:
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
-    # accelerate refuses another precision in a process that had a run before; there is no public way to forget it
+    # accelerate refuses another precision if this process had a run before; there is no public way to reset it
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     names = {"all": ["tensorboard", "wandb"], "none": None}.get(args.report_to, [args.report_to])
@@ -481,16 +481,16 @@ def _accelerator(args: argparse.Namespace) -> Any:
     several_on_cpu = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
     return Accelerator(
         mixed_precision=args.mixed_precision,
-        cpu=several_on_cpu,  # otherwise each of torchrun's processes would believe to be alone
+        cpu=several_on_cpu,  # otherwise each of torchrun's processes would run alone
         log_with=names,
         project_config=ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(args.output_dir / "logs")),
-        # explicit, because both have environment variables that would change the run: the loop accumulates and compiles by itself
+        # explicit, since environment variables would set both otherwise: the training loop accumulates and compiles by itself
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=_PATIENCE),
-            # buffers never change: SD3's position embeddings, 0.45 GB, would be sent around in every forward pass
-            # and gradients live in the buckets that are sent: a copy of them less, 9 GB of a full fine-tuning of SD3.5-medium
+            # buffers never change: broadcasting SD3's position embeddings in every forward pass would send 0.45 GB
+            # gradients are views of the communication buckets: saves a copy, 9 GB in a full fine-tuning of SD3.5-medium
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -526,7 +526,7 @@ def start(args: argparse.Namespace) -> Run:
         SystemExit: machines that do not share the run's folders.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the wrapper's shell starts its background job deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the wrapper's shell starts its background job with Ctrl-C ignored
     _settle_numerics(args)
     quieten_libraries()
     accelerator = _accelerator(args)
@@ -536,7 +536,7 @@ def start(args: argparse.Namespace) -> Run:
     if trouble := _unused_gpu():
         run.print(f"warning: training runs on the CPU: {trouble}")
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launcher not in ("no", args.mixed_precision):  # the launcher's default is "no": it cannot be told from a choice
+    if launcher not in ("no", args.mixed_precision):  # the launcher's "no" may be its default
         run.print(f"warning: --mixed_precision {args.mixed_precision} counts; the launcher's {launcher} is ignored")
     for flag in ("output_dir", "cache_dir"):
         if flag in vars(args):

@@ -52,13 +52,13 @@ def normal(
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """To the device without waiting for it: from ordinary memory torch would first let the GPU finish all it was given."""
+    """Copy to the device without waiting for it: from pageable memory torch would first wait for all pending work of the GPU."""
     upwards = tensor.device.type == "cpu" and torch.device(device).type == "cuda"
     return tensor.pin_memory().to(device, non_blocking=True) if upwards else tensor.to(device)
 
 
 def seed_everything(seed: int, *keys: int | str) -> None:
-    """Seeds Python's, numpy's and torch's global generators (all devices): what dropout inside a model draws from."""
+    """Seeds Python's, numpy's and torch's global generators (all devices), from which dropout inside a model draws."""
     number = _number(seed, keys)
     random.seed(number)
     np.random.seed(number % 2**32)  # numpy takes 32 bits

@@ -1,6 +1,6 @@
-"""Weights that are spread over processes (FSDP2): gathered whole for a checkpoint, spread again from one, whatever the number of processes.
+"""Weights sharded over processes (FSDP2): gathered for a checkpoint, and sharded again from one over any number of processes.
 
-A sharded weight is a DTensor: each process holds a piece, and its `shape` is that of the whole. Every function here passes ordinary
+A sharded weight is a DTensor: each process holds a piece, and its `shape` is that of the full tensor. Every function here passes ordinary
 tensors through, so that a run on one process takes the same path.
 """
 
@@ -16,16 +16,16 @@ from torch.optim import Optimizer
 
 
 def sharded(value: Any) -> bool:
-    """Whether it is a DTensor. Whoever made one has imported them; here that would cost every `--help` half a second."""
+    """Whether it is a DTensor. If there is one, its module is imported already; importing it here would cost `--help` half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def gathered(tree: Any, *, keep: bool = True) -> Any:
-    """The same nested state with whole tensors, on the CPU where they were sharded; every process has to call it.
+    """The same nested state with sharded tensors gathered on the CPU; every process has to call it.
 
     Args:
-        keep: False where nobody will read it: in place of sharded tensors None, or each process would fill the RAM with a copy.
+        keep: False on processes that do not use the result: sharded tensors become None, or each process would fill the RAM.
     """
     if isinstance(tree, dict):
         return {key: gathered(value, keep=keep) for key, value in tree.items()}
@@ -38,12 +38,12 @@ def gathered(tree: Any, *, keep: bool = True) -> Any:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor in one piece, on every process."""
+    """The tensor, gathered on every process if it is sharded."""
     return tensor.full_tensor() if sharded(tensor) else tensor
 
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor that all processes hold, spread as `like` is."""
+    """This process's share of a full tensor that all processes hold, sharded as `like` is."""
     if not sharded(like) or sharded(tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -52,7 +52,7 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def placed_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """An optimizer's state from a checkpoint, its moments spread as the weights that they belong to."""
+    """An optimizer's state from a checkpoint, its moments sharded as their weights are."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not any(sharded(weight) for weight in weights):
         return state
@@ -67,9 +67,9 @@ def placed_state(state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
 
 def released(model: nn.Module) -> nn.Module:
-    """Lets go of what was gathered after every forward pass, in the model's own part as well, where FSDP2 keeps it for the backward pass.
+    """Free gathered weights after every forward pass, also those of the root module, which FSDP2 would keep for the backward pass.
 
-    A pass without gradient would leave it behind, and the next one use it, whatever the weights hold by then: an average, the old policy.
+    After a pass without gradient they would stay and be used by the next pass, even if the weights were swapped since (EMA, old policy).
     """
     model.set_reshard_after_forward(True)
     return model
@@ -83,7 +83,7 @@ def policy(compute_dtype: torch.dtype) -> Any:
 
 
 def prepare(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
-    """`accelerator.prepare` of both; under FSDP2 with the inputs left as they are, and computing under autocast as everywhere else."""
+    """`accelerator.prepare` of both; under FSDP2 without a cast of the inputs, and under autocast as everywhere else."""
     if not getattr(accelerator, "is_fsdp2", False):
         return accelerator.prepare(model, optimizer)
     if accelerator.mixed_precision != "no":
@@ -100,27 +100,27 @@ def prepare(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> tuple[n
 
 
 def check_whole(environ: Mapping[str, str]) -> None:
-    """Refuse a launcher that would spread weights in a program that keeps them whole on every process.
+    """Refuse a launcher that would shard weights in a program that needs full weights on every process.
 
     Raises:
         ValueError: names the cure.
     """
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP2"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if environ.get(variable) == "true":  # the optimizer would step weights that the saved file and the average do not see
+        if environ.get(variable) == "true":  # the optimizer would update weights that the saved file and the average lack
             raise ValueError(f"{name} spreads weights, which this program keeps whole on every GPU: start it with --multi_gpu instead")
 
 
 def check(environ: Mapping[str, str], *, pieces: bool, train_text_encoder: bool, optimizer: str, mixed_precision: str) -> None:
-    """Refuse what cannot be sharded.
+    """Refuse settings that do not work with sharded weights.
 
     Args:
-        environ: environment variables, where `accelerate launch` says what it was configured for.
+        environ: environment variables, in which `accelerate launch` passes its configuration.
         pieces: the optimizer works piece by piece (bf16 weights).
 
     Raises:
         ValueError: names the flag and the cure.
     """
-    if environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # its optimizer keeps a state that no other number of processes can load
+    if environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # its optimizer state loads on the same number of processes only
         raise ValueError("DeepSpeed is not supported: use --config_file scripts/accelerate/fsdp2.yaml, which spreads the weights as well")
     if environ.get("ACCELERATE_USE_FSDP") != "true" or int(environ.get("WORLD_SIZE", 1)) == 1:
         return

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from src import norms
 from src.lora import under_autocast, unwrap
 
-# diffusers' names. Its own `set_attention_backend` changes nothing here: neither SD3's nor SD1.5's processors ask it which kernel to take.
+# diffusers' names. Its own `set_attention_backend` has no effect here: SD3's and SD1.5's attention processors do not use it.
 BACKENDS = {
     "native": None,  # torch chooses
     "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -26,13 +26,13 @@ BACKENDS = {
     "_native_math": SDPBackend.MATH,
 }
 NEED_CUDA = ("_native_cudnn", "_native_efficient")
-# Variants of the compiled code that may live side by side. One block of SD3 has four (first, dual, plain, last), each again without
-# gradient, without its adapters (the reference of RL), and per picture size. torch's limit of 8 would leave the rest uncompiled.
+# Limit of compiled variants of one function. A block of SD3 has four (first, dual, plain, last), each again without gradient, without
+# adapters (the reference of RL), and per picture size. torch's limit of 8 would leave the rest uncompiled.
 COMPILED_VARIANTS = 64
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what would have no effect, or could not work, on this machine; a plan may be made on another one.
+    """Refuse flags that have no effect or do not work on this machine; not with --dry_run, whose run may be meant for another one.
 
     Raises:
         ValueError: naming the flag and the cure.
@@ -65,7 +65,7 @@ def apply(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def as_written(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Inside, compiled blocks run uncompiled: validation's batches of other sizes would each be compiled, for a few passes."""
+    """Inside, compiled blocks run uncompiled: each batch size of validation would be compiled, only for a few forward passes."""
     return torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext()
 
 
@@ -95,23 +95,22 @@ def set_attention(model: nn.Module, name: str) -> None:
 
 
 def narrow_once(model: nn.Module) -> None:
-    """Under autocast, convert what an attention reads once, instead of in each of its projections, and of their adapters.
+    """Under autocast, convert the inputs of an attention to 16 bits once, instead of in each of its projections and their adapters.
 
-    The norms before it give fp32 there. Each of three projections and three adapters would make, and keep for the backward pass, a
-    16-bit copy of its own. The forward pass is the same to the bit; the gradients of what is shared are summed in 16 bits instead of fp32.
+    The norms before it return fp32 there. Each of three projections and three adapters would make a 16-bit copy of its own, and save it for
+    the backward pass. The forward pass is the same to the bit; gradients of the shared copy are summed in 16 bits instead of fp32.
     """
     from diffusers.models.attention_processor import Attention
 
     for module in unwrap(model).modules():
-        if isinstance(module, Attention) and not module.residual_connection:  # what is added later stays as it came
+        if isinstance(module, Attention) and not module.residual_connection:  # a residual input is added later, unconverted
             module.register_forward_pre_hook(_narrow, with_kwargs=True)
 
 
 def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of a model that is asked under autocast alone in autocast's dtype, where it would convert them at every pass.
+    """Convert the weights of a model that only runs under autocast to autocast's dtype once, instead of in every forward pass.
 
-    The passes stay the same to the bit. `requires_grad` stays as it is, and so does the first layer, whose dtype decides what the inputs
-    are converted to.
+    Results stay the same to the bit. `requires_grad` stays as it is, and so does the first layer: inputs are converted to its dtype.
     """
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     for weight in (weight for layer in layers[1:] for weight in layer.parameters(recurse=False)):
@@ -132,7 +131,7 @@ def _narrow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tup
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What gradient checkpointing treats as a unit, in order: SD3's transformer blocks, a UNet's residual and transformer blocks.
+    """The units of gradient checkpointing, in order: SD3's transformer blocks, a UNet's residual and transformer blocks.
 
     diffusers never recomputes the first block in the middle of a UNet.
     """
@@ -144,7 +143,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def checkpoint_blocks(model: nn.Module, every: int = 1) -> None:
-    """Keep only the inputs of every `every`-th block and compute it again in the backward pass; the other blocks keep all they need.
+    """Save only the inputs of every `every`-th block and recompute it in the backward pass; the other blocks save all they need.
 
     With `every` 2 half of the memory is saved for half of the extra time.
     """
@@ -164,17 +163,17 @@ def checkpoint_blocks(model: nn.Module, every: int = 1) -> None:
 def compile_blocks(model: nn.Module, *, mode: str = "default", **options: Any) -> None:
     """torch.compile each repeated part in place: names in the state dict, adapters and hooks stay as they are.
 
-    Parts, not the whole: equal blocks share their code, so that compiling takes a tenth of the time for nearly the same speed.
+    Parts, not the full model: equal blocks share their code, so that compiling takes a tenth of the time for nearly the same speed.
 
     Args:
         mode: of torch.compile; "reduce-overhead" records CUDA graphs.
 
     Raises:
-        RuntimeError: in a later forward pass, when there are more variants than COMPILED_VARIANTS: never uncompiled in silence.
+        RuntimeError: in a later forward pass, if there are more variants than COMPILED_VARIANTS; nothing silently runs uncompiled.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch._dynamo.config.optimize_ddp = False  # it would cut each block at its buckets; blocks are small enough to overlap as they are
+    torch._dynamo.config.optimize_ddp = False  # it would split blocks at DDP's buckets; they are small enough to overlap as they are
     model = unwrap(model)
     parts = model.transformer_blocks if hasattr(model, "transformer_blocks") else [*model.down_blocks, model.mid_block, *model.up_blocks]
     for part in parts:

@@ -1,6 +1,6 @@
-"""What DreamBooth feeds on, from its arguments: pictures of the subject with their masks, and pictures of its class for prior preservation.
+"""The inputs of DreamBooth, from its arguments: pictures of the subject with their masks, and pictures of its class for prior preservation.
 
-Class pictures that are missing are rendered with the base model before anything is trained, by all processes, and kept.
+Missing class pictures are rendered with the base model before training, by all processes, and kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from src import cli, inputs, lora, plan, runtime
 from src.data import cache, captions, dreambooth, samples, sources
 from src.pipelines import sd3
 
-CAPTION_COLUMN = "text"  # the default of --caption_column; another one was asked for, so it has to be there
+CAPTION_COLUMN = "text"  # the default of --caption_column; any other was chosen by the user and must exist
 
 
 def check(args: argparse.Namespace) -> None:
@@ -45,7 +45,7 @@ def _flag(args: argparse.Namespace) -> str:
 
 
 def _check_captions(args: argparse.Namespace) -> None:
-    """Of a folder, which is read at once: is there a prompt for every picture, and a picture for the prompt? And a mask for each?"""
+    """For folders alone, which are quick to read: each picture has a prompt and a mask, and some picture uses --instance_prompt."""
     if sources.locate(args.dataset_name, captioned=args.instance_prompt is None).kind not in ("metadata", "txt"):
         return
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
@@ -87,13 +87,13 @@ def open_images(args: argparse.Namespace) -> tuple[captions.CaptionedImages, cap
 
 
 def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, inputs.Inputs | None]:
-    """Open the pictures, render what is missing of the class, lay out the steps, fill the caches.
+    """Open the pictures, render missing class pictures, lay out the steps, fill the caches.
 
     Returns:
         The subject's inputs, and with --with_prior_preservation those of its class: as many per step, with random numbers of their own.
 
     Raises:
-        SystemExit: what `open_images` and `src.data.dreambooth` refuse.
+        SystemExit: where `open_images` and `src.data.dreambooth` raise ValueError.
     """
     train, held_out = run.require(lambda: open_images(args))  # one download, one scan, and one result for all processes
     there = run.require(lambda: _class_folder(args)) if args.with_prior_preservation else None
@@ -120,7 +120,7 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
 
 
 def planned(args: argparse.Namespace, *, adapt_text: Callable[[nn.Module], None]) -> plan.Subject:
-    """What --dry_run has to know besides the transformer.
+    """What --dry_run needs to know besides the transformer.
 
     Args:
         adapt_text: applied to CLIP-L and CLIP-G on the meta device with --train_text_encoder.
@@ -157,7 +157,7 @@ def _class_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _class_folder(args: argparse.Namespace) -> dreambooth.ClassFolder:
-    """--class_data_dir, or a folder in the cache whose name says what its pictures were rendered with.
+    """--class_data_dir, or a folder in the cache, named by a hash of the rendering settings.
 
     Raises:
         ValueError: naming --class_data_dir, if it cannot be used, or holds pictures that were rendered with other settings.
@@ -170,7 +170,7 @@ def _class_folder(args: argparse.Namespace) -> dreambooth.ClassFolder:
 
 
 def _known_prompts(there: dreambooth.ClassFolder) -> list[str]:
-    """Prompts of class pictures, those that are yet to be rendered included."""
+    """Prompts of class pictures, including those not rendered yet."""
     if not there.own:
         return list(there.prompts)
     rows = sources.open_source(str(there.folder), image_column="image", caption_column="text", cache_dir=there.folder, captioned=False).rows
@@ -178,7 +178,7 @@ def _known_prompts(there: dreambooth.ClassFolder) -> list[str]:
 
 
 def _render_class(run: runtime.Run, args: argparse.Namespace, there: dreambooth.ClassFolder, text: cache.TensorCache | None) -> None:
-    """Render this process's share of the missing class pictures with the base model, which is loaded if there are any."""
+    """Render this process's share of the missing class pictures with the base model; it is loaded only if any are missing."""
     missing = there.missing()
     run.barrier()  # every process has looked before one of them writes
     if missing:
@@ -211,7 +211,7 @@ def _renderer(run: runtime.Run, args: argparse.Namespace, text: cache.TensorCach
                 width=args.resolution, num_inference_steps=args.class_inference_steps, guidance_scale=args.class_guidance_scale,
                 batch_size=len(prompts), decode_batch_size=1,  # one of 1024 px takes 1.5 GB
             )  # fmt: skip
-        if not pictures.isfinite().all():  # as bytes they would be innocent black
+        if not pictures.isfinite().all():  # as bytes they would be plain black
             raise ValueError("class pictures hold NaN or infinity; try --mixed_precision bf16 or no")
         return pictures
 

@@ -1,4 +1,4 @@
-"""Denoising steps with a log-probability: what a policy gradient needs, and what the deterministic sampler does not have.
+"""Denoising steps with a log-probability, which a policy gradient needs and the deterministic sampler lacks.
 
 A step goes from noise level sigma = s to sigma_next = s' < s. It is a Gaussian whose mean is linear in the state and in the predicted
 velocity v (noise - x0, see `flow`), and whose standard deviation depends on the noise levels alone:
@@ -15,12 +15,12 @@ a is the noise level, dt = s' - s. At s = 1, where c is infinite, `flow` takes a
 
 `cps` and `precise` keep the schedule: if v is exact, x' is (1 - s') x0 + s' noise' with standard normal noise'. `precise` is the exact
 solution of the stochastic equation of which `flow` is one Euler step. That Euler step leaves too much noise. With a = 0.7, shift 3 and
-10 steps, its noise over the scheduled s' is 1.04 1.06 1.03 1.02 1.03 1.04 1.07 1.23 26.9 from first to last but one: the grain of its
-pictures. The last step ends at s' = 0, where no density exists: it is `ode`, always.
+10 steps, its noise divided by the scheduled s' is 1.04 1.06 1.03 1.02 1.03 1.04 1.07 1.23 26.9 from the first step to the last but one:
+its pictures look grainy. The last step ends at s' = 0, where no density exists: it is always `ode`.
 
-Log-probabilities are joint ones, in nats, over all dimensions of a sample. They are of the order of D = 16 h w (65,536 at 512 px) and what
-counts is their difference, of the order of 1: they are summed in fp64. Measured at 512 px: a log-ratio of about 1 is then off by 3e-5 (1e-3
-at the last but one step, whose step_std is 0.008); with fp32 sums by 5e-3 (2e-2). Other code takes the mean over dimensions: this over D.
+Log-probabilities are joint ones, in nats, over all dimensions of a sample. They are of the order of D = 16 h w (65,536 at 512 px), but only
+differences of the order of 1 count: they are summed in fp64. Measured at 512 px: a log-ratio of about 1 is then off by 3e-5 (1e-3
+at the last but one step, whose step_std is 0.008); with fp32 sums by 5e-3 (2e-2). Other code divides by D (mean over dimensions).
 """
 
 import math
@@ -51,14 +51,14 @@ def check(transition: str, noise_level: float) -> None:
 def coefficients(
     transition: str, sigma: Tensor, sigma_next: Tensor, noise_level: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """A, B and step_std of the step sigma -> sigma_next, float64, of the shape of the two: see the head of this file.
+    """A, B and step_std of the step sigma -> sigma_next, float64, of the shape of sigma: see the module's docstring.
 
     Args:
         sigma: in (0, 1], any shape. sigma_next: in [0, sigma), the same shape; above 0 unless the transition is `ode`.
         noise_level: a; None for `ode`, which has none.
 
     Raises:
-        ValueError: what `check` refuses, or sigmas outside these ranges.
+        ValueError: as `check`, or for sigmas outside these ranges.
     """
     s, n = sigma.double(), sigma_next.double()
     if not bool(((n < s) & (s > 0) & (s <= 1) & (n >= 0)).all()):
@@ -84,9 +84,9 @@ def coefficients(
 
 
 def sensitivity(transition: str, sigma: Tensor, sigma_next: Tensor, noise_level: float | None = None) -> Tensor:
-    """|B| / step_std: by how many of its own deviations a step's mean moves where the velocity moves by 1; as `coefficients`, float64.
+    """|B| / step_std: the change of a step's mean, in its standard deviations, if the velocity changes by 1; float64, as `coefficients`.
 
-    A velocity that is off by e in all of D dimensions costs a log-ratio D (sensitivity e)^2 / 2 nats, in the mean.
+    A velocity error of e in each of D dimensions causes a mean log-ratio of size D (sensitivity e)^2 / 2 nats.
     """
     _, b, step_std = coefficients(transition, sigma, sigma_next, noise_level)
     return b.abs() / step_std
@@ -101,7 +101,7 @@ def moments(
         x_t, velocity: (b, ...). sigma, sigma_next: (b,) each, best on the CPU: the coefficients are then found without a wait for the GPU.
 
     Raises:
-        ValueError: what `coefficients` refuses.
+        ValueError: as `coefficients`.
     """
     found = torch.stack(coefficients(transition, sigma, sigma_next, noise_level)).float()  # (3, b)
     a, b, step_std = found.to(x_t.device, non_blocking=True).view(3, -1, *[1] * (x_t.ndim - 1))  # each (b, 1, ..., 1)
@@ -109,14 +109,14 @@ def moments(
 
 
 def draw(mean: Tensor, step_std: Tensor, noise: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x' = mean + step_std * noise in `dtype`, the one in which it will be kept: score the rounded sample, since that is replayed."""
+    """x' = mean + step_std * noise, rounded to the `dtype` of storage: take its log-probability after rounding, as a replay does."""
     return (mean + step_std * noise).to(dtype)
 
 
 def log_prob(sample: Tensor, mean: Tensor, step_std: Tensor) -> Tensor:
     """log N(sample; mean, step_std^2), joint over all dimensions of a sample, in nats: (b,) float64.
 
-    The sample is detached: the gradient of a policy goes through the mean. Terms in fp32, their sum in fp64.
+    The sample is detached: the policy gradient goes through the mean. Terms in fp32, their sum in fp64.
 
     Args:
         sample, mean: (b, ...). step_std: (b, 1, ..., 1), above 0.

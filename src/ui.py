@@ -1,7 +1,7 @@
-"""The demo as a page in the browser: a prompt, the base model's picture beside the LoRA's, what each scored, and the pictures of the run.
+"""The demo as a page in the browser: a prompt, the base model's picture beside the LoRA's, their scores, and the pictures of the run.
 
-Nothing here draws or refuses: `Studio` asks the demo's own functions, so that the page shows what the command line would draw, and refuses
-what it would refuse, in the same words. gradio is imported where the page is built; what stands behind its button does without.
+Nothing here draws or refuses: `Studio` calls the demo's own functions, so that the page draws and refuses as the command line would, with
+the same messages. gradio is imported where the page is built; the code behind its button does not need it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CSS = """
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-    """What a visitor chooses, by flag names; everything else is as the command line said."""
+    """A visitor's settings, by flag names; all others are those of the command line."""
 
     prompt: str
     negative_prompt: str
@@ -78,7 +78,7 @@ class Shown:
 
 
 class Studio:
-    """One pipeline, loaded once, that draws for whoever asks, one picture at a time.
+    """One pipeline, loaded once, that draws for all visitors, one picture at a time.
 
     Args:
         parser, args: the demo's, with --ui.
@@ -96,14 +96,14 @@ class Studio:
         self._turn, self._index = threading.Lock(), -1
 
     def first_wish(self, prompt: str) -> Wish:
-        """What the page opens with."""
+        """The settings that the page opens with."""
         return Wish(prompt, **{field.name: getattr(self.args, field.name) for field in dataclasses.fields(Wish)[1:]})
 
     def asked(self, wish: Wish) -> argparse.Namespace:
         """Arguments with which the demo would draw this without a page.
 
         Raises:
-            ValueError: what cannot be drawn.
+            ValueError: it cannot be drawn.
         """
         if not wish.prompt.strip():
             raise ValueError("the prompt is empty: write what the picture shall show")
@@ -123,11 +123,11 @@ class Studio:
         """The picture of each column as soon as it is there, from the same noise.
 
         Args:
-            on_step: told the column, and how many of how many denoising steps are done.
+            on_step: called with the column, the number of denoising steps done, and their total.
 
         Raises:
-            ValueError: what cannot be drawn.
-            MemoryError: that of the GPU is too small.
+            ValueError: it cannot be drawn.
+            MemoryError: the GPU's memory is too small.
         """
         asked = self.asked(wish)
         [prompt], able = asked.prompt, judges(self.scorer, wish.prompt)[0]
@@ -140,14 +140,14 @@ class Studio:
             yield Shown(column, path, picture.size, scores, black)
 
     def _number(self) -> int:
-        """Of the next picture: above those in --output_dir, and used once."""
+        """Number of the next picture: above those in --output_dir, and never used twice."""
         with self._turn:
             self._index = max(self._index + 1, gallery.next_index(self.args.output_dir))
             return self._index
 
 
 def judges(mixture: Mixture | None, prompt: str) -> tuple[Mixture | None, dict[str, str]]:
-    """The part of a mixture that can judge pictures of this prompt, None if nothing of it can, and why the others cannot."""
+    """The scorers of a mixture that can judge pictures of this prompt, None if none can; and, by name, why the others cannot."""
     parts = mixture.parts if mixture else ()
     reasons = {part.scorer.name: reason for part in parts if (reason := part.scorer.check_prompt(prompt, None))}
     able = tuple(part for part in parts if part.scorer.name not in reasons)
@@ -211,8 +211,8 @@ def run_folder(weights: Path) -> Path | None:
 
 
 def album(run: Path) -> dict[int, list[tuple[str, str]]]:
-    """Of each validation, by step: file and prompt of its pictures, prompt by prompt."""
-    from src import validation  # and with it all that a run needs; the demo without a page does without
+    """Step of each validation -> (file, prompt) of its pictures, prompt by prompt."""
+    from src import validation  # here, since it imports all that a run needs; only the page needs it
 
     folders = sorted((path for path in (run / "samples").glob(validation.STEPS) if path.is_dir()), key=validation.step_of)
     pictures = {validation.step_of(folder): sorted(folder.glob("*.png"), key=_numbers_of) for folder in folders}
@@ -233,7 +233,7 @@ def _prompt_of(path: Path) -> str:
 
 
 def serve(studio: Studio, prompts: list[str], host: str, port: int) -> None:
-    """Serve the page until Ctrl-C; it asks nothing of any other machine. Of the prompts, the first is filled in, the others are offered."""
+    """Serve the page until Ctrl-C; it sends no requests to other machines. The first prompt is filled in; all are offered as examples."""
     import gradio as gr
 
     args, run = studio.args, run_folder(Path(studio.args.lora_weights_path or studio.args.pretrained_model_name_or_path))
@@ -337,7 +337,7 @@ def _draw_tab(studio: Studio, prompts: list[str]) -> None:
                 yield {pictures[shown.column]: gr.update(value=str(shown.path), elem_classes=f"picture{small}"), cards[shown.column]: card}
         except (ValueError, MemoryError) as error:
             gr.Warning(str(error), duration=None)
-            yield {note: gr.skip()}  # nothing yielded would empty all of the page
+            yield {note: gr.skip()}  # yielding nothing would clear the page
             return
         text = caption(studio, wish, list(done.values()), time.perf_counter() - started)
         yield {note: text, command: gr.update(value=same, visible=True)}

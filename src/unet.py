@@ -1,4 +1,4 @@
-"""What the SD1.5 scripts train, from their arguments: all weights of the UNet, or a LoRA; how it is loaded, kept and saved."""
+"""The UNet that the SD1.5 scripts train, from their arguments: all weights or a LoRA; loading, checkpoints and saving."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from src.pipelines import sd15
 
 
 def add_defaults(parser: cli.Parser) -> None:
-    """--resolution and --gradient_checkpointing as the model's folder demands, if they are not given."""
+    """If not given, --resolution and --gradient_checkpointing are set by whether the model is XL."""
     parser.when_unset["resolution"] = lambda args: 1024 if _is_xl(args) else 512
     parser.when_unset["gradient_checkpointing"] = _is_xl
 
@@ -26,7 +26,7 @@ def _is_xl(args: argparse.Namespace) -> bool:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what can be known about adapter, output, optimizer, upload and checkpoint before anything is loaded.
+    """Refuse settings of adapter, output, optimizer, upload and checkpoint that cannot work, before anything is loaded.
 
     Raises:
         ValueError: naming the flag and the cure.
@@ -42,7 +42,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def adapt(unet: nn.Module, args: argparse.Namespace) -> None:
-    """Leave trainable the adapter that the flags describe, or everything."""
+    """Make trainable the adapter that the flags describe, or all weights."""
     if args.use_lora:
         lora.add(unet, rank=args.rank, alpha=args.lora_alpha, dropout=args.lora_dropout, use_dora=args.use_dora, layers=args.lora_layers)
     else:
@@ -73,10 +73,10 @@ def load(run: runtime.Run, args: argparse.Namespace) -> sd15.SD15:
 
 
 def load_frozen(run: runtime.Run, args: argparse.Namespace, source: str | None) -> nn.Module:
-    """Another UNet beside the trained one, of `source` or, if None, of the base model; use it without gradient.
+    """A second UNet beside the trained one, from `source` or, if None, from the base model; use it without gradient.
 
     All that decides on kernels is as in the trained one, so that equal weights give equal bits: `requires_grad` (torch's matmul folds
-    its operands in another way for a frozen weight), attention's kernel and compilation.
+    its operands differently for a frozen weight), attention's kernel and compilation.
     """
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     path, options = (source, {}) if source else (path, options)
@@ -87,12 +87,12 @@ def load_frozen(run: runtime.Run, args: argparse.Namespace, source: str | None) 
 
 
 def parameters(unet: nn.Module, args: argparse.Namespace) -> list[nn.Parameter]:
-    """What is trained."""
+    """The trainable parameters."""
     return lora.parameters(unet) if args.use_lora else full.parameters(unet)
 
 
 def optimizer(weights: list[nn.Parameter], run: runtime.Run, args: argparse.Namespace, global_batch: int) -> tuple[Any, Any]:
-    """The optimizer and its schedule; prints the learning rate that results."""
+    """The optimizer and its schedule; prints the resulting learning rate."""
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, global_batch)
     scaled = f" = {args.learning_rate:g} x {global_batch} samples" if args.scale_lr else ""
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {rate:.3g}{scaled}")
@@ -103,17 +103,17 @@ def optimizer(weights: list[nn.Parameter], run: runtime.Run, args: argparse.Name
 
 
 def checkpoint_parts(unet: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
-    """The weights as a checkpoint holds them: a LoRA among the states, a whole UNet in a folder of diffusers."""
+    """The weights as a part of a checkpoint: a LoRA in state.pt, all weights of a UNet in a folder in diffusers' format."""
     return {"lora": lora.State(unet)} if args.use_lora else {"weights": full.State({"unet": unet})}
 
 
 def checkpoint_files(unet: nn.Module, average: ema.Ema | None, args: argparse.Namespace) -> Callable[[Path], None] | None:
-    """What a checkpoint holds besides, for other programs: the LoRA file; a whole UNet lies there already."""
+    """Adds the LoRA file to a checkpoint, for other programs; None if all weights are trained: these lie there already."""
     return (lambda folder: save(unet, folder, average, args)) if args.use_lora else None
 
 
 def save(unet: nn.Module, folder: Path, average: ema.Ema | None, args: argparse.Namespace) -> None:
-    """Write the LoRA, or the UNet as part of a pipeline, to `folder`: the average, if one is kept, and what was trained to `folder`/raw."""
+    """Write the LoRA, or the UNet as part of a pipeline, to `folder`; an average, if any, goes there, trained weights to `folder`/raw."""
 
     def write(place: Path) -> None:
         lora.save(unet, place) if args.use_lora else full.save({"unet": unet}, place)
@@ -122,7 +122,7 @@ def save(unet: nn.Module, folder: Path, average: ema.Ema | None, args: argparse.
 
 
 def save_result(model: sd15.SD15, average: ema.Ema | None, args: argparse.Namespace) -> None:
-    """Write what the run leaves: a LoRA (and the merged UNet, if asked for), or a whole pipeline folder."""
+    """Write the result of the run: a LoRA (and with --export_merged the merged UNet), or a complete pipeline folder."""
     save(model.unet, args.output_dir, average, args)
     if not args.use_lora:
         full.complete_pipeline(model.path, args.output_dir, trained=["unet"], revision=args.revision, variant=args.variant)
