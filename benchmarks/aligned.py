@@ -1,7 +1,7 @@
 """Steps of the trainers that align a model: GRPO and DDPO on SD3.5, Diffusion-DPO and ReFL on SD1.5; see loops.py.
 
-No scorer's weights are at hand here, so GRPO's and DDPO's rewards are random numbers, and ReFL's is a fixed random weighing of the pixels:
-a real scorer's time and memory come on top. Everything else of a step is the script's.
+No scorer is loaded: GRPO's and DDPO's advantages are random numbers, and ReFL's reward is a fixed random weighting of the pixels. The time
+and memory of a real scorer come on top. Everything else of a step is the script's own.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ CLIP_TOKENS = 77  # L of SD1.5
 
 
 class RolloutLoop(Loop):
-    """One batch of pictures from noise to the update: drawn, decoded, replayed at the steps of the window; then an optimizer step.
+    """One batch of pictures: sampled, decoded, replayed at the steps of the window; then an optimizer step.
 
-    A training run takes an optimizer step after several batches only (GRPO's recipe: eight).
+    In a training run, an optimizer step follows after several such batches (GRPO's recipe: eight).
 
     Args:
         script: train_grpo_sd3 or train_ddpo_sd3.
@@ -70,7 +70,7 @@ class RolloutLoop(Loop):
         self.held = other.held
 
     def sample(self, epoch: int) -> Any:
-        """A rollout of the script, which waits on the CPU."""
+        """A rollout of the script, moved to the CPU."""
         args, side = self.args, self.setting.resolution
         trajectory = sd3_rollout.sample(
             self.actor.transformer, self.condition, negative=self.negative, seed=args.seed, epoch=epoch, positions=self.batch.positions,
@@ -90,12 +90,12 @@ class RolloutLoop(Loop):
         return loss, step
 
     def losses(self) -> Tensor:
-        """The surrogate at ratio 1, where it is 0; beside it, without gradient, what it is made of: the log-probability per dimension."""
+        """The surrogate at ratio 1, where it is 0, plus, without gradient, the log-probability per dimension that it is computed from."""
         if self.held is None:
             self.held = self.sample(0)
         trajectory = self.held.trajectory
         t = trajectory.window.start
-        _, now = self.surrogate(self.held, t)  # another precision, or compiled kernels, than it was drawn with: scored anew
+        _, now = self.surrogate(self.held, t)  # recomputed: sampling may have been in another precision, or not compiled
         log_probs = trajectory.log_probs.clone()
         log_probs[:, 0] = now.log_prob.detach().cpu()
         loss, step = self.surrogate(replace(self.held, trajectory=replace(trajectory, log_probs=log_probs)), t)
@@ -141,7 +141,7 @@ class UNetLoop(Loop):
         super().__init__(setting, run, self.parts.unet, weights, tuple(module for module in built if module is not self.parts.unet))
 
     def beside(self, run: Any, args: Any) -> None:
-        """Load what the script has beside the UNet."""
+        """Load the script's models beside the UNet."""
         raise NotImplementedError
 
     def update(self) -> None:
@@ -163,7 +163,7 @@ class PreferenceLoop(UNetLoop):
     """Steps 2 to 5 of train_dpo_sd15.py."""
 
     unit = "pairs"
-    starts_random = False  # away from its reference, beta magnifies the rounding of the errors a thousandfold
+    starts_random = False  # away from the reference, beta magnifies rounding of the errors a thousandfold
 
     def __init__(self, setting: Setting):
         super().__init__(setting, train_dpo_sd15)
@@ -228,7 +228,7 @@ class RewardGradientLoop(UNetLoop):
 
     def adopt(self, other: "RewardGradientLoop") -> None:
         super().adopt(other)
-        dtype, self.noised = self.run.weight_dtype, other.noised  # what 30 steps make of rounding is not compared
+        dtype, self.noised = self.run.weight_dtype, other.noised  # from the same latents: 30 steps would amplify rounding
         self.condition = other.condition.to(dtype)
         self.negative = None if other.negative is None else other.negative.to(dtype)
 
@@ -236,7 +236,7 @@ class RewardGradientLoop(UNetLoop):
         """The losses (b,) of each picture that --method trains; run backward on one before taking the next.
 
         Args:
-            again: from where the rollout ended that `losses` ran first, for these samples, in this or another precision.
+            again: start at the end of the first rollout that `losses` ran on these samples, in this or another precision.
         """
         args, script, noised = self.args, self.script, self.noised if again else None
         where = args.seed, step, list(range(len(self.condition)))

@@ -1,12 +1,13 @@
-"""Preference pairs per second: from the caches, against encoding text and both pictures at every step as the public script does.
+"""Preference pairs per second: with the caches, against encoding text and both pictures at every step as the public script does.
 
   python benchmarks/dpo_step.py                                        # models/tiny-sd15 and datas/pairs, on this machine
   python benchmarks/dpo_step.py --pretrained_model_name_or_path models/stable-diffusion-v1-5 --dataset_name datas/mine \\
       --resolution 512 --train_batch_size 4 --dtype bf16
 
-Both loops run the training script's own objective on the same pairs, noise and optimizer, on a LoRA whose reference is the UNet without it
-(--full: on all weights, beside a frozen copy), in turns of a few steps, so that a busy machine slows both. The cached loop reads its
-entries from disk as training does. The public code (https://github.com/SalesforceAIResearch/DiffusionDPO) reports 47.4 pairs/s on 16 A100.
+Both loops run the training script's own objective on the same pairs, noise and optimizer. They train a LoRA, whose reference is the UNet
+without it (--full: all weights, beside a frozen copy), and take turns of a few steps, so that a busy machine slows both. The cached loop
+reads its entries from disk as training does.
+The public code (https://github.com/SalesforceAIResearch/DiffusionDPO) reports 47.4 pairs/s on 16 A100.
 """
 
 import argparse
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Loop:
-    """One of the two training loops, set up and ready to step. What a loop does not need is not in memory, as in training."""
+    """One of the two training loops, set up and ready to step. Modules that a loop does not need are not in memory, as in training."""
 
     def __init__(self, args: argparse.Namespace, cached: bool, folder: Path):
         self.args, self.cached, self.device, self.step = args, cached, "cuda" if torch.cuda.is_available() else "cpu", 0
@@ -129,7 +130,7 @@ class Loop:
 
 
 def check_losses(cached: list[float], encoding: list[float], dtype: str) -> None:
-    """Both loops must train on the same thing, or their times mean nothing.
+    """Both loops must compute the same losses, or their times cannot be compared.
 
     Raises:
         RuntimeError: the losses differ by more than rounding, which beta multiplies.

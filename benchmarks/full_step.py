@@ -55,7 +55,7 @@ def config_of(path: str) -> dict:
 
 
 def make(args: argparse.Namespace, way: str) -> loops.Loop:
-    """One way of training, set up and ready to step; no way clips, which a fused backward pass cannot."""
+    """One way of training, set up and ready to step; none clips gradients, which is impossible with a fused backward pass."""
     dtype, optimizer, fused = WAYS[way]
     flags = ["--weights_dtype", dtype, "--optimizer", optimizer, "--max_grad_norm", "0"]
     flags += ["--fused_backward"] * fused + ["--gradient_checkpointing"] * args.gradient_checkpointing

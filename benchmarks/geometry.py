@@ -1,8 +1,8 @@
 """The published models as small dictionaries, so that their size can be planned, measured and tested without a download.
 
 A model is `{part: config}`, with the parts' names in model_index.json and the keys of diffusers' and transformers' own config files; keys
-at the library's default are left out. `build` makes one part with random weights, `write_configs` a model folder without weights,
-`write_weights` one with random weights, which every program loads.
+at the library's default are left out. `build` makes one part with random weights, `write_configs` writes a model folder without
+weights, `write_weights` one with random weights, which every program can load.
 
 Sources: the config files of stabilityai/stable-diffusion-3.5-medium, stabilityai/stable-diffusion-3.5-large and
 stable-diffusion-v1-5/stable-diffusion-v1-5.
@@ -73,13 +73,13 @@ MODELS: dict[str, dict[str, Config]] = {
     },
 }  # fmt: skip
 
-# Tokens that a model's tokenizers pad to. T5's own file says 512; `sd3.default_sequence_length` stops at 256.
+# Tokens that a model's tokenizers pad to. T5's own file says 512; `sd3.default_sequence_length` caps it at 256.
 _TOKENIZERS = {"tokenizer": ("CLIPTokenizer", 77), "tokenizer_2": ("CLIPTokenizer", 77), "tokenizer_3": ("T5TokenizerFast", 512)}
 
 
 @contextlib.contextmanager
 def _drawn_as(dtype: torch.dtype, device: str | torch.device) -> Iterator[None]:
-    """Inside, new parameters are born in `dtype` on `device`."""
+    """Inside, new parameters are created in `dtype` on `device`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -90,7 +90,7 @@ def _drawn_as(dtype: torch.dtype, device: str | torch.device) -> Iterator[None]:
 
 
 def build(config: Config, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "meta") -> nn.Module:
-    """A part with random weights, born in `dtype` on `device` and nowhere else (no copy on the host); frozen, in eval mode.
+    """A part with random weights, created in `dtype` directly on `device` (no copy on the host); frozen, in eval mode.
 
     Drawn by the library's own initialisation from torch's global generator of that device.
 
@@ -140,12 +140,12 @@ def write_weights(model: dict[str, Config], folder: str | Path, tokenizers: str 
 
     Args:
         model: such as MODELS["sd3.5-medium"], whose weights take 16 GB in bf16.
-        tokenizers: a model folder such as models/tiny-sd3, whose tokenizers are taken, padded to the published lengths. Their few tokens
-            lie within the published vocabularies.
+        tokenizers: a model folder such as models/tiny-sd3; its tokenizers are used, padded to the published lengths. Their few tokens lie
+            within the published vocabularies.
     """
     folder, tokenizers = Path(folder), Path(tokenizers)
     configs = dict(model)
-    for part in (part for part in model if part.startswith("text_encoder")):  # CLIP finds the end of a text by its token's number
+    for part in (part for part in model if part.startswith("text_encoder")):  # CLIP finds the end of a text by its token id
         given = _read(tokenizers / part / "config.json")
         configs[part] = model[part] | {key: given[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in given}
     write_configs(configs, folder)
@@ -158,7 +158,7 @@ def write_weights(model: dict[str, Config], folder: str | Path, tokenizers: str 
     for part, config in configs.items():
         if part != "scheduler" and not any((folder / part).glob("*.safetensors")):
             unfinished = folder / f"{part}.unfinished"
-            build(config, dtype=dtype, device="cpu").save_pretrained(unfinished, max_shard_size="5GB")  # as the published T5 is cut
+            build(config, dtype=dtype, device="cpu").save_pretrained(unfinished, max_shard_size="5GB")  # sharded as the published T5
             shutil.rmtree(folder / part)
             unfinished.rename(folder / part)
 

@@ -1,11 +1,11 @@
-"""Learning curves of runs on the tiny world: kept in results/learning_curves.json, drawn for the pages, and what half of the way cost.
+"""Learning curves of runs on the tiny world: kept in results/learning_curves.json, drawn for the pages, with tables of what goals cost.
 
   python benchmarks/learning_curves.py --record "grpo nft / seed 0=outputs/tiny_grpo_sd3"     # keep what a run measured, under a name
   python benchmarks/learning_curves.py --processes 2 --record ...                            # of a run with NUM_PROCESSES=2
   python benchmarks/learning_curves.py --write                                               # pictures and tables of the pages, once more
 
-A name is SETTING / SEED: runs of one setting have one colour and one row. Seconds are those of the whole run up to an evaluation, with
-the evaluations before it. A forward pass is that of the transformer for one picture; a trained step costs as many as its FLOPs say.
+A name is SETTING / SEED: runs of one setting have one colour and one row. Seconds count the whole run up to an evaluation, earlier
+evaluations included. Costs are in forward passes of the transformer for one picture; a trained step counts by its FLOPs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from src import cli, metrics
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- table of benchmarks/learning_curves.py -->\n", "<!-- end of the table -->\n"
 RESULTS = ROOT / "benchmarks" / "results" / "learning_curves.json"
-ASIDE = frozenset({"output_dir", "cache_dir", "report_to", "checkpointing_epochs", "checkpointing_steps"})  # not worth keeping of a run
+ASIDE = frozenset({"output_dir", "cache_dir", "report_to", "checkpointing_epochs", "checkpointing_steps"})  # flags that are not kept
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5c00", "#56b4e9", "#555555")  # Okabe and Ito, for colour-blind eyes, too
 
 
@@ -40,7 +40,7 @@ class Panel:
     settings: dict[str, str]  # setting -> label
     percent: bool = False
     dashed: dict[float, str] = field(default_factory=dict)  # heights of lines, and what they are
-    bottom: float | None = None  # of the axis: where a small change is not to look like a large one
+    bottom: float | None = None  # of the axis: set so that a small change does not look large
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def trainer_of(args: argparse.Namespace) -> ModuleType:
 
 
 def passes_per_picture(args: argparse.Namespace) -> float:
-    """Forward passes' worth that a picture of reinforcement learning costs, drawing it and training on it."""
+    """Cost of one picture in reinforcement learning, sampling and training, in forward passes."""
     nft, (first, stop) = getattr(args, "loss", None) == "nft", args.window_range
     trained = (args.nft_levels if nft else args.window_size or stop - first) * getattr(args, "num_inner_epochs", 1)
     guided = 2 if args.guidance_scale > 1 else 1
@@ -196,7 +196,7 @@ def reached(run: dict[str, Any], metric: str, goal: float) -> tuple[float, float
 
 
 def row(label: str, runs: Sequence[dict[str, Any]], metric: str, goals: Sequence[float]) -> str:
-    """One line of a table; several seeds beside each other, a dash where a goal was not reached."""
+    """One line of a table: figures of all seeds side by side, a dash where a goal was not reached."""
     last, passes = [run["evaluations"][-1] for run in runs], runs[0]["passes_per_picture"]
     cells = [f"{passes:.1f}", ", ".join(f"{100 * end[metric]:.1f}" for end in last)]
     cells.append(", ".join(f"{end['seconds'] / 60:.0f}" for end in last))

@@ -1,7 +1,7 @@
-"""The trainers' own steps at a published geometry, with random weights and random batches: what the benchmarks here measure.
+"""The trainers' own steps at a published geometry, with random weights and random batches, for the benchmarks.
 
-A loop is set up with the functions of the training script, from the script's own flags; what it leaves out is reading data, validating and
-saving. Here are the supervised SD3 trainers and what all loops share; `aligned.py` has the others, `trainers.py` the list of them.
+A loop is set up with the functions of the training script, from the script's own flags; it leaves out reading data, validating and saving.
+This file has the supervised SD3 trainers and the code that all loops share; `aligned.py` has the others, `trainers.py` the list of them.
 """
 
 import argparse
@@ -50,12 +50,12 @@ PRIOR = ("--with_prior_preservation", "--class_prompt", "a photo of a dog")  # f
 
 @dataclass(frozen=True)
 class Setting:
-    """What a loop is made of.
+    """The configuration of a loop.
 
     Attributes:
         trainer: a key of `trainers.TRAINERS`.
         resolution: side of the pictures in pixels; batch: pictures (pairs, trajectories) per step.
-        flags: of the training script. --compile is left to whoever asks for the loop.
+        flags: of the training script. --compile is left to the caller.
         tokens: L, CLIP's text tokens plus T5's, in SD3; SD1.5 has CLIP's 77.
         source: "published", "tiny" for the stand-ins, or a pipeline folder whose geometry to take.
     """
@@ -77,11 +77,11 @@ class Loop:
     """A trainer, set up and ready to step on batches of random latents.
 
     Attributes:
-        unit: what its speed is counted in.
-        growth_steps: how many steps show whether memory grows.
-        may_wait: a step is many forward passes and does wait for the device, as the script does.
-        starts_random: a LoRA's B may be drawn for a check, so that its A has a gradient, too.
-        model: what is trained, weights: its parameters; others: modules beside it that are compiled as it is.
+        unit: of the samples in its speed.
+        growth_steps: number of steps to tell whether memory grows.
+        may_wait: a step has many forward passes and may wait for the device between them, as the script does.
+        starts_random: a check may draw a LoRA's B at random, so that its A gets a gradient, too.
+        model: the trained module, weights: its trained parameters; others: further modules to compile.
     """
 
     unit = "img"
@@ -102,7 +102,7 @@ class Loop:
     def adopt(self, other: "Loop") -> None:
         """Take the weights and the batch of a loop of another precision."""
         weights = lora.unwrap(other.model).state_dict()
-        for module in (self.model, *self.others):  # a reference has the policy's, which the other may keep rounded
+        for module in (self.model, *self.others):  # a reference gets the policy's weights, which the other loop may hold rounded
             lora.unwrap(module).load_state_dict(weights)
 
     def losses(self) -> Tensor:
@@ -110,11 +110,11 @@ class Loop:
         raise NotImplementedError
 
     def step(self) -> Tensor:
-        """One optimizer step, as in the training script; returns its loss, which nothing has waited for."""
+        """One optimizer step, as in the training script; returns its loss without waiting for the device."""
         raise NotImplementedError
 
     def update(self) -> None:
-        """The gradients are there: clip, and step the optimizer."""
+        """Clip the gradients and step the optimizer."""
         if not getattr(self.args, "fused_backward", False):
             self.run.clip_gradients(self.weights, self.args.max_grad_norm)
         self.optimizer.step()
@@ -122,11 +122,11 @@ class Loop:
         self.steps += 1
 
     def bounds(self) -> dict[str, tuple[float, float]]:
-        """What the script itself holds to a bound, by name: value and bound."""
+        """Values that the script itself checks against a bound, by name: value and bound."""
         return {}
 
     def forward(self) -> None:
-        """One forward pass of the batch without gradient, for loops whose cost is told in forward passes."""
+        """One forward pass of the batch without gradient, for loops whose cost is expressed in forward passes."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Loop:
         shutil.rmtree(self.run.output_dir)
 
     def compile(self, **options: Any) -> None:
-        """Compile the model as --compile_mode says; options of torch.compile besides."""
+        """Compile the model by --compile_mode; options: further ones of torch.compile."""
         for module in (self.model, *self.others):
             speed.compile_blocks(module, mode=self.args.compile_mode, **options)
 
@@ -229,7 +229,7 @@ class PriorLoop(FlowLoop):
 def arguments(
     script: ModuleType, setting: Setting, folder: Path, model: Path | None = None, *, dry_run: bool = False
 ) -> argparse.Namespace:  # fmt: skip
-    """What the script makes of the flags; for a plan also those that this machine could not run.
+    """The script's arguments from the flags; for a plan also such that this machine could not run.
 
     Args:
         folder: of the run; model: of configuration files, for scripts that read them.
@@ -251,10 +251,10 @@ def arguments(
 
 
 def start(script: ModuleType, setting: Setting, model: str | None = None) -> runtime.Run:
-    """The script's run in a folder of its own, which `Loop.close` removes; what it prints goes to the error channel.
+    """The script's run in a folder of its own, which `Loop.close` removes; its output goes to stderr.
 
     Args:
-        model: a key of geometry.MODELS; its configuration files are then what the script takes for its base model.
+        model: a key of geometry.MODELS; its configuration files then serve as the script's base model.
     """
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     if model:
@@ -264,7 +264,7 @@ def start(script: ModuleType, setting: Setting, model: str | None = None) -> run
 
 
 def eager(args: argparse.Namespace) -> argparse.Namespace:
-    """Without --compile, which is left to whoever asked for the loop: it is measured uncompiled, too."""
+    """The arguments without --compile, which is left to the caller: loops are measured uncompiled, too."""
     return argparse.Namespace(**{**vars(args), "compile": False})
 
 
@@ -274,7 +274,7 @@ def random_weights(setting: Setting) -> Iterator[list[nn.Module]]:
     built: list[nn.Module] = []
 
     def part(model: str, name: str, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
-        seeds.seed_everything(0, name)  # a reference has the weights of the policy
+        seeds.seed_everything(0, name)  # by name, so that a reference gets the policy's weights
         return geometry.build(setting.config(model, name), dtype=dtype, device=device)
 
     def load_sd3(
@@ -308,12 +308,12 @@ def random_weights(setting: Setting) -> Iterator[list[nn.Module]]:
 
 
 def lora_sd3(setting: Setting) -> Loop:
-    """Of train_text_to_image_lora_sd3.py."""
+    """The loop of train_text_to_image_lora_sd3.py."""
     return _adapted(train_text_to_image_lora_sd3, setting, FlowLoop)
 
 
 def dreambooth_sd3(setting: Setting) -> Loop:
-    """Of train_dreambooth_lora_sd3.py, with prior preservation."""
+    """The loop of train_dreambooth_lora_sd3.py, with prior preservation."""
     return _adapted(train_dreambooth_lora_sd3, setting, PriorLoop)
 
 
@@ -332,7 +332,7 @@ def _adapted(script: ModuleType, setting: Setting, kind: type[FlowLoop]) -> Loop
 
 
 def full_sd3(setting: Setting) -> Loop:
-    """Of train_full_finetuning_sd3.py."""
+    """The loop of train_full_finetuning_sd3.py."""
     script = train_full_finetuning_sd3
     run = start(script, setting)
     seeds.seed_everything(0, "transformer")

@@ -1,13 +1,13 @@
-"""Seconds per LoRA step and peak memory: from the caches, against encoding text and pictures at every step as the public scripts do.
+"""Seconds per LoRA step and peak memory: with the caches, against encoding text and pictures at every step as the public scripts do.
 
   python benchmarks/lora_step.py                                       # models/tiny-sd3 on this machine
   python benchmarks/lora_step.py --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --dataset_name datas/photos \\
       --resolution 512 --train_batch_size 4 --dtype bf16
 
-Both loops run the training script's own loss on the same pictures, model, noise and optimizer, in turns of a few steps, so that a busy
-machine slows both. The cached loop reads its entries from disk as training does. Peak memory is measured in a process of its own per loop:
-allocated CUDA memory, or on a CPU (Linux) the resident size beyond that of the imported libraries. The last line is arithmetic, not a
-measurement: the ratio of FLOPs for SD3.5-medium at 512 px with 333 text tokens, where nothing is tiny.
+Both loops run the training script's own loss on the same pictures, model, noise and optimizer. They take turns of a few steps, so that a
+busy machine slows both. The cached loop reads its entries from disk as training does. Peak memory is measured in a process of its own
+per loop: allocated CUDA memory, or on a CPU (Linux) the resident size beyond that of the imported libraries. The last line is arithmetic,
+not a measurement: the ratio of FLOPs at full size, SD3.5-medium at 512 px with 333 text tokens.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Loop:
-    """One of the two training loops, set up and ready to step. What a loop does not need is not in memory, as in training."""
+    """One of the two training loops, set up and ready to step. Modules that a loop does not need are not in memory, as in training."""
 
     def __init__(self, args: argparse.Namespace, cached: bool, folder: Path):
         self.args, self.cached, self.device, self.step = args, cached, "cuda" if torch.cuda.is_available() else "cpu", 0
@@ -136,7 +136,7 @@ def peak_memory(args: argparse.Namespace, cached: bool, folder: Path) -> int:
 
 
 def quiet() -> None:
-    """No progress bars of the libraries, no report of bitsandbytes on kernels nobody asked for."""
+    """Turn off the libraries' progress bars and bitsandbytes' report on kernels."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -146,12 +146,12 @@ def quiet() -> None:
 
 
 def check_losses(cached: list[float], encoding: list[float], dtype: str) -> None:
-    """Both loops must train on the same thing, or their times mean nothing.
+    """Both loops must compute the same losses, or their times cannot be compared.
 
     Raises:
         RuntimeError: the losses differ by more than rounding.
     """
-    tolerance = {"fp32": 1e-4, "bf16": 3e-2}[dtype]  # bf16 encoders round otherwise in batches of another size
+    tolerance = {"fp32": 1e-4, "bf16": 3e-2}[dtype]  # bf16 encoders round differently in batches of another size
     for step, (one, other) in enumerate(zip(cached, encoding, strict=True)):
         if abs(one - other) > tolerance * abs(other):
             raise RuntimeError(f"step {step}: the loss is {one} from the caches and {other} without: the loops differ")

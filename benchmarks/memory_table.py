@@ -1,10 +1,10 @@
-"""Predicted beside measured memory of a training step, as the table in docs/memory-and-speed.md.
+"""Predicted and measured memory of a training step: the table in docs/memory-and-speed.md.
 
   python benchmarks/memory_table.py            # prints the table
   python benchmarks/memory_table.py --write    # and puts it into the page
 
-Predictions are those of --dry_run, on the meta device; "each more" is a picture, or a pair. Measured values are read from
-benchmarks/results/real_geometry_*.json, from the uncompiled batch of one; what is not there has not been measured.
+Predictions are those of --dry_run, on the meta device; "each more" is the memory of a further picture, or pair. Measured values are those
+of the uncompiled batch of one in benchmarks/results/real_geometry_*.json; a value that is not there has not been measured.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CHECKPOINTED = ("--gradient_checkpointing",)
 HALF = (*CHECKPOINTED, "--checkpoint_every", "2")
 NARROW = ("--weights_dtype", "bf16", "--optimizer", "adamw8bit")
 FUSED = ("--fused_backward", "--max_grad_norm", "0")
-Rows = tuple[tuple[str, str, tuple[str, ...]], ...]  # what it says, trainer, flags
+Rows = tuple[tuple[str, str, tuple[str, ...]], ...]  # label, trainer, flags
 SD3: Rows = (
     ("LoRA, rank 16", "lora", ()),
     ("LoRA, rank 16, every 2nd block checkpointed", "lora", HALF),
@@ -47,7 +47,7 @@ SD15: Rows = (
     ("ReFL, full, AdamW, checkpointed", "refl", CHECKPOINTED),
     ("ReFL, full, 8-bit Adam, checkpointed", "refl", ("--optimizer", "adamw8bit", *CHECKPOINTED)),
 )
-TABLES = (("SD3.5-medium", SD3, (512, 1024), True), ("SD1.5", SD15, (512,), False))  # the last: there is a count of compiled blocks
+TABLES = (("SD3.5-medium", SD3, (512, 1024), True), ("SD1.5", SD15, (512,), False))  # the last: with a prediction for compiled blocks
 
 
 def build_parser() -> cli.Parser:

@@ -38,7 +38,7 @@ def build_parser() -> cli.Parser:
 
 
 def union(spans: list[tuple[float, float]]) -> float:
-    """Length of what the spans (start, end) cover together."""
+    """Total length covered by the spans (start, end)."""
     covered, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         covered += max(0.0, end - max(start, reached))
@@ -80,7 +80,7 @@ def profile(loop: loops.Loop, steps: int, trace: Path | None = None) -> dict[str
     span = whole.time_range
     if cuda:
         chosen = [event for event in found if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
-    else:  # outermost: whatever has no parent but the whole; the backward pass runs in a thread of its own
+    else:  # outermost operations: no parent but `whole`; the backward pass runs in a thread of its own
         chosen = [event for event in found if event is not whole and event.cpu_parent in (None, whole)]
     events = [(event.name, max(event.time_range.start, span.start), min(event.time_range.end, span.end)) for event in chosen]
     return summary([event for event in events if event[1] < event[2]], span.end - span.start)

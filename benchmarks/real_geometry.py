@@ -6,12 +6,12 @@
 
 Nothing is downloaded: weights, latents and text embeddings are random tensors of the real shapes. Each row is a training script with its
 own flags, loss, optimizer and noise, on batches that lie on the GPU, as they do when the caches are filled. A row first tries batches of
-growing size uncompiled, takes the fastest, compiles if its flags say so, and measures. Rows are written as they end, and skipped if they
-are there (--again measures them anew); a row that fails says why and the next one starts. When --minutes are over, the same command again
-goes on with the rows that are left.
+growing size uncompiled, takes the fastest, compiles if its flags say so, and measures. Rows are written as they end, and skipped if
+already written (--again measures them anew); a row that fails says why and the next one starts. When --minutes are over, the same command
+continues with the remaining rows.
 
-Before a trainer's first row comes a check that its numbers are right: bf16 against fp32, compiled against not, gradients finite, ratio 1
-where there is one, no growth of memory over many steps. Read benchmarks/README.md for what the columns mean.
+Before a trainer's first row its numbers are checked: bf16 against fp32, compiled against uncompiled, finite gradients, a ratio of 1 where
+there is one, no growth of memory over many steps. Read benchmarks/README.md for what the columns mean.
 """
 
 import argparse
@@ -44,11 +44,11 @@ from benchmarks import loops, trainers
 from src import cli
 
 RESULTS = Path(__file__).parent / "results"
-LOSS_BOUND = 0.01  # relative difference of a loss in bf16 (8 bits: 0.4 % per number) from fp32, and compiled from not
-COSINE_BOUND = 0.99  # of the angle between their gradients
+LOSS_BOUND = 0.01  # relative difference of a loss in bf16 (8 bits: 0.4 % per number) from fp32, and compiled from uncompiled
+COSINE_BOUND = 0.99  # least cosine between their gradients
 GROWTH_BOUND = 2**20  # bytes that the allocated memory may grow by after the first tenth of a loop's `growth_steps`
 WINDOWS = 5  # of equal numbers of steps; the median counts
-OVER = "nothing"  # how the failure of what took too long begins
+OVER = "nothing"  # first word of the failure message of a row that took too long
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 
 BF16_FULL = ("--weights_dtype", "bf16", "--optimizer", "adamw8bit")
@@ -75,7 +75,7 @@ class Row:
         return " ".join((self.trainer, str(self.resolution), *(flag.removeprefix("--") for flag in self.flags)))
 
 
-# In order of value: the figures that most depend on come first, should the time end.
+# Most important figures first, in case the time runs out.
 ROWS = (
     Row("lora", 1024, COMPILED, (1, 2, 4)),
     Row("lora", 512, COMPILED, (1, 8, 16)),
@@ -120,7 +120,7 @@ def build_parser() -> cli.Parser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for a trainer or resolution without a row, and without a GPU."""
+    """Raises ValueError for a trainer or resolution without a row, or if there is no GPU."""
     unknown = set(args.trainers.split(",")) - trainers.TRAINERS.keys()
     if unknown:
         raise ValueError(f"--trainers: there is no {', '.join(sorted(unknown))}; choose from {', '.join(trainers.TRAINERS)}")
@@ -157,7 +157,7 @@ def synchronize() -> None:
 
 
 def seconds_of(work: Callable[[], Any], times: int) -> float:
-    """Mean seconds of `times` calls in a row; on a GPU between two events, so that nothing in between waits."""
+    """Mean seconds of `times` calls in a row; on a GPU between two events, so that the calls need not wait."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         for _ in range(times):
@@ -195,20 +195,20 @@ def reset_peak() -> None:
 
 
 def peak() -> dict[str, int | None]:
-    """Bytes since `reset_peak`: those of tensors, and those that torch took from the card for them. Unknown without a GPU."""
+    """Peak bytes since `reset_peak`: allocated for tensors, and reserved on the card by torch. None without a GPU."""
     if not torch.cuda.is_available():
         return {"peak_allocated": None, "peak_reserved": None}
     return {"peak_allocated": torch.cuda.max_memory_allocated(), "peak_reserved": torch.cuda.max_memory_reserved()}
 
 
 def flops_of(work: Callable[[], Any]) -> int:
-    """Floating-point operations of an uncompiled step: every product that is computed, the recomputed ones too."""
+    """Floating-point operations of an uncompiled step: every product, recomputed ones included."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def in_place(out: Sequence[int], left: Sequence[int], right: Sequence[int], **_: Any) -> int:
         return 2 * left[0] * left[1] * right[1]
 
-    # of LoRA layers, which torch's counter does not know
+    # addmm_ of LoRA layers, which torch's counter does not know
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
         work()
     return counter.get_total_flops()
@@ -242,7 +242,7 @@ def gradients(loop: loops.Loop) -> tuple[Tensor, list[Tensor]]:
 
 
 def difference(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> dict[str, float]:
-    """How far two computations of the same thing are apart: largest relative difference of a loss, cosine between the gradients."""
+    """The difference of two computations of the same batch: largest relative difference of a loss, cosine between the gradients."""
     dot, squares, other_squares = torch.zeros(3, device=one[0].device, dtype=torch.float64)
     for a, b in zip(one[1], other[1], strict=True):
         a, b = a.float(), b.float()
@@ -252,7 +252,7 @@ def difference(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tenso
 
 
 def correctness(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
-    """bf16 against fp32 and compiled against not on two samples, at the smallest resolution; then many steps in constant memory."""
+    """Checks bf16 against fp32 and compiled against uncompiled on two samples at the smallest resolution, then memory over many steps."""
     entry, side = trainers.TRAINERS[trainer], 64 if args.tiny else min(row.resolution for row in ROWS if row.trainer == trainer)
     flags = entry.checked
     setting = loops.Setting(trainer, side, flags, args.tokens, source(args))
@@ -273,7 +273,7 @@ def correctness(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
     for ended in (wide, loop):
         ended.close()
     del wide
-    same = trainers.make(setting)  # one run at a time: accelerate reads the precision of autocast from what started last
+    same = trainers.make(setting)  # one run at a time: accelerate takes the precision of autocast from the run started last
     same.adopt(loop)
     loop = same
     loop.compile(**compiler())
@@ -290,11 +290,11 @@ def correctness(trainer: str, args: argparse.Namespace) -> dict[str, Any]:
     return found | {"passed": right}
 
 
-WAITED = "called a synchronizing CUDA operation"  # torch's words; that the mode is set brings another warning, once in a process
+WAITED = "called a synchronizing CUDA operation"  # torch's message; setting the mode gives another warning, once in a process
 
 
 def waits(loop: loops.Loop) -> list[str]:
-    """Places where a step makes the host wait for the GPU; there should be none, but between the many passes of a rollout."""
+    """Places where a step makes the host wait for the GPU; there should be none, except between the passes of a rollout."""
     loop.step()
     if not torch.cuda.is_available():
         return []
@@ -334,7 +334,7 @@ def attempt(loop: loops.Loop, batch: int, deadline: float) -> dict[str, Any] | N
 
 
 def in_forward_passes(loop: loops.Loop, seconds: float, flops: int, batch: int) -> dict[str, float]:
-    """What a sample costs, in forward passes of the same batch: by its work, and by its time; {} for loops that are not told so.
+    """The cost of a sample in forward passes of the same batch, by FLOPs and by time; {} for loops without `forward`.
 
     Args:
         seconds: of a step of `batch` samples; flops: of one sample, uncompiled.
@@ -400,7 +400,7 @@ def about() -> dict[str, Any]:
 
 
 def in_process(work: Callable[..., dict], *given: Any, seconds: float) -> dict[str, Any]:
-    """The result of `work(*given)` in a process of its own, or why there is none: memory, kernels and a crash of one row touch no other."""
+    """The result of `work(*given)` in a process of its own, or why it failed: a row's memory, kernels or crash affect no other."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         future = pool.submit(work, *given)
         try:

@@ -4,7 +4,7 @@
   python benchmarks/rehearsal.py --programs lora,demo --resolution 1024 --folder /scratch/rehearsal
   python benchmarks/rehearsal.py --tiny                                 # the same with the shipped tiny models, in two minutes
 
-`real_geometry.py` measures steps; this shows that a machine can do what surrounds them: load shards of the real size, fill the text cache
+`real_geometry.py` measures steps; this shows that a machine can do all the rest: load shards of the real size, fill the text cache
 with T5-XXL, draw for validation and evaluation, write a checkpoint, resume from it, save, and draw with the result. Each program makes one
 optimizer step and ends; a second process resumes it for another. SD3.5-medium and SD1.5 have their published geometry; their random weights
 (18 GB) are written to --folder once and stay there, so delete it in the end. Pictures are noise, of course.
@@ -178,7 +178,7 @@ def line(name: str, found: dict[str, Any]) -> str:
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which diffusers imports, and which reports on kernels nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by diffusers; it reports on kernels that are not used here
     names = args.programs.split(",")
     folders = models(args, names)
     kept = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}

@@ -1,13 +1,13 @@
-"""Where an epoch of reinforcement learning goes: sampling, decoding, scoring, training; and what arithmetic says it must cost.
+"""Where the time of an epoch of reinforcement learning goes: sampling, decoding, scoring, training; and its cost by arithmetic.
 
   python benchmarks/rl_epoch.py                                        # GRPO on models/tiny-sd3, on this machine
   python benchmarks/rl_epoch.py --memory                               # and whether memory grows with the pictures of an epoch
   python benchmarks/rl_epoch.py --trainer ddpo -- --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --resolution 512 \\
       --prompts simple_animals --scorer aesthetic --mixed_precision bf16
 
-The trainer itself runs, with a clock around its functions; flags after `--` are the trainer's and win over the tiny recipe. A forward
-pass is that of the transformer for one picture (two with guidance). A trained step costs as many as its FLOPs say: 2.13 with a LoRA on
-frozen weights of SD3.5-medium, whose weights need no gradient. "train" is what is left of an epoch: replay, backward pass, optimizer.
+The trainer itself runs, with a clock around its functions; flags after `--` are the trainer's and override the tiny recipe. Costs are in
+forward passes of the transformer for one picture (two with guidance). A trained step counts by its FLOPs: as 2.13 with a LoRA on
+SD3.5-medium, whose frozen weights need no gradient. "train" is the rest of an epoch: replay, backward pass, optimizer.
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Clock:
         return time.perf_counter()
 
     def timed(self, stage: str, function: Callable) -> Callable:
-        """The function, its time booked to `stage`; inside another stage it is that one's."""
+        """The function, its time counted for `stage`; a call inside another stage counts for that one."""
 
         @functools.wraps(function)
         def run(*args: Any, **options: Any) -> Any:
@@ -84,7 +84,7 @@ class Clock:
         return run
 
     def counted(self, velocity: Callable) -> Callable:
-        """The function that every forward pass goes through."""
+        """The function, with its forward passes counted; all of them go through it."""
 
         @functools.wraps(velocity)
         def run(transformer: torch.nn.Module, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -155,13 +155,13 @@ def step_cost(args: argparse.Namespace) -> float:
 
 
 def ideal_passes(*, steps: int, trained_steps: int, step_cost: float, guidance: bool, others: int) -> float:
-    """Forward passes' worth of computing per picture: sampling, trained steps, and beside each of these the passes of `others`, the
+    """Cost per picture in forward passes: sampling, trained steps, and for each of these `others` passes without gradient, of the
     reference and DiffusionNFT's old policy."""
     return (steps + trained_steps * (step_cost + others)) * (2 if guidance else 1)
 
 
 def peak_memory(name: str, flags: list[str], batches: int) -> int:
-    """Bytes at most in one epoch of so many batches, in a process of its own: allocated on the GPU, or resident beyond the libraries."""
+    """Peak bytes of one epoch of `batches` batches, in a process of its own: allocated on the GPU, or resident beyond the libraries."""
     import peft  # noqa: F401  (the libraries' own memory is not the epoch's)
     from diffusers import StableDiffusion3Pipeline  # noqa: F401
 

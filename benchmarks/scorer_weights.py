@@ -46,7 +46,7 @@ TINY_OPENCLIP = {  # the "tiny-clip" that the tests add to open_clip's list
 
 
 def spread(module: torch.nn.Module) -> torch.nn.Module:
-    """Every tensor drawn from a normal of deviation 0.1: default initialisations leave biases and norms where mistakes do not show."""
+    """Draw every tensor from a normal of deviation 0.1: with default biases and norms, mistakes would not show."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in module.state_dict().items():
@@ -79,7 +79,7 @@ def clip_folder(folder: Path, size: str, kind: str, tokenizer=None) -> None:
 
 
 def add_buffers(file: Path, lengths: dict[str, int]) -> None:
-    """Put `position_ids` into a checkpoint, as the published ones have them: buffers that transformers once saved."""
+    """Put `position_ids` into a checkpoint, as in the published ones: buffers that older versions of transformers saved."""
     from safetensors.torch import load_file, save_file
 
     extra = {f"{tower}.embeddings.position_ids": torch.arange(length)[None] for tower, length in lengths.items()}

@@ -63,7 +63,7 @@ class Memory:
         self.before = self.peak()
 
     def reset(self) -> None:
-        gc.collect()  # garbage of what came before would be in the reading, and leave it when Python finds the time
+        gc.collect()  # else garbage of earlier work would be counted until Python collects it
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -146,10 +146,10 @@ def main(args: argparse.Namespace) -> dict:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse names that are none.
+    """Refuse unknown scorers.
 
     Raises:
-        ValueError: naming those that there are.
+        ValueError: naming the known ones.
     """
     for name in args.scorers if args.scorers != ["all"] else []:
         try:

@@ -1,4 +1,4 @@
-"""The trainers that can be measured, by name: one entry each. What a loop is, see loops.py."""
+"""The trainers that can be measured, by name: one entry each. loops.py says what a loop is."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def planned_lora_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMem
     weights = plan.weight_bytes(counts, transformer, number, quantized=args.quantize_base)
     train_text_to_image_lora_sd3.add_lora(transformer, args)
     trained = sum(p.numel() for p in lora.parameters(transformer))
-    twice = True if getattr(args, "with_prior_preservation", False) else None  # the subject's gradients wait for those of the class
+    twice = True if getattr(args, "with_prior_preservation", False) else None  # the subject's gradients stay until the class's are added
     return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, accumulated=twice)
 
 
@@ -83,7 +83,7 @@ def planned_rollouts(setting: Setting, args: argparse.Namespace) -> plan.StepMem
 
 
 def planned_unet(setting: Setting, args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
-    """The UNet on the meta device, with what is trained, and what `plan.counted_memory` has to know of it."""
+    """The UNet on the meta device, with its adapter, and the arguments of `plan.counted_memory` for it."""
     module = geometry.build(setting.config("sd1.5", "unet"))
     whole = None if args.use_lora else plan.Whole(("unet",), weight=4, gradient=4)
     number = whole.weight if whole else plan.BYTES[args.mixed_precision]
@@ -125,7 +125,7 @@ def make(setting: Setting) -> Loop:
 
 
 def planned(setting: Setting, batch: int | None = None) -> plan.StepMemory:
-    """The memory of a step of `batch` samples, None: as the flags say. Nothing is built but on the meta device."""
+    """The memory of a step of `batch` samples, None: as the flags say. Modules are built on the meta device only."""
     trainer = TRAINERS[setting.trainer]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model" if trainer.model else None

@@ -1,8 +1,8 @@
-"""Command-line arguments shared by the scripts: one function per group, types that carry the rule and the cure.
+"""Command-line arguments shared by the scripts: one function per group, types that check values and name the cure.
 
 A script declares the group of its own algorithm first, then calls the groups it honours; a group holds only flags that every
 script using it honours. `parse` reads a wrapper's flags, `--config`, and the command line (which wins), then refuses what cannot work:
-combinations without effect, folders that cannot be written, packages that are missing. Every refusal is one line that names
+flags without effect, folders that cannot be written, missing packages. Every refusal is one line that names
 the flag and the cure, exit code 2, before anything heavy is imported. Standard library only (yaml inside `--config`).
 
     types         what a value may be                   refusals      combinations without effect, or that contradict each other

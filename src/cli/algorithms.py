@@ -20,7 +20,7 @@ from src.cli.types import (
     positive_int,
 )
 
-# A flag has two lines, how it is read and what it means: formatted, it would have six.
+# A flag has two lines, its parsing and its help text: formatted, it would have six.
 # fmt: off
 
 
@@ -45,7 +45,7 @@ def add_full_args(parser: Parser) -> None:
 
 
 def add_dreambooth_args(parser: Parser) -> None:
-    """The subject, its class, what of a picture counts, and the text encoders."""
+    """The subject, its class, masks for the loss, and the text encoders."""
     g = parser.add_argument_group("DreamBooth")
     g.add_argument("--instance_data_dir", type=path, help="folder with some pictures of the subject (or any data set: --dataset_name)")
     g.add_argument("--instance_prompt", metavar="TEXT", help='caption of pictures without one, such as "a photo of sks dog"')
@@ -104,7 +104,7 @@ def add_dpo_args(parser: Parser) -> None:
 
 
 def add_refl_args(parser: Parser) -> None:
-    """Which steps of a rollout are trained, and what the loss makes of the reward."""
+    """Which steps of a rollout get a gradient, and how the loss follows from the reward."""
     g = parser.add_argument_group("reward gradient")
     g.add_argument(
         "--method", choices=("refl", "draft", "draft_lv"), default="refl",
@@ -139,12 +139,12 @@ def add_refl_args(parser: Parser) -> None:
         return [min(3 * steps // 4, steps - 1), steps - 1] if args.method == "refl" else None
 
     def as_published(args: argparse.Namespace) -> float:
-        """1e-3 is right for a reward of ImageReward's deviation of 1; beside another one pre-training would be next to all that is left."""
+        """1e-3 suits ImageReward, whose deviation is 1; with another reward the pre-training loss would be nearly all of the gradient."""
         return 1e-3 if args.pretrain_dataset_name is not None and "image_reward" in parts(args.scorer) else 1.0
 
     parser.when_unset["mid_range"] = last_quarter
     parser.when_unset["grad_scale"] = as_published
-    alone = ("image_reward", "image_reward=1", "image_reward=1.0")  # of weight 1, so that the threshold is in its own units
+    alone = ("image_reward", "image_reward=1", "image_reward=1.0")  # with weight 1 the threshold is in ImageReward's own units
     parser.when_unset["reward_threshold"] = lambda args: 2.0 if args.scorer in alone else None
 
 
@@ -186,7 +186,7 @@ def add_grpo_args(parser: Parser) -> None:
 
 
 def add_ddpo_args(parser: Parser) -> None:
-    """Surrogate, inner epochs, and what a reward is compared with."""
+    """Surrogate, inner epochs, and the baseline of a reward."""
     g = parser.add_argument_group("DDPO")
     g.add_argument(
         "--clip_nats", type=positive_float, default=0.66,

@@ -67,7 +67,7 @@ def check_trackers(report_to: str) -> None:
 
 
 def check_page(host: str, port: int) -> None:
-    """Refuses a page without gradio, with one whose arguments were others, or at an address that is not free.
+    """Refuses a page without gradio, with a gradio of another major version, or at an address that is not free.
 
     Raises:
         ValueError: names --ui or --ui_port and the cure.
@@ -84,10 +84,10 @@ def check_page(host: str, port: int) -> None:
 
 
 def check_environment(args: argparse.Namespace) -> None:
-    """Folders that are written, and trackers: whatever of them the script has.
+    """Checks the output folders, the tracker and the page, as far as the script has flags for them.
 
     Raises:
-        ValueError: see `check_writable` and `check_trackers`.
+        ValueError: see `check_writable`, `check_trackers` and `check_page`.
     """
     has = vars(args)
     if "output_dir" in has:

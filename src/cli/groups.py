@@ -32,7 +32,7 @@ ATTENTION_BACKENDS = ("native", "_native_cudnn", "_native_flash", "_native_effic
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 NOISE_LEVELS = {"cps": 0.8, "precise": 1.5, "flow": 0.7}  # by --transition; their authors' values
 
-# A flag has two lines, how it is read and what it means: formatted, it would have six.
+# A flag has two lines, its parsing and its help text: formatted, it would have six.
 # fmt: off
 
 
@@ -49,11 +49,11 @@ def add_model_args(parser: Parser, *, default: str = "models/stable-diffusion-3.
 
 
 def add_speed_args(parser: Parser, *, unet: bool = False, graphs: bool = True) -> None:
-    """What is traded between memory, speed and the time to start; the numbers stay the same but for rounding.
+    """Trade-offs between memory, speed and start-up time; the results stay the same but for rounding.
 
     Args:
-        unet: it may be SDXL, which needs checkpointing.
-        graphs: every forward pass of a step has its backward pass, and none without gradient lies between: CUDA graphs can be recorded.
+        unet: the model may be SDXL, which needs checkpointing.
+        graphs: CUDA graphs can be recorded: every forward pass of a step has a backward pass, with no gradient-free pass in between.
     """
     g = parser.add_argument_group("speed")
     g.add_argument(
@@ -87,7 +87,7 @@ def add_text_args(parser: Parser) -> None:
 
 
 def add_run_args(parser: Parser, *, output_dir: str, epochs: bool = False) -> None:
-    """Where results go, what is logged, how a run is repeated and continued; `epochs`: logged at every epoch's end, saved at some."""
+    """Where results go, what is logged, how a run is repeated and continued; `epochs`: log after every epoch and save after some."""
     g = parser.add_argument_group("run")
     g.add_argument("--output_dir", type=path, default=Path(output_dir), help="folder of weights, checkpoints, samples, metrics")
     g.add_argument("--config", type=path, metavar="FILE.yaml", help="YAML (or an args.json) that sets flags by name; the command line wins")
@@ -115,10 +115,10 @@ def add_run_args(parser: Parser, *, output_dir: str, epochs: bool = False) -> No
 def add_data_args(
     parser: Parser, *, resolution: int | None = 512, caption_dropout: float = 0.1, pairs: bool = False, pretrain: bool = False
 ) -> None:
-    """Captioned pictures, or preference pairs, how they are cut, and the caches on disk; resolution None: by the model, 512 or 1024.
+    """Captioned pictures, or preference pairs, their cropping, and the caches on disk; resolution None: by the model, 512 or 1024.
 
     Args:
-        pretrain: the pictures may be left out, their flag is --pretrain_dataset_name, and text is always cached.
+        pretrain: the data set is optional and named by --pretrain_dataset_name, and text is always cached.
     """
     g = parser.add_argument_group("captioned pictures, sizes and caches" if pretrain else "data")
     layouts = "folder (metadata.jsonl/.csv) or parquet of pairs, or Hub id" if pairs else (
@@ -170,7 +170,7 @@ def _add_pair_columns(parser: Parser, group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--label_column", help="1: the first picture is preferred, 0: the second, 0.5: neither (unset: label_0, none with --chosen_column)"
     )
-    # In this order: whether there are labels depends on the columns that were given.
+    # In this order: the default of label_column depends on whether chosen_column was given.
     parser.when_unset["label_column"] = lambda args: "label_0" if args.chosen_column is None else None
     parser.when_unset["chosen_column"] = lambda args: "jpg_0"
     parser.when_unset["rejected_column"] = lambda args: "jpg_1"
@@ -196,7 +196,7 @@ def add_optimization_args(
     """Optimizer, schedule, clipping and the moving average of the weights.
 
     Args:
-        lora_learning_rate: where --use_lora is a choice; warmup: whether the schedule starts with a warm-up by default.
+        lora_learning_rate: default with --use_lora, where that flag exists; warmup: whether the schedule starts with a warm-up by default.
     """
     peaks = f"{learning_rate:g}" + (f"; with --use_lora {lora_learning_rate:g}" if lora_learning_rate else "")
     g = parser.add_argument_group("optimization")
@@ -233,7 +233,7 @@ def add_optimization_args(
 
 
 def add_budget_args(parser: Parser, *, max_train_steps: int) -> None:
-    """How much is computed."""
+    """Batch size, accumulation, and number of optimizer steps."""
     g = parser.add_argument_group("budget")
     g.add_argument("--train_batch_size", type=positive_int, default=1, help="samples per device and forward pass")
     g.add_argument("--gradient_accumulation_steps", type=positive_int, default=1, help="forward passes per optimizer step")
@@ -244,8 +244,8 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
     """Size, place and file format of the adapter.
 
     Args:
-        dropout: False where the same forward pass has to be repeated.
-        unet: a LoRA is a choice, and without what only SD3's transformer has.
+        dropout: False where a forward pass has to be reproducible.
+        unet: adds --use_lora, and leaves out flags that only apply to SD3's transformer.
     """
     unset = "rank" if alpha_per_rank == 1 else f"{alpha_per_rank} x rank"
     g = parser.add_argument_group("LoRA")
@@ -275,7 +275,7 @@ def add_lora_args(parser: Parser, *, rank: int = 16, alpha_per_rank: int = 1, dr
 
 
 def add_quantization_args(parser: Parser) -> None:
-    """How a base model that stays frozen is kept in memory."""
+    """The number format of frozen base weights in memory."""
     g = parser.add_argument_group("frozen base")
     g.add_argument(
         "--quantize_base", choices=("int8", "nf4"),
@@ -354,7 +354,7 @@ def add_rollout_args(parser: Parser) -> None:
 
 
 def add_prompt_args(parser: Parser) -> None:
-    """What is drawn in training."""
+    """Prompts of the training pictures."""
     g = parser.add_argument_group("prompts")
     g.add_argument(
         "--prompts", type=path_or_name, default="simple_animals", metavar="NAME|PATH",

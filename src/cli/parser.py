@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         when_unset: defaults that depend on other flags, filled in in this order.
-        total_steps: optimizer steps of a run with these arguments, once they are filled in; 0 in a program that trains nothing.
+        total_steps: optimizer steps of a run with these arguments, once defaults are filled in; 0 in programs that do not train.
         judges: see `add_eval_args`.
     """
 

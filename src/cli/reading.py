@@ -21,7 +21,7 @@ def _flag(action: argparse.Action) -> str:
 
 
 def _tokens(action: argparse.Action, value: object, where: str) -> list[str]:
-    """What the command line would say for `key: value`; null means unset."""
+    """The command-line tokens for `key: value`; null means unset."""
     flag, name = _flag(action), action.dest
     if value is None:
         return []
@@ -45,7 +45,7 @@ def _tokens(action: argparse.Action, value: object, where: str) -> list[str]:
 
 
 def read_config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str], list[str]]:
-    """Command-line tokens equivalent to a YAML file of flags, and the names of the flags that it says are unset or off.
+    """Command-line tokens equivalent to a YAML file of flags, and the names of flags that it sets to null or false.
 
     Raises:
         ValueError: no such file, not a mapping, unknown key (with the nearest flag), a value of the wrong kind.
@@ -102,7 +102,7 @@ def _unknown(parser: argparse.ArgumentParser, rest: list[str]) -> str:
 def _given(parser: Parser, tokens: list[str]) -> dict[str, object]:
     """The flags that stand in `tokens`, by name, with their values."""
     actions = [action for action in parser._actions if action.dest != "help"]
-    unset = {action.dest: None if isinstance(action, argparse._AppendAction) else parser for action in actions}  # a value no flag has
+    unset = {action.dest: None if isinstance(action, argparse._AppendAction) else parser for action in actions}  # a value no flag can have
     found, rest = parser.parse_known_args(tokens, argparse.Namespace(**unset))
     if rest:
         raise ValueError(_unknown(parser, rest))
@@ -110,11 +110,11 @@ def _given(parser: Parser, tokens: list[str]) -> dict[str, object]:
 
 
 def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
-    """Every flag by its strongest source: what is given, a --config given with it, what a wrapper says, its own --config, the default.
+    """Each flag from its strongest source: command line, its --config, the wrapper, the wrapper's --config, the default.
 
-    A wrapper's flags stand before a lone `--`. Its values are of its own recipe: those that have no effect beside what is given, or belong
-    to another data set, other prompts or other weights than those that are given, yield, too; so do held-out scorers that are trained on,
-    or cannot judge the prompts of the evaluation.
+    A wrapper's flags stand before a lone `--`. Such a value is dropped where it has no effect beside the user's flags, or belongs to a data
+    set, prompts or weights that the user replaced. Held-out scorers of a wrapper are dropped if they are trained on, or cannot judge the
+    prompts of the evaluation.
 
     Raises:
         ValueError: an unknown flag, or what `read_config` refuses.
@@ -151,7 +151,7 @@ def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
 
 
 def check(parser: Parser, args: argparse.Namespace, checks: Iterable[Check] = ()) -> None:
-    """What `parse` does with arguments that have been read: refuses combinations, fills in what is unset, calls the checks.
+    """The second half of `parse`, after reading: refuses combinations, fills in unset flags, calls the checks.
 
     Raises:
         ValueError: naming the flag and the cure.
@@ -184,7 +184,7 @@ def command_line(parser: Parser, args: argparse.Namespace, groups: Collection[st
 def parse(parser: Parser, argv: list[str] | None = None, checks: Iterable[Check] = ()) -> argparse.Namespace:
     """Arguments from `argv` (None: the command line) and its `--config`; exits with code 2 and one line if anything is wrong.
 
-    What stands before a lone `--` in `argv` is a wrapper's, and yields to --config as well as to what stands after it.
+    Flags before a lone `--` in `argv` are a wrapper's; --config and the flags after it override them.
 
     Args:
         checks: called with the arguments after the built-in ones, in order; each raises ValueError naming the flag and the cure.

@@ -16,7 +16,7 @@ def _data_of(args: argparse.Namespace) -> str | None:
     return args.dataset_name if hasattr(args, "dataset_name") else args.pretrain_dataset_name
 
 
-# flags, when they count, why they do not
+# flags, when they have an effect, why they have none otherwise
 WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool], str], ...] = (
     (("lr_warmup_steps",), lambda a: a.lr_scheduler != "constant" or a.lr_warmup_steps == 0,
      "with --lr_scheduler constant; use constant_with_warmup"),
@@ -73,11 +73,11 @@ WITHOUT_EFFECT: tuple[tuple[tuple[str, ...], Callable[[argparse.Namespace], bool
 )  # fmt: skip
 
 
-# flags of a wrapper that say nothing any more where one of the others is given another value
+# flags of a wrapper that are dropped if the user changes one of the others
 BELONG_TOGETHER = (
     (("learning_rate",), ("use_lora", "full_weights")),
     (("chosen_column", "rejected_column", "label_column", "caption_column", "image_column"), ("dataset_name",)),
-    (("eval_prompts",), ("prompts",)),  # a verifier may judge no others than its own
+    (("eval_prompts",), ("prompts",)),  # a verifier may be unable to judge other prompts
 )
 
 
@@ -124,7 +124,7 @@ def _dreambooth_refusals(args: argparse.Namespace) -> Iterator[str]:
 def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the combination of flags, one sentence each.
 
-    A flag counts as given if it differs from its default: so the complete args.json of a run serves as --config.
+    A flag counts as given if it differs from its default, so that the complete args.json of a run can serve as --config.
     """
     has = vars(args)
     for names, counts, why in WITHOUT_EFFECT:
@@ -167,11 +167,11 @@ def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[
 
 
 def check_warmup(args: argparse.Namespace, steps: int) -> None:
-    """Refuse a warm-up of nothing, and one that never ends; steps: of the whole run."""
+    """Refuse a warm-up of 0 steps, and one as long as the run or longer; steps: optimizer steps of the run."""
     has = vars(args)
     warmup, epochs = has["lr_warmup_steps"], has.get("num_epochs")
-    if warmup == 0 and has["lr_scheduler"] == "constant_with_warmup" and steps >= 4:  # a quarter of fewer: 0 steps
+    if warmup == 0 and has["lr_scheduler"] == "constant_with_warmup" and steps >= 4:  # below 4, the default of a quarter is 0
         raise ValueError("--lr_scheduler constant_with_warmup needs --lr_warmup_steps of at least 1")
-    if warmup >= steps > 0:  # 0: the script itself refuses what leaves an epoch without an update
+    if warmup >= steps > 0:  # 0 steps: the script itself refuses an epoch without an update
         end = f"the {steps} optimizer steps of --num_epochs {epochs}" if epochs else f"--max_train_steps {steps}"
         raise ValueError(f"--lr_warmup_steps {warmup} must be less than {end}")

@@ -1,4 +1,4 @@
-"""Arguments of scorers: which judge the pictures, and the settings of single ones."""
+"""Arguments of scorers: the choice of those that judge the pictures, and the settings of single ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 from src.cli.parser import Parser
 from src.cli.types import path_or_name, positive_float, positive_int
 
-# A flag has two lines, how it is read and what it means: formatted, it would have six.
+# A flag has two lines, its parsing and its help text: formatted, it would have six.
 # fmt: off
 
 
@@ -77,5 +77,5 @@ def parts(spec: str | None) -> dict[str, str]:
 
 
 def judged_by(args: argparse.Namespace, name: str) -> bool:
-    """Whether a scorer stands in --scorer, or in the --eval_scorers of a script that has it."""
+    """Whether a scorer is named in --scorer, or in --eval_scorers if the script has that flag."""
     return any(name in parts(spec) for spec in (args.scorer, getattr(args, "eval_scorers", None)))

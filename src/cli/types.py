@@ -1,4 +1,4 @@
-"""Types of flags: each carries the rule of its values, and the cure in its error."""
+"""Types of flags: each checks its values, and names the cure in its error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def t5_length(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """0 to 2**63 - 1, what a random generator takes, and room for the seeds of the pictures that follow."""
+    """0 to 2**63 - 1: what a random generator takes, with room for the consecutive seeds of further pictures."""
     value = _whole(text, 0)
     if value >= 2**63:
         raise argparse.ArgumentTypeError(f"must be below 2**63, got {text}; try 0")
@@ -125,7 +125,7 @@ def layer_numbers(text: str) -> list[int]:
 def path_or_name(text: str) -> str:
     """A path, a Hub id or the name of something built in; a leading ~ is the home folder, also in --config and in --flag=~/x.
 
-    The shell expands neither, and not everything that reads a path does: folders would be checked at one place and written at another.
+    The shell expands neither, and only some readers of paths do: folders would be checked in one place and written in another.
     """
     return os.path.expanduser(text)
 

@@ -25,9 +25,9 @@ FIT = "cover, lanczos"  # how `fit` resizes; part of every latent cache key
 def buckets(resolution: int, *, aspect_buckets: bool) -> list[tuple[int, int]]:
     """The sizes (H, W) that pictures are fitted to, portrait first: multiples of 16 px, each of about resolution^2 pixels.
 
-    The long side runs in steps of a sixteenth of the resolution, which gives 13 sizes at most: with more, small data sets would be
-    cut into buckets that do not fill a batch. The short side is the nearest multiple of 16 that keeps the area, so the area exceeds
-    resolution^2 by half of 16 px of the short side at most. Without `aspect_buckets` there is the square alone.
+    The long side grows in steps of about a sixteenth of the resolution, which gives 13 sizes at most: more would split small data sets
+    into buckets that do not fill a batch. The short side is the nearest multiple of 16 that keeps the area, so the area exceeds
+    resolution^2 by at most 8 px of the short side. Without `aspect_buckets` there is the square alone.
 
     Raises:
         ValueError: if `resolution` is not a positive multiple of 16.
@@ -55,17 +55,17 @@ def fit(image: Image.Image, size: tuple[int, int], *, crop: tuple[float, float] 
 
     Args:
         size: (H, W) px.
-        crop: where the cut lies, (y, x) fractions of the room there is: (0, 0) top left, (0.5, 0.5) centre.
-        flip: mirror left and right, after the cut.
+        crop: place of the crop, (y, x) fractions of the free room: (0, 0) top left, (0.5, 0.5) centre.
+        flip: mirror left and right, after the crop.
 
     Returns:
         pixels (3, H, W) float32 in [-1, 1].
     """
     height, width = size
     scale = max(height / image.height, width / image.width)
-    tall, wide = min(height / scale, image.height), min(width / scale, image.width)  # of the cut, in the picture's own pixels
+    tall, wide = min(height / scale, image.height), min(width / scale, image.width)  # of the crop, in the picture's own pixels
     top, left = (image.height - tall) * crop[0], (image.width - wide) * crop[1]
-    # Only the part that stays is computed; the filter still sees what lies around it, as if the whole had been resized.
+    # Only the crop is computed; the filter still reads the pixels around it, as if the full picture had been resized.
     cut = image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + wide, top + tall))
     if flip:
         cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -79,12 +79,12 @@ class Plan:
     """Which samples make up each optimizer step.
 
     Every epoch shuffles each bucket and cuts it into global batches. The last one of a bucket is filled up from the bucket's
-    beginning, so an epoch shows every sample at least once; `repeated` counts what it shows again. Then the batches are shuffled.
+    beginning, so an epoch shows every sample at least once; `repeated` counts the repetitions. Then the batches are shuffled.
 
     Args:
         buckets_of: the bucket (H, W) of each sample.
         global_batch: samples per optimizer step: train_batch_size x processes x gradient_accumulation_steps.
-        stream: names the random numbers of the order, so that two data sets of one run are shuffled apart.
+        stream: names the random numbers of the order, so that two data sets of one run are shuffled independently.
     """
 
     def __init__(self, buckets_of: Sequence[tuple[int, int]], global_batch: int, seed: int, stream: str = "order"):
@@ -97,7 +97,7 @@ class Plan:
         self.members = {size: members[size] for size in sorted(members)}  # bucket -> its samples
         self.steps_per_epoch = sum(math.ceil(len(indices) / global_batch) for indices in self.members.values())
         self.repeated = self.steps_per_epoch * global_batch - len(buckets_of)  # per epoch
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])  # the last epoch asked for: making one takes a while
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])  # the epoch computed last, since computing one takes a while
 
     def batch(self, step: int) -> list[int]:
         """The G samples of optimizer step `step`, counted from 0; all of one bucket."""

@@ -1,8 +1,8 @@
-"""Tensors on disk under a folder whose name says what they were computed with: a stale cache is never found, so never used.
+"""Tensors on disk, in a folder named by what they were computed with: a stale cache is never found, so never used.
 
-Three things guard an entry. The folder's name is a fingerprint of everything outside the entry (model files, sequence length,
-precision); the entry's name is a hash of everything inside (a picture's bytes, size and orientation, or a prompt); and the entry
-itself repeats its key. Entries are written to a temporary name and renamed: after a kill there are whole entries and missing ones.
+Three things guard an entry. The folder's name is a fingerprint of everything that all entries share (model files, sequence length,
+precision); the entry's name is a hash of its own input (a picture's bytes, size and orientation, or a prompt); and the entry itself
+repeats its key. Entries are written to a temporary name and renamed: a kill leaves complete entries and missing ones, no partial ones.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_WHOLE = 512 * 2**20  # bytes: larger weight files are sampled; both of SD3.5's CLIP-L and VAE are below, in half precision
+_WHOLE = 512 * 2**20  # bytes: larger weight files are sampled; SD3.5's CLIP-L and VAE are smaller, in half precision
 _BLOCKS, _BLOCK = 256, 4096
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")
-_ABANDONED = 3600  # seconds after which a temporary file belongs to nobody any more
+_ABANDONED = 3600  # seconds after which a temporary file is taken for the remains of a killed process
 
 
 def fingerprint(**named: object) -> str:
@@ -37,10 +37,10 @@ def fingerprint(**named: object) -> str:
 
 
 def folder_fingerprint(path: Path | str, subfolders: Iterable[str]) -> str:
-    """Says whether two model folders hold the same thing, wherever they lie and whenever they were copied.
+    """A hash of the content of a model folder, independent of its place and of file times.
 
-    All files count with name and content, but of a weight file above 512 MB only the size and 256 evenly spaced blocks of 4 KB:
-    reading 10 GB would take as long as the caches save. Hidden files, and those a download leaves behind, do not count.
+    All files count by name and content, but weight files above 512 MB only by size and 256 evenly spaced blocks of 4 KB: reading
+    10 GB would take as long as the caches save. Hidden files, such as downloads leave behind, do not count.
 
     Raises:
         ValueError: if a subfolder is missing or empty.
@@ -77,7 +77,7 @@ def _add_content(digest: hashlib._Hash, file: Path) -> None:
 
 
 class Unwritable(OSError):
-    """An entry could not be written: a full disk, or one that was taken away."""
+    """An entry could not be written: the disk is full, or was disconnected."""
 
 
 class TensorCache:
@@ -93,7 +93,7 @@ class TensorCache:
         self.folder = Path(root) / f"{kind}-{fingerprint(**described_by)}"
         self._temporary = self.folder / "tmp"
         self._temporary.mkdir(parents=True, exist_ok=True)
-        for left in self._temporary.iterdir():  # by writers that were killed; those of living ones are young
+        for left in self._temporary.iterdir():  # by killed writers; files of running writers are recent
             try:
                 if time.time() - left.stat().st_mtime > _ABANDONED:
                     left.unlink()
@@ -111,14 +111,14 @@ class TensorCache:
         return self.folder / name[:2] / f"{name[2:]}.safetensors"
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys, each once and in order, that have no entry, or one that is damaged: to be computed and written again."""
+        """The keys without an intact entry, each once and in order: to be computed and written."""
         return [key for key in dict.fromkeys(keys) if not self._intact(key)]
 
     def write(self, key: str, tensors: dict[str, Tensor]) -> None:
         """Stores the tensors as they are, dtype included.
 
         Raises:
-            OSError: naming --cache_dir if the disk is full; whatever was there before is intact.
+            Unwritable: for example on a full disk; an earlier entry stays intact.
         """
         from safetensors.torch import save
 
@@ -144,7 +144,7 @@ class TensorCache:
         return load(data)
 
     def _intact(self, key: str) -> bool:
-        """Whether the file is as long as its header says, and says that it is this key's: cheap, the tensors are not read."""
+        """Whether the file has the length that its header states, and holds this key; cheap, as the tensors are not read."""
         try:
             with self.file(key).open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
@@ -200,24 +200,24 @@ def fill(
     together: Callable[[str], Hashable] | None = None,
     progress: bool = True,
 ) -> int:
-    """Computes and writes what is missing of `keys`; returns how many entries this process computed.
+    """Computes and writes the missing entries of `keys`; returns how many this process computed.
 
-    Each entry is on disk as soon as its batch is done: stopped at any moment and called again, it computes the rest. Batches are cut from
-    all keys, and one of which an entry is missing is computed whole: kernels round by the size of a batch, and so an entry has the same
-    bits whether the filling was interrupted or not.
+    Entries are written as soon as their batch is done; after an interruption the next call computes the rest. Batches are cut from all
+    keys, and a batch with a missing entry is computed in full: rounding depends on the batch size, so this gives an entry the same bits
+    with and without interruptions.
     Several processes share the work by `rank` and `world`; all must wait for each other before they read.
 
     Args:
         compute: up to `batch_size` keys -> as many entries.
-        group: keys of one batch agree in it (the size of a picture); by default all may be together.
-        together: keys that agree in it are one process's (both orientations of a picture); by default each stands alone.
+        group: only keys with the same value may share a batch (the size of a picture); None: all may.
+        together: keys with the same value go to the same process (both orientations of a picture); None: each on its own.
 
     Raises:
         ValueError: if a computed tensor holds NaN or infinity, which would otherwise come back in every epoch of every run.
     """
     from tqdm import tqdm
 
-    # The share is cut from all keys, not from the missing ones: those are fewer for a process that looks a moment later.
+    # Shares are cut from all keys, not from the missing ones: a process that looks a moment later finds fewer missing.
     parts: dict[Hashable, list[str]] = {}
     for key in dict.fromkeys(keys):
         parts.setdefault(together(key) if together else key, []).append(key)

@@ -1,7 +1,7 @@
-"""Captioned pictures from any source, each looked at once before training: what cannot be used is known, named and counted.
+"""Captioned pictures from any source, each checked once before training: unusable ones are named and counted.
 
-A record is known by the hash of its file's bytes, so whatever is cached for a picture can never be mistaken for another's, and
-`image` refuses a file that changed after the scan. The hash is computed at every start; only the decoding is remembered.
+A record is identified by the hash of its file's bytes, so a picture's cache entry can never be mistaken for another's, and `image`
+refuses a file that changed after the scan. The hash is computed at every start; only the size found by decoding is remembered.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["CaptionedImages", "Record", "check_source", "open_captioned"]
 
 NO_CAPTION = "no caption"
-_BLOCK = 256  # rows in flight at once: bounds memory, and what --max_train_samples looks at in vain
-_KEEP_EVERY = 4096  # pictures that are looked at between two savings of what is known: some minutes of a slow disk
-_MEASURED_BY = 2  # part of the name of what is remembered; 1 took the sides of a turned TIFF for each other. One more if `measure` changes
-_PAUSE = 0.5  # s before a file that could not be read is asked for again
+_BLOCK = 256  # rows scanned ahead: bounds memory, and what is read in vain past --max_train_samples
+_KEEP_EVERY = 4096  # new pictures between two saves of the memo: some minutes of a slow disk
+_MEASURED_BY = 2  # version in the memo's file name: raise it when `measure` changes (1 swapped the sides of rotated TIFFs)
+_PAUSE = 0.5  # s before the second attempt at a file that could not be read
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class CaptionedImages:
     def hold_out(self, count: int) -> tuple[CaptionedImages, CaptionedImages]:
         """(the rest, all records of `count` pictures chosen by content).
 
-        A choice by content stays the same when the data set grows or is sorted differently, but for pictures that are new,
-        and a picture that is there twice is on one side only.
+        Chosen by content, they stay the same when the data set is sorted differently, and only new pictures can displace them
+        when it grows; a picture that occurs twice is on one side only.
 
         Raises:
             ValueError: if nothing would be left to train on.
@@ -110,7 +110,7 @@ def open_captioned(
 ) -> CaptionedImages:
     """Opens a data set (layouts: `src.data.sources`), decodes every picture once and keeps those that can be used.
 
-    A caption that is a list counts with its first text. The first `max_train_samples` usable records are kept, in the order of the
+    Of a caption that is a list, the first text counts. The first `max_train_samples` usable records are kept, in the order of the
     source. Decoded sizes are remembered under `cache_dir` by content, so that a second start only reads and hashes the files.
 
     Args:
@@ -161,7 +161,7 @@ def _report(usable: str, skipped: list[str], ignored: int) -> None:
 
 
 def printable(line: str) -> str:
-    """The line as standard output takes it: file names need not be text, and Python puts surrogates where they are not."""
+    """The line in a form that can be printed: file names need not be valid text, and Python keeps their other bytes as surrogates."""
     return line.encode(errors="backslashreplace").decode()
 
 
@@ -175,7 +175,7 @@ def scan(source: Source, memo: Memo, progress: bool, default_prompt: str | None 
     threads = min(32, (os.cpu_count() or 1) + 4)  # reading waits, decoding frees Python's lock
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(source.rows), desc="scan pictures", unit="", disable=not progress) as bar:
         for start in range(0, len(source.rows), _BLOCK):
-            memo.save_if_due()  # now, while no thread adds to it
+            memo.save_if_due()  # here, where no thread adds to it
             block = range(start, min(start + _BLOCK, len(source.rows)))
             for row, found in zip(block, pool.map(lambda row: _inspect(source, row, memo, default_prompt), block), strict=True):
                 bar.update()
@@ -195,7 +195,7 @@ def _inspect(source: Source, number: int, memo: Memo, default_prompt: str | None
         data = _read(source, number)
     except OSError as error:
         return f"{row.name}: {error.strerror or error}"
-    except ValueError as error:  # a name that no file can have: with a zero byte, or not to be written as bytes
+    except ValueError as error:  # a name that no file can have: with a zero byte, or one that cannot be encoded
         return f"{row.name}: {error}"
     key = _key(data)
     size = memo.size(key)
@@ -209,11 +209,11 @@ def _inspect(source: Source, number: int, memo: Memo, default_prompt: str | None
 
 
 def _read(source: Source, number: int) -> bytes:
-    """As `source.read`, twice if need be: a network disk fails now and then, and a picture less is another data set."""
+    """As `source.read`, with a second attempt: network disks fail now and then, and one picture fewer is another data set."""
     try:
         return source.read(number)
     except OSError as error:
-        if error.errno in (None, errno.ENOENT):  # a row without a picture, an archive that is cut short, a file that is not there
+        if error.errno in (None, errno.ENOENT):  # permanent: no picture in the row, a truncated archive, no such file
             raise
     time.sleep(_PAUSE)
     return source.read(number)
@@ -224,7 +224,7 @@ def _key(data: bytes) -> str:
 
 
 def caption_text(caption: Any) -> str | None:
-    """The caption without white space around it, of a list the first text in it; None if there is none that can be used."""
+    """The caption, of a list its first text, without surrounding white space; None if it cannot be used."""
     return None if caption_problem(caption) else _first_text(caption)
 
 
@@ -237,7 +237,7 @@ def caption_problem(caption: Any) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether the text holds no half of a surrogate pair, which JSON can write."""
+    """Whether the text is free of lone halves of surrogate pairs, which JSON can contain."""
     return text == text.encode(errors="ignore").decode()
 
 
@@ -248,7 +248,7 @@ def _first_text(caption: Any) -> str | None:
 
 
 class Memo:
-    """Sizes of pictures that were decoded before, by content. Only an accelerator: unreadable, it starts empty."""
+    """Sizes of pictures decoded in earlier scans, by content. It only saves time: if its file cannot be read, it starts empty."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -260,7 +260,7 @@ class Memo:
 
     @classmethod
     def of(cls, dataset_name: str, cache_dir: Path) -> Memo:
-        """That of a data set, wherever it is opened from."""
+        """The memo of a data set, independent of the working directory."""
         return cls(cache_dir / "scans" / f"{_key(os.fsencode(os.path.abspath(dataset_name)))}-{_MEASURED_BY}.json")
 
     def size(self, key: str) -> tuple[int, int] | None:
@@ -271,12 +271,12 @@ class Memo:
             self._new[key] = size
 
     def save_if_due(self) -> None:
-        """Saves every few thousand pictures, of large data sets every tenth: each time the file is written as a whole."""
+        """Saves after every few thousand new pictures, or a tenth of those saved if that is more: each save rewrites the full file."""
         if len(self._new) >= max(_KEEP_EVERY, len(self._saved) // 10):
             self.save()
 
     def save(self) -> None:
-        """Adds what this scan saw; renamed into place, so that a kill or a second process leaves a whole file."""
+        """Adds the sizes found by this scan; renamed into place, so that the file is complete after a kill or beside a second process."""
         if not self._new:
             return
         self._saved |= self._new

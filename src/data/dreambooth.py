@@ -1,8 +1,8 @@
 """DreamBooth's pictures: those of the class, rendered where they are missing, and masks of the subject.
 
-A class folder may hold pictures of its owner's; the rest is rendered into it as generated-00000.png, generated-00001.png, ... each with
-its prompt in a .txt beside it. Picture i has prompt i (they take turns) and seed i, whatever the number of pictures, processes and
-interruptions; generated.json says what they were rendered with, and pictures of other settings are refused, never mixed.
+A class folder may hold the user's own pictures; the rest is rendered into it as generated-00000.png, generated-00001.png, ... each with
+its prompt in a .txt beside it. Picture i has seed i, and the prompts take turns, whatever the number of pictures, processes and
+interruptions. generated.json holds the settings of the rendering; pictures of other settings are refused, never mixed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _is_source(file: Path) -> bool:
 
 
 def open_class(there: ClassFolder, *, cache_dir: Path, strict: bool) -> captions.CaptionedImages:
-    """The class pictures: the owner's first, then the rendered ones.
+    """The class pictures: the user's own first, then the rendered ones.
 
     Raises:
         ValueError: naming --class_data_dir, if nothing in it can be used.
@@ -103,11 +103,11 @@ def open_class(there: ClassFolder, *, cache_dir: Path, strict: bool) -> captions
     with sources.naming("--class_data_dir"):
         default = there.prompts[0] if there.prompts else None
         opened = captions.open_captioned(str(there.folder), cache_dir=cache_dir, default_prompt=default, strict=strict)
-    places = defaultdict(list)  # of a name: a metadata file may list it several times, with other captions
+    places = defaultdict(list)  # by name: a metadata file may list one several times, with other captions
     for index, record in enumerate(opened.records):
         places[record.name].append(index)
     names = [*there.own, *(there.path(index).name for index in range(there.wanted))]
-    return opened.subset([places[name].pop(0) for name in names if places[name]])  # one that cannot be read was reported and left out
+    return opened.subset([places[name].pop(0) for name in names if places[name]])  # unreadable ones were reported and left out
 
 
 # --------------------------------------------------------------------------- the class: rendering
@@ -138,14 +138,14 @@ def render_missing(
     there: ClassFolder, render: Callable[[list[str], list[int]], Tensor], *, settings: dict[str, Any], batch_size: int,
     rank: int = 0, world: int = 1, progress: bool = True,
 ) -> int:  # fmt: skip
-    """Renders what is missing, a batch at a time; returns how many pictures this process wrote.
+    """Renders the missing pictures, a batch at a time; returns how many this process wrote.
 
-    Batches are cut from all pictures, not from the missing ones, and rendered whole: so that after an interruption a picture
-    has the same neighbours, and with them the same bits. Call `check_settings` first.
+    Batches are cut from all pictures, not from the missing ones, and rendered in full, so that after an interruption a picture
+    has the same batch neighbours, and with them the same bits. Call `check_settings` first.
 
     Args:
         render: prompts and seeds -> images (b, 3, H, W) in [0, 1].
-        settings: what generated.json will say of them.
+        settings: written to generated.json.
     """
     from tqdm import tqdm
 
@@ -162,14 +162,14 @@ def render_missing(
             for index, picture in zip(batch, pictures, strict=True):
                 if index in missing:
                     _put(there.path(index).with_suffix(".txt"), (there.prompt(index) + "\n").encode())
-                    _put(there.path(index), images.to_png(picture))  # last: a picture that is there has its prompt
+                    _put(there.path(index), images.to_png(picture))  # last, so that every picture has its prompt
                     bar.update()
     return own
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Whole or not at all, also if the process is killed."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # processes on two machines may have one number
+    """Write a file completely or not at all, also if the process is killed."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # process ids repeat across machines
     temporary.write_bytes(data)
     temporary.replace(path)
 
@@ -201,9 +201,9 @@ def mask_files(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 def masks(
     pictures: captions.CaptionedImages, sizes: Sequence[tuple[int, int]], *, folder: Path | None = None, factor: int = 8
 ) -> list[Tensor]:
-    """How much each latent of each picture counts, (1, H / factor, W / factor) in [0, 1]: the share of its pixels that are the subject.
+    """The weight of each latent of each picture in the loss, (1, H / factor, W / factor) in [0, 1]: the subject's share of its pixels.
 
-    A mask is scaled and cut as its picture is, then averaged over the pixels of a latent.
+    A mask is scaled and cropped as its picture is, then averaged over the pixels of a latent.
 
     Args:
         sizes: (H, W) that the pictures are fitted to.
@@ -219,7 +219,7 @@ def masks(
         if (record.name, size) in found:  # --repeats
             continue
         flag = f"--mask_data_dir {folder}: the mask of {record.name}" if folder else f"--mask_from_alpha: {record.name}"
-        if folder:  # where programs write a black and white mask with an alpha channel, too
+        if folder:  # black and white, perhaps with an opaque alpha channel
             mask, opacity = images.open_mask(files[record.name], opaque=False)
         else:
             mask, opacity = images.open_mask(pictures.read(index), record.name)

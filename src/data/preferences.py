@@ -1,10 +1,10 @@
-"""Pairs of pictures for one caption, of which people prefer one: rows of pickapic_v2 as they are, or any table or folder of pairs.
+"""Pairs of pictures for one caption, one of them preferred: pickapic_v2 as published, or any table or folder of pairs.
 
   folder   metadata.jsonl or metadata.csv with two columns of file names and one of captions
   table    parquet files, or a data set of the Hugging Face Hub, with two columns of pictures
 
-Which picture is preferred says the label, 1 for the first and 0 for the second; without a label column it is always the first.
-A label of 0.5 is a tie: no preference to learn from, so the row is dropped and counted, by its value, whatever the data set is called.
+The label says which picture is preferred: 1 the first, 0 the second; without a label column it is always the first. A label of 0.5
+is a tie, with no preference to learn from: such rows of any data set are dropped and counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Columns:
     caption: str
 
     def flags(self) -> dict[str, str]:
-        """The columns that have to be there, by flag."""
+        """The required columns, by flag."""
         named = {"--chosen_column": self.chosen, "--rejected_column": self.rejected, "--caption_column": self.caption}
         return named | ({"--label_column": self.label} if self.label else {})
 
@@ -59,7 +59,7 @@ class PreferencePairs:
 
     Attributes:
         records: the pairs; pictures: record 2i is the winner of pair i, 2i + 1 its loser.
-        ties, skipped: rows without a preference, and what is wrong with those that cannot be used.
+        ties: number of rows without a preference; skipped: the faults of rows that cannot be used.
     """
 
     def __init__(self, pictures: CaptionedImages, ties: int, skipped: Sequence[str]):
@@ -82,7 +82,7 @@ class PreferencePairs:
     def hold_out(self, count: int) -> tuple[PreferencePairs, PreferencePairs]:
         """(the rest, at least `count` pairs): all pairs of some captions, chosen by the captions' hash.
 
-        By caption, because the pairs of one share pictures. The choice stays the same when the data set grows or is sorted differently.
+        By caption, because pairs of one caption share pictures. The choice stays the same when the data set grows or is sorted differently.
 
         Raises:
             ValueError: if nothing would be left to train on.
@@ -106,7 +106,7 @@ class PreferencePairs:
 class PairSamples(Samples):
     """As `Samples`, with both pictures of a pair, winner first: pixels (2, 3, H, W), or latent mean and std (2, C, h, w).
 
-    Mirroring and cut are drawn once and shared by the pair: the difference between its pictures must be the preference alone.
+    Mirroring and crop are drawn once for both pictures, so that they differ by the preference alone.
     """
 
     images: PreferencePairs
@@ -123,7 +123,7 @@ def preferred(label: Any) -> int | None:
     """Which picture a label prefers: 0 the first, 1 the second, None neither (a tie).
 
     Raises:
-        ValueError: for what is no label.
+        ValueError: for any other value.
     """
     try:
         value = float(label)
@@ -136,7 +136,7 @@ def preferred(label: Any) -> int | None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A source of winners and losers in turns, in the manner of `sources.Source`."""
+    """A `sources.Source` whose rows are winners and losers in turn."""
 
     rows: list[sources.Row]
     column_names: list[str]
@@ -153,7 +153,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Listed:
-    """What a data set says before any picture is looked at: captions, labels, and where each row's two pictures are."""
+    """Captions, labels and picture locations of a data set, before any picture is read."""
 
     captions: list[Any]
     labels: list[Any]  # all 1 without a label column
@@ -190,7 +190,7 @@ def _list(dataset_name: str, columns: Columns, cache_dir: Path, revision: str | 
 
 
 def _in_order(listed: _Listed) -> tuple[_Rows, int, list[str]]:
-    """Winners and losers in turns, the number of ties, and the rows whose caption or label is broken."""
+    """Rows of winners and losers in turn, the number of ties, and the faults of rows with a broken caption or label."""
     rows, ties, broken = [], 0, []
     for caption, label, names, where in zip(listed.captions, listed.labels, listed.names, listed.where, strict=True):
         try:
@@ -224,7 +224,7 @@ def _check_columns(name: object, there: list[str], columns: Columns) -> None:
     for flag, column in columns.flags().items():
         if column not in there:
             raise ValueError(f"{flag} {column!r} is not in {name}; it has {', '.join(there)}")
-    if columns.chosen == "jpg_0" and columns.label is None and "label_0" in there:  # half of them would be learnt the wrong way round
+    if columns.chosen == "jpg_0" and columns.label is None and "label_0" in there:  # half of them would be learnt reversed
         raise ValueError(
             f"--chosen_column jpg_0 alone leaves the labels of {name} unread; add --label_column label_0, or leave both columns out"
         )
@@ -244,7 +244,7 @@ def check_source(dataset_name: str, columns: Columns) -> None:
         if not entries:
             raise ValueError(f"--dataset_name: {at.files[0]} has no entries")
         _check_columns(at.files[0], sources.columns_of(entries), columns)
-        if not any(os.path.isfile(at.path / str(entry.get(columns.chosen))) for entry in entries):  # a name may be a text too long for one
+        if not any(os.path.isfile(at.path / str(entry.get(columns.chosen))) for entry in entries):  # Path.is_file raises on overlong names
             raise ValueError(
                 f"--dataset_name: of the first {len(entries)} pictures that {at.files[0]} names in {columns.chosen!r}, none exists; "
                 f"names are relative to {at.path}, and the first one is {entries[0].get(columns.chosen)!r}"

@@ -1,8 +1,8 @@
-"""Prompts that pictures are drawn for in training on a reward, and which of them an epoch draws, K pictures each.
+"""Prompts for training on a reward, and the choice of those that an epoch draws, K pictures each.
 
-A source of prompts is named by one text: a list of ours (`BUILT_IN`), a text file with one prompt a line, JSON lines or a JSON list such as
-ImageReward's (every field besides the prompt is metadata for the scorers), or the text column of a data set. Which prompt a sample gets is
-a function of (seed, epoch, position in the epoch) alone: it does not depend on the number of processes, and a resumed run needs no stored
+A source of prompts is given by one string: a built-in list (`BUILT_IN`), a text file with one prompt a line, JSON lines or a JSON list such
+as ImageReward's (every field besides the prompt is metadata for the scorers), or the text column of a data set. A sample's prompt is a
+function of (seed, epoch, position in the epoch) alone: it does not depend on the number of processes, and a resumed run needs no stored
 state.
 """
 
@@ -27,7 +27,7 @@ from src.data import sources
 from src.data.captions import is_unicode
 from src.errors import first_line
 
-Rows = list[tuple[str, dict[str, Any]]]  # where a row stands, for errors; its fields
+Rows = list[tuple[str, dict[str, Any]]]  # a row's place, for error messages; its fields
 COLUMNS = ("prompt", "text", "caption")  # where the prompts are looked for, in this order, if no column is named
 
 _ANIMALS = (
@@ -48,7 +48,7 @@ _SHAPES_HELD_OUT = 256  # what models/README.md measures on
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what a scorer may want to know besides (the other fields of its JSON line)."""
+    """A prompt, and metadata for scorers (the other fields of its JSON line)."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -162,16 +162,16 @@ def _kind(source: str, flag: str) -> str:
 
 
 def _tables(folder: Path) -> tuple[Path, ...]:
-    """The .parquet files that --dataset_name would take from the folder, those for training if they are told apart; () if it is no such."""
+    """The .parquet files that --dataset_name would read from the folder (only train*, if there are any); () for another layout."""
     try:
         at = sources.locate(str(folder))
-    except ValueError:  # nothing that it knows; the caller says what is allowed here
+    except ValueError:  # no data set; the caller says what is allowed here
         return ()
     return at.files if at.kind == "parquet" else ()
 
 
 def _text(file: Path, where: str) -> str:
-    """Its lines end in \\n, whatever they end in on the disk; splitlines() would also cut at what may stand within a prompt, as U+2028."""
+    """The text of a file, with \\n as line ends; to be split at these, as splitlines() also cuts at U+2028, which a prompt may contain."""
     try:
         return file.expanduser().read_text(encoding="utf-8-sig")  # -sig: Windows editors put a byte order mark first
     except UnicodeDecodeError as error:
@@ -210,7 +210,7 @@ def _json_list(file: Path, where: str) -> Rows:
 
 def _csv_rows(file: Path, where: str) -> Rows:
     try:
-        return _numbered(sources.csv_rows(io.StringIO(_text(file, where))))  # as one text: what is quoted may hold several lines
+        return _numbered(sources.csv_rows(io.StringIO(_text(file, where))))  # as one text: a quoted field may hold several lines
     except csv.Error as error:
         raise ValueError(f"{where} cannot be read as CSV ({error})") from error
 
@@ -220,7 +220,7 @@ def _numbered(rows: Iterable[dict[str, Any]]) -> Rows:
 
 
 def _column(names: Sequence[str], column: str | None, where: str) -> str:
-    """The column of the prompts: the one asked for, else the first of COLUMNS that is there."""
+    """The column of the prompts: the one given, else the first of COLUMNS that is there."""
     found = next((name for name in ((column,) if column else COLUMNS) if name in names), None)
     if found is None:
         raise ValueError(f"{where} has no column {column or ' or '.join(COLUMNS)}; it has {', '.join(names)}: give one as --prompt_column")
@@ -240,7 +240,7 @@ def _from_rows(rows: Rows, column: str | None, where: str) -> list[Prompt]:
 
 
 def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, revision: str | None, where: str) -> list[Prompt]:
-    """The prompts of a parquet file or folder, or of a data set of the Hub: that one column, its pictures are not read."""
+    """The prompts of a parquet file or folder, or of a data set of the Hub; only their column is read, no pictures."""
     if kind == "parquet":
         import pyarrow
         import pyarrow.parquet as parquet
@@ -258,7 +258,7 @@ def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, rev
 
 
 def _from_hub(source: str, column: str | None, folder: Path, revision: str | None, where: str) -> tuple[str, list[Any]]:
-    """Name and values of the column of the prompts. Of parquet no other is copied to `folder`, where a run without network finds it."""
+    """Name and values of the prompt column. Of parquet only that column is copied to `folder`, where an offline run finds it."""
     import datasets
 
     @contextmanager
@@ -293,7 +293,7 @@ class Batch:
 
     positions: list[int]  # in the epoch, over all processes: the key of every random number of a sample
     prompts: list[Prompt]
-    groups: list[int]  # equal numbers are pictures of one prompt; never the same in two epochs
+    groups: list[int]  # equal numbers: pictures of one prompt; no number recurs in another epoch
 
     @property
     def texts(self) -> list[str]:
@@ -305,11 +305,11 @@ class Batch:
 
 
 class GroupSampler:
-    """K pictures of each of some prompts in every epoch, dealt out so that the result does not depend on the number of processes.
+    """The prompts of every epoch, K pictures each, distributed so that the result does not depend on the number of processes.
 
     An epoch has N = batch_size x processes x batches_per_epoch positions; group g holds positions g K ... g K + K - 1. Batch m of rank r
-    has the positions m x world x batch_size + r x batch_size + 0, 1, ...: those that one process with a world times larger batch would
-    have. The prompts pass by in a new order each time, and an epoch takes up where the one before stopped.
+    has the positions m x world x batch_size + r x batch_size + 0, 1, ...: over all ranks, those of batch m of one process with a world
+    times larger batch. Each pass over the prompts has a new order, and an epoch continues where the one before stopped.
 
     Args:
         prompts: to choose from. group_size: K.
@@ -345,14 +345,14 @@ class GroupSampler:
         return [self.prompts[index].text for index in self._chosen(epoch) for _ in range(self.group_size)]
 
     def drawn(self, epochs: int) -> list[str]:
-        """The prompts of so many epochs, each once: of the first pass alone, since the others hold the same."""
+        """The distinct prompts of the first `epochs` epochs; the first pass is enough, since the others hold the same prompts."""
         return list(dict.fromkeys(self.prompts[index].text for index in self._shuffled(0)[: epochs * self.groups_per_epoch]))
 
     def updates(self, epoch: int, count: int) -> list[list[int]]:
-        """Which batches, by number, each of `count` optimizer steps trains on: each batch once, the same numbers on every process.
+        """The batch numbers that each of `count` optimizer steps trains on: each batch once, the same numbers on every process.
 
-        Neighbours stay together, and the steps come in a new order each time: so a step's pictures are the same whether one process
-        draws all batches or several draw fewer.
+        A step takes consecutive batches, and the order of the steps is random: so a step's pictures are the same whether one process
+        draws all batches or several draw fewer each.
         """
         order = torch.randperm(count, generator=seeds.generator(self.seed, "updates", epoch)).tolist()
         size = self.batches_per_epoch // count

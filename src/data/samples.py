@@ -1,7 +1,7 @@
-"""The torch data set of a fine-tuning run: a `Key` in, a sample out, the same one however the run is cut into processes and workers.
+"""The torch data set of a fine-tuning run: a `Key` in, a sample out, independent of the numbers of processes and workers.
 
-What is random about a sample (crop, flip, caption dropout) depends on (seed, step, position) alone, and is the same with and
-without caches. Latents are found by the picture's content and embeddings by the prompt, never by a place in some order.
+The random choices of a sample (crop, flip, caption dropout) depend on (seed, step, position) alone, and are the same with and
+without caches. Cached latents are found by the picture's content and embeddings by the prompt, never by an index.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def latent_key(record: Record, size: tuple[int, int], flip: bool) -> str:
 
 
 class Samples(Dataset):
-    """Sample of a `Key`: tensors and prompt, by name.
+    """The sample of a `Key`: tensors and prompt, by name.
 
     Args:
         images: the records; sizes: the bucket (H, W) of each.
         caption_dropout: share of samples whose prompt becomes "" (teaches the unconditional half of guidance).
-        random_crop: cut anywhere instead of in the centre; flip: mirror half of the samples.
-        latents, text: filled caches (`fill_latents`, `fill_text`); None means that the batch carries pixels, or prompts only.
-        masks: (1, h, w) of each record, cut in the centre as the record is (so not with `random_crop`); None: no masks.
+        random_crop: crop anywhere instead of in the centre; flip: mirror half of the samples.
+        latents, text: filled caches (`fill_latents`, `fill_text`); None: the batch carries pixels instead, or prompts alone.
+        masks: (1, h, w) of each record, cropped in the centre as the record is (so not with `random_crop`); None: no masks.
 
     Raises:
         ValueError: for --random_crop with a latent cache, which holds one crop of each picture.
@@ -155,14 +155,14 @@ def loader(samples: Samples, sampler: StepSampler, *, num_workers: int = 0, pin_
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(0),  # else each epoch draws from the global generator, which belongs to the loop
+        generator=torch.Generator().manual_seed(0),  # else each epoch draws from the global generator, which is the training loop's
     )
 
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
-    os.setpgrp()  # SIGTERM to the main process's group does not reach them: it saves first, and would fail if they were gone
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them: the main process alone answers, and ends them with itself
+    os.setpgrp()  # no SIGTERM to the main process's group reaches the workers: the main process saves first, and needs them for it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process: only the main one handles it, and ends the workers
 
 
 # --------------------------------------------------------------------------- filling the caches
@@ -180,7 +180,7 @@ def fill_latents(
     world: int = 1,
     progress: bool = True,
 ) -> int:
-    """Encodes every picture in its bucket's size, centred, and with `flip` its mirror image too (a mirrored latent is another latent).
+    """Encodes every picture in its bucket's size, centred, and with `flip` its mirror image, too (whose latent is not the mirrored latent).
 
     Args:
         encode: pixels (b, 3, H, W) in [-1, 1], on the CPU -> mean, std of the VAE's posterior (b, 16, h, w); one size per call.

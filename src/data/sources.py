@@ -4,8 +4,8 @@
   tar      WebDataset: 0001.jpg, 0001.txt or 0001.json in .tar files, read in place
   table    parquet files, or a data set of the Hugging Face Hub, through `datasets`
 
-Nothing is decoded here, and `datasets` is imported for tables only, so that a wrong path is answered at once. `captioned` says that
-captions have to be there; without it a picture may have none, and the column may be missing.
+Nothing is decoded here, and `datasets` is imported for tables only, so that a wrong path is reported at once. `captioned` means that
+captions are required; without it a picture may have none, and the column may be missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from src.errors import first_line
 
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 METADATA = ("metadata.jsonl", "metadata.csv")
-_LOOKED_AT = 100  # parquet files whose ends are read before a run begins
+_LOOKED_AT = 100  # parquet files whose footers are read before a run begins
 _LAYOUTS = (
     "expected a folder with metadata.jsonl or metadata.csv, a folder with one .txt per picture, "
     ".parquet or WebDataset .tar files, or a Hub id"
@@ -36,7 +36,7 @@ _LAYOUTS = (
 
 @contextmanager
 def naming(flag: str) -> Iterator[None]:
-    """The readers of data sets speak of --dataset_name; inside, what they refuse names this flag."""
+    """Inside, errors of the data set readers name this flag instead of --dataset_name."""
     try:
         yield
     except ValueError as error:
@@ -45,13 +45,13 @@ def naming(flag: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Row:
-    """One picture before anybody has looked at it. `where` is a path, (tar, offset, size) or a row number; `caption` is still raw."""
+    """One picture, not read yet. `where` is a path, (tar, offset, size) or a row number; `caption` is still raw."""
 
     name: str
     where: Any
     caption: Any
     problem: str = ""  # why there is no caption, where a better reason than "no caption" is known
-    unreadable: bool = False  # there is one, which no other may stand in for
+    unreadable: bool = False  # there is a caption, but it cannot be read: no default may replace it
 
 
 class Source(Protocol):
@@ -74,7 +74,7 @@ class Located:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """What is refused inside says why the files were taken, where somebody may have meant the pictures."""
+        """Inside, errors say why .tar or .parquet files were read, in case the pictures beside them were meant."""
         try:
             yield
         except ValueError as error:
@@ -88,7 +88,7 @@ def locate(dataset_name: str, captioned: bool = True) -> Located:
     """Says which layout `dataset_name` has, from file names alone.
 
     Args:
-        captioned: pictures without captions are no data set if there is another one beside them.
+        captioned: captions are required; .parquet or .tar files in the folder then take precedence over pictures without captions.
 
     Raises:
         ValueError: naming --dataset_name, if it looks like a path and is not there, or holds nothing that can be read.
@@ -124,7 +124,7 @@ def locate(dataset_name: str, captioned: bool = True) -> Located:
 
 
 def _looks_local(name: str) -> bool:
-    """Whether somebody who typed this meant a path. A Hub id is NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'."""
+    """Whether the name is meant as a path. A Hub id is NAME or OWNER/NAME, of letters, digits, '-', '_' and '.'."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         return True
     owner, slash, _ = name.partition("/")
@@ -153,7 +153,7 @@ def csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str | None]]:
     """The rows of a CSV file with a header.
 
     Raises:
-        csv.Error: with the line; also where quotes do not balance, or a row has more fields than the header, as an unquoted comma makes.
+        csv.Error: naming the line; also for unbalanced quotes, and for a row with more fields than the header (an unquoted comma).
     """
     reader = csv.DictReader(lines, strict=True)
     try:
@@ -162,7 +162,7 @@ def csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str | None]]:
                 raise csv.Error(f"more fields than the header's {len(reader.fieldnames)}; put a text with a comma in double quotes")
             yield row
     except csv.Error as error:
-        raise csv.Error(f"line {reader.reader.line_num}: {error}") from error  # its own count stops at the last good row
+        raise csv.Error(f"line {reader.reader.line_num}: {error}") from error  # the DictReader's own count stops at the last good row
 
 
 def metadata_lines(file: Path) -> Iterator[dict]:
@@ -276,7 +276,7 @@ def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]], 
                     if f".{extension}" not in PICTURES and member.size < 2**20:  # captions; larger members are other data
                         texts[extension] = archive.extractfile(member).read()
                 yield key, places, texts
-            archive.fileobj.seek(archive.offset)  # tarfile takes damage in later headers for the end, and says nothing
+            archive.fileobj.seek(archive.offset)  # tarfile silently takes a damaged later header for the end
             if archive.fileobj.read(2**16).strip(b"\0"):
                 raise ValueError(f"--dataset_name: {path} is damaged or cut short at byte {archive.offset} (or two archives in one file)")
     except tarfile.TarError as error:
@@ -284,7 +284,7 @@ def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]], 
 
 
 def _tar_caption(texts: dict[str, bytes], caption_column: str) -> tuple[Any, list[str], str]:
-    """(caption, the columns there were, what is wrong): the member named so, else that field of the .json, else "text" is the .txt."""
+    """(caption, columns, fault). The caption is the member of that name, else that field of the .json, else for "text" the .txt."""
     columns = [extension for extension in texts if extension != "json"]
     fields: Any = {}
     problem = ""
@@ -351,7 +351,7 @@ class Table:
 
 
 def encoded(value: dict[str, Any] | None) -> bytes:
-    """The picture of a table's field, as a file holds it.
+    """The encoded picture in a table's field.
 
     Raises:
         OSError: there is none, or the file that it names cannot be read.
@@ -362,7 +362,7 @@ def encoded(value: dict[str, Any] | None) -> bytes:
 
 
 def _check_table(name: str, schema: Any, image_column: str, caption_column: str, captioned: bool) -> str:
-    """Returns the picture column of a pyarrow schema: the one asked for, else the only one that holds pictures."""
+    """Returns the picture column of a pyarrow schema: the one given, else the only one that holds pictures."""
     columns = list(schema.names)
     if captioned and caption_column not in columns:
         raise ValueError(f"--caption_column {caption_column!r} is not in {name}; it has {', '.join(columns)}")
@@ -384,7 +384,7 @@ def _holds_pictures(kind: Any) -> bool:
 
 
 def check_pictures(flag: str, column: str, kind: Any, name: str) -> None:
-    """Refuses a column of a pyarrow type that is neither of pictures nor of their paths; null: none of its pictures is there.
+    """Refuses a column whose pyarrow type holds neither pictures nor paths of them; null passes: all its pictures are missing.
 
     Raises:
         ValueError: naming the flag.
@@ -396,21 +396,21 @@ def check_pictures(flag: str, column: str, kind: Any, name: str) -> None:
 
 
 def with_rows(files: Sequence[Path]) -> list[Path]:
-    """The parquet files that have rows, since an empty one may lack types, too; the first if none has."""
+    """The parquet files that have rows (an empty one may lack the columns' types); the first file if none has."""
     return [file for file in files if open_parquet(file).metadata.num_rows] or list(files[:1])
 
 
 def first_schemas(files: Sequence[Path]) -> list[tuple[Path, Any]]:
-    """pyarrow schemas of some parquet files, of those with rows: one that differs is named before anything is read."""
+    """pyarrow schemas of those of the first parquet files that have rows, so that errors name a differing file before data is read."""
     some = [(file, open_parquet(file)) for file in files[:_LOOKED_AT]]
     return [(file, opened.schema_arrow) for file, opened in some if opened.metadata.num_rows] or [(some[0][0], some[0][1].schema_arrow)]
 
 
 def open_parquet(file: Path) -> Any:
-    """The `pyarrow.parquet.ParquetFile`, of which only the end is read.
+    """The `pyarrow.parquet.ParquetFile`; only its footer is read.
 
     Raises:
-        ValueError: naming --dataset_name, if it is none.
+        ValueError: naming --dataset_name, if it is no parquet file.
     """
     import pyarrow
     import pyarrow.parquet
@@ -425,7 +425,7 @@ def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | 
     """The `datasets.Dataset` of local parquet files, or of the Hub's "train" split, read by index from a copy in `cache_dir`.
 
     Args:
-        columns: those that are copied of local files (None: all).
+        columns: columns to copy from local files (None: all).
 
     Raises:
         ValueError: naming --dataset_name, if it cannot be read.

@@ -17,7 +17,7 @@ from src import hub
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser sees of the prompts: embeds (b, L, D), one row per token, and pooled (b, P), CLIP only; P is 0 in SD1.x and 2.x."""
+    """Text input of the denoiser: embeds (b, L, D), one row per token, and pooled (b, P), from CLIP alone; P is 0 in SD1.x and 2.x."""
 
     embeds: Tensor
     pooled: Tensor
@@ -46,7 +46,7 @@ class Conditioning:
 
 
 def is_hub_id(path: str) -> bool:
-    """owner/name, unless `owner` is a folder here or one of ours: then it is a local path that is missing."""
+    """Whether the path is a Hub id owner/name: it does not exist here, and `owner` is no local folder nor models, outputs or datas."""
     owner = path.split("/")[0]
     local = Path(path).exists() or owner in ("models", "outputs", "datas") or Path(owner).is_dir()
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) is not None and not local
@@ -77,11 +77,11 @@ def has_part(index: dict[str, Any], component: str) -> bool:
 def check_folder(
     path: str | Path, flag: str, pipelines: Mapping[str, Collection[str]], *, takes: str, optional: str, tiny: str, repository: str
 ) -> bool:
-    """Refuse a base model that cannot be loaded, reading only small files; whether there is a local one: a Hub id passes.
+    """Refuse a base model that cannot be loaded, reading only small files; returns whether it is a local folder (a Hub id passes).
 
     Args:
-        pipelines: how the name of its class may begin, and the parts that each needs besides those that its index names.
-        takes: that class, for people. optional: what may be left out. tiny: the shipped model, repository: the real one on the Hub.
+        pipelines: accepted beginnings of the pipeline's class name -> required parts, besides those in model_index.json.
+        takes, optional, tiny, repository: for the messages: accepted class, part that may be left out, shipped model, real one on the Hub.
 
     Raises:
         ValueError: naming the flag, if a local path is missing, is no diffusers folder, holds another family or is incomplete.
@@ -118,12 +118,12 @@ def check_folder(
 
 
 def token_ids(tokenizer: Any, prompts: list[str], length: int, device: torch.device) -> Tensor:
-    """(b, length) token numbers, padded; what does not fit is cut off without a word (the stock pipeline warns at every batch)."""
+    """Token ids (b, length), padded; longer prompts are cut without a warning (the stock pipeline warns at every batch)."""
     return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids.to(device)
 
 
 def long_prompts(clip_tokenizer: Any, prompts: list[str], *, t5: bool) -> str | None:
-    """One line on the prompts that CLIP reads in part only, with the beginning of the first; None if it reads all of each."""
+    """A note on prompts longer than CLIP's limit, with the beginning of the first; None if there are none."""
     limit = clip_tokenizer.model_max_length
     cut = [prompt for prompt in prompts if len(clip_tokenizer(prompt, verbose=False).input_ids) > limit]
     if not cut:

@@ -1,8 +1,8 @@
 """Stable Diffusion 1.x, 2.x-base and XL, models that predict noise: load, encode prompts and images, predict, render, plan from configs.
 
-Which of them a model is, its folder says. Shapes: b batch, h w latent side (pixels / 8), H W pixels, L text tokens, D cross_attention_dim,
-P pooled width: 1280 in XL, 0 in the others, which have no pooled embedding. `pixels` lie in [-1, 1], `images` in [0, 1].
-diffusers and transformers are imported inside the functions that need them.
+A model's model_index.json says which of them it is. Shapes: b batch, h w latent side (pixels / 8), H W pixels, L text tokens,
+D cross_attention_dim, P pooled width (1280 in XL, 0 in the others, which have no pooled embedding). `pixels` lie in [-1, 1], `images` in
+[0, 1]. diffusers and transformers are imported inside the functions that need them.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ PIPELINES = {"StableDiffusionPipeline": _NEEDED, "StableDiffusionXLPipeline": (*
 
 @dataclass
 class SD15:
-    """The parts of a pipeline that were asked for, frozen and in eval mode; the others are None or empty."""
+    """The requested parts of a pipeline, frozen and in eval mode; the others are None or empty."""
 
     path: str
     unet: nn.Module | None
@@ -86,7 +86,7 @@ def check_folder(path: str | Path, name: str = "--pretrained_model_name_or_path"
 
 
 def _check_configs(path: str | Path, flag: str, revision: str | None = None) -> None:
-    """Refuse what the maths here is not made for: another prediction, another noise schedule, inpainting, normalised latents."""
+    """Refuse models that the maths here does not cover: another prediction or noise schedule, inpainting, shifted latents."""
     scheduler = read_config(path, "scheduler/scheduler_config.json", revision)
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
@@ -105,10 +105,10 @@ def _check_configs(path: str | Path, flag: str, revision: str | None = None) -> 
 
 
 def check_reference(reference: str | Path, path: str | Path) -> None:
-    """Refuse a reference model that cannot be fed with what `path` is fed with: XL beside 1.x, 2.x beside 1.x; a Hub id passes.
+    """Refuse a reference model that takes other text inputs than `path`: XL beside 1.x, 2.x beside 1.x; a Hub id passes.
 
     Raises:
-        ValueError: naming --reference_model; also for what `check_folder` refuses.
+        ValueError: naming --reference_model; also what `check_folder` refuses.
     """
     check_folder(reference, "--reference_model")
     if is_hub_id(str(reference)) or is_hub_id(str(path)):
@@ -136,12 +136,12 @@ def load(
     path: str | Path, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu", parts: Sequence[str] = PARTS,
 ) -> SD15:  # fmt: skip
-    """Load the asked parts ("unet", "vae", "text") of a folder or Hub id; the others are neither read nor downloaded.
+    """Load the requested parts ("unet", "vae", "text") of a folder or Hub id; the others are neither read nor downloaded.
 
-    Everything comes frozen (requires_grad False) and in eval mode. XL's VAE overflows in fp16: it comes in fp32 then.
+    Everything comes frozen (requires_grad False) and in eval mode. XL's VAE overflows in fp16: with that dtype it is converted to fp32.
 
     Raises:
-        ValueError: what `check_folder` refuses; of a Hub id, too.
+        ValueError: what `check_folder` refuses, here for a Hub id, too.
     """
     import diffusers
 
@@ -184,8 +184,8 @@ def default_sequence_length(path: str | Path, revision: str | None = None) -> in
 def encode_prompts(model: SD15, prompts: Sequence[str], max_sequence_length: int | None = None) -> Conditioning:
     """The text encoders on a batch of prompts, exactly as the stock pipeline's `encode_prompt` does; gradients may flow.
 
-    1.x and 2.x: the last hidden state. XL: both encoders' last but one, side by side, and CLIP-G's projection as `pooled`; the empty
-    prompt is all zeros there if the model says so, as in the stock pipeline's guidance. In the encoders' dtype, on their device.
+    1.x and 2.x: the last hidden state. XL: the penultimate ones of both encoders, concatenated, and CLIP-G's projection as `pooled`; its
+    empty prompt is all zeros if model_index.json says so, as in the stock pipeline's guidance. In the encoders' dtype, on their device.
 
     Args:
         max_sequence_length: tokens to pad to; None takes each tokenizer's own.
@@ -233,7 +233,7 @@ def decode_latents(model: SD15, latents: Tensor, batch_size: int = 4) -> Tensor:
 
 
 def _device_and_dtype(unet: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Of the base weights: `unet.dtype` may name that of an fp32 LoRA adapter, and a wrapper has none."""
+    """Device and dtype of the base weights: `unet.dtype` may be that of an fp32 LoRA adapter, and a wrapped UNet has no dtype."""
     weight = unwrap(unet).conv_in.weight
     return weight.device, weight.dtype
 
@@ -241,7 +241,7 @@ def _device_and_dtype(unet: nn.Module) -> tuple[torch.device, torch.dtype]:
 def eps(unet: nn.Module, x_t: Tensor, timestep: Tensor, condition: Conditioning) -> Tensor:
     """The predicted noise (b, 4, h, w), float32 at least.
 
-    XL is told that pictures were neither shrunk nor cropped, which is also what its stock pipeline says when it draws.
+    XL's size conditioning says that pictures were neither shrunk nor cropped, as in its stock pipeline.
 
     Args:
         unet: bare, LoRA'd, compiled or wrapped by DDP.
@@ -288,7 +288,7 @@ def render(
     Args:
         condition: b prompts. negative: b or 1 negative prompts of the same L; needed when guidance_scale > 1, else unused.
         height, width: multiples of 8.
-        batch_size: pictures that are denoised at once. decode_batch_size: that the VAE decodes at once; None: as many.
+        batch_size: pictures denoised at once. decode_batch_size: pictures decoded at once; None: batch_size.
 
     Raises:
         ValueError: missing negative prompt.

@@ -1,4 +1,4 @@
-"""Pictures of noise-prediction models drawn step by step, with or without a gradient: what training on a reward's gradient needs.
+"""Step-by-step sampling of noise-prediction models, with or without gradient, for training on a reward's gradient.
 
 Shapes: b batch, h w latent side, T denoising steps, counted from 0. Latents are fp32 whatever the precision of the model.
 """
@@ -13,12 +13,12 @@ from torch import Tensor
 from src import ddpm, seeds
 from src.pipelines import common
 
-# A rollout puts pure noise where the model knows noised pictures: of what it saw at the first timestep, sqrt(alpha_bar) of the amplitude
-# was picture. That is 0.08 with 40 steps and 0.12 with 10, but 0.24 with 4, 0.52 with 2, and all with 1, which begins at timestep 1.
+# A rollout starts from pure noise, but at its first timestep the model was trained on noised pictures that keep sqrt(alpha_bar) of
+# their amplitude: 0.08 with 40 steps, 0.12 with 10, 0.24 with 4, 0.52 with 2, nearly 1 with one step (timestep 1).
 FEWEST_STEPS, FEW_STEPS = 3, 10
-MOST_STEPS = 500  # of 1000 timesteps no two steps may be neighbours
+MOST_STEPS = 500  # more steps would use neighbouring timesteps of the 1000
 
-Predict = Callable[[Tensor, Tensor], Tensor]  # x_t (b, 4, h, w), timestep (b,) -> noise (b, 4, h, w), guided if it is to be
+Predict = Callable[[Tensor, Tensor], Tensor]  # x_t (b, 4, h, w), timestep (b,) -> noise (b, 4, h, w), guidance applied
 Draw = Callable[[str], Tensor]  # name of a random stream -> standard normal (b, 4, h, w)
 
 
@@ -27,8 +27,8 @@ class Schedule:
     """The T denoising steps of a picture, from noise to the clean latents.
 
     Attributes:
-        timesteps: (T,) falling; alphas: (T + 1,) alpha_bar there, and 1 at the end, so that the last step lands on the clean latents.
-        eta: fresh noise of a step: 1 as in DDPM, 0 none.
+        timesteps: (T,), decreasing; alphas: (T + 1,), their alpha_bar, then 1, so that the last step ends at the clean latents.
+        eta: amount of fresh noise in a step: 1 as in DDPM, 0 none.
     """
 
     timesteps: Tensor
@@ -40,7 +40,7 @@ class Schedule:
 
 
 def check_steps(num_inference_steps: int) -> None:
-    """Refuse a number of steps that is no rollout; raises ValueError naming --num_inference_steps."""
+    """Refuse too few or too many steps for a rollout; raises ValueError naming --num_inference_steps."""
     flag = f"--num_inference_steps {num_inference_steps}"
     if num_inference_steps > MOST_STEPS:
         raise ValueError(f"{flag} must be at most {MOST_STEPS}: of 1000 timesteps no two steps may be neighbours; try 40")
@@ -53,7 +53,7 @@ def check_steps(num_inference_steps: int) -> None:
 
 
 def few_steps(alphas_cumprod: Tensor, num_inference_steps: int) -> str | None:
-    """One line on a rollout that is short enough to begin far from pure noise; None for a longer one."""
+    """A note if a rollout of so few steps begins at a timestep far from pure noise; None from `FEW_STEPS` steps on."""
     if num_inference_steps >= FEW_STEPS:
         return None
     first = ddpm.inference_timesteps(num_inference_steps)[0]
@@ -65,7 +65,7 @@ def few_steps(alphas_cumprod: Tensor, num_inference_steps: int) -> str | None:
 
 
 def check_model(path: str | Path, revision: str | None = None) -> None:
-    """Refuse a model for other timesteps than those of `schedule`, by its scheduler's configuration.
+    """Refuse a model whose scheduler is configured for other timesteps than those of `schedule`.
 
     Raises:
         ValueError: naming --pretrained_model_name_or_path.
@@ -84,14 +84,14 @@ def schedule(alphas_cumprod: Tensor, num_inference_steps: int, eta: float) -> Sc
 
 
 def denoise(predict: Predict, x_t: Tensor, i: int, schedule: Schedule, noise: Tensor | None) -> Tensor:
-    """Sampling step number i of all pictures: latents (b, 4, h, w) -> those of step i + 1; `noise` like them if eta > 0."""
+    """Sampling step i of the whole batch: latents (b, 4, h, w) before it -> those after it; `noise` of their shape if eta > 0."""
     alpha, alpha_next = schedule.alphas[i : i + 2, None].expand(-1, len(x_t))  # (b,) each
     step = ddpm.ddim_step(x_t, predict(x_t, schedule.timesteps[i].expand(len(x_t))), alpha, alpha_next, eta=schedule.eta)
     return step.mean if noise is None else step.sample(noise)
 
 
 def jump(predict: Predict, x_t: Tensor, i: Tensor, schedule: Schedule) -> Tensor:
-    """The clean latents that the prediction at step i (b,) of each picture points to, (b, 4, h, w)."""
+    """The clean latents (b, 4, h, w) that follow from the noise predicted at each picture's own step i (b,)."""
     i = seeds.send(i, x_t.device)
     return ddpm.x0_from_eps(x_t, predict(x_t, schedule.timesteps[i]), schedule.alphas[i])
 
@@ -101,7 +101,7 @@ def rollout(predict: Predict, stops: Tensor, schedule: Schedule, draw: Draw) -> 
     """Latents (b, 4, h, w) after each picture's own number of steps from noise, without gradient.
 
     Args:
-        stops: (b,) whole numbers in [0, T], on the CPU, so that nothing waits for the device.
+        stops: (b,) whole numbers in [0, T], on the CPU: reading them does not wait for the device.
     """
     x_t = draw("noise")
     for i in range(int(stops.max())):
@@ -111,14 +111,14 @@ def rollout(predict: Predict, stops: Tensor, schedule: Schedule, draw: Draw) -> 
 
 
 def mean_steps(first: int, last: int, batch: int) -> float:
-    """How many steps a rollout takes on average, if each of `batch` stops is uniform in [first, last]: it goes on to the latest.
+    """Expected number of steps of a rollout whose `batch` stops are each uniform in [first, last]: it runs to the largest of them.
 
-    Of n values from 0 the largest of b is at least k with probability 1 - (k / n)^b; its mean is the sum over k = 1 ... n - 1.
+    The largest of b draws from 0 ... n - 1 is at least k with probability 1 - (k / n)^b; its mean is the sum over k = 1 ... n - 1.
     """
     n = last - first + 1
     return first + sum(1 - (k / n) ** batch for k in range(1, n))
 
 
 def step_noise(i: int, schedule: Schedule, draw: Draw) -> Tensor | None:
-    """What step i adds, (b, 4, h, w); None where it adds nothing: eta = 0, or the last step."""
+    """The fresh noise of step i, (b, 4, h, w); None if it has none: eta = 0, or the last step."""
     return draw(f"step {i}") if schedule.eta and i < len(schedule) - 1 else None

@@ -22,14 +22,14 @@ from src.pipelines.common import unload_text_encoders as unload_text_encoders
 
 VAE_SCALE = 8  # pixels per latent, in height and in width: three halvings in the VAE's encoder
 PATCH = 2  # latents per token, in height and in width (patch_size of every SD3 transformer)
-MAX_SEQUENCE_LENGTH = 256  # T5 tokens: what SD3 was trained with and what the stock pipeline pads to; beyond it, artefacts at the edges
+MAX_SEQUENCE_LENGTH = 256  # T5 tokens in SD3's training and in the stock pipeline; longer texts cause artefacts at the edges
 PARTS = ("transformer", "vae", "text", "clip")  # clip: the text encoders without T5
 DENOISER = "transformer"  # the denoiser's name in a pipeline
 
 
 @dataclass
 class SD3:
-    """The parts of a pipeline that were asked for, frozen and in eval mode; the others are None or empty."""
+    """The requested parts of a pipeline, frozen and in eval mode; the others are None or empty."""
 
     path: str
     transformer: nn.Module | None
@@ -85,14 +85,14 @@ def check_resolution(path: str | Path, *sides: int) -> None:
 
 
 def local_shift(path: str | Path) -> float:
-    """The timestep shift of a local model folder; SD3's own for a Hub id, which nothing is downloaded of, and for a folder without."""
+    """The timestep shift of a local model folder; SD3's 3.0 for a Hub id (nothing is downloaded) and for a folder without a scheduler."""
     name = "scheduler/scheduler_config.json"
     local = not is_hub_id(str(path)) and (Path(path).expanduser() / name).is_file()
-    return float(read_config(path, name).get("shift", 1.0)) if local else 3.0  # 1: diffusers' default, which `load` takes
+    return float(read_config(path, name).get("shift", 1.0)) if local else 3.0  # 1: diffusers' default, used by `load`
 
 
 def block_count(path: str | Path) -> int | None:
-    """Transformer blocks of a local model folder; None for a Hub id, which nothing is downloaded of."""
+    """Transformer blocks of a local model folder; None for a Hub id: nothing is downloaded."""
     return None if is_hub_id(str(path)) else read_config(path, "transformer/config.json")["num_layers"]
 
 
@@ -100,9 +100,9 @@ def load(
     path: str | Path, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu", parts: Sequence[str] = PARTS, quantized: str | None = None,
 ) -> SD3:  # fmt: skip
-    """Load the asked parts of a folder or Hub id; the others are neither read nor downloaded.
+    """Load the requested parts of a folder or Hub id; the others are neither read nor downloaded.
 
-    The parts are "transformer", "vae", "text" (all three encoders) and "clip" (CLIP-L and CLIP-G, where T5's tokens are known already).
+    The parts are "transformer", "vae", "text" (all three encoders) and "clip" (CLIP-L and CLIP-G, where T5's output is computed already).
     Everything comes frozen (requires_grad False) and in eval mode. A folder without T5 (text_encoder_3 null) loads, as in diffusers.
 
     Args:
@@ -142,11 +142,11 @@ def random_transformer(path: str | Path, *, revision: str | None = None, dtype: 
     from diffusers import SD3Transformer2DModel
 
     transformer = SD3Transformer2DModel.from_config(read_config(path, "transformer/config.json", revision))
-    return nn.Module.to(transformer.requires_grad_(False).eval(), device, dtype)  # diffusers' own `to` warns of a cast that is meant
+    return nn.Module.to(transformer.requires_grad_(False).eval(), device, dtype)  # diffusers' own `to` would warn of this cast
 
 
 def reload_clips(model: SD3, *, revision: str | None = None, variant: str | None = None, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """CLIP-L and CLIP-G read again, in `dtype` and trainable, by their names in the pipeline: a cast restores nothing that was rounded."""
+    """Read CLIP-L and CLIP-G again, in `dtype` and trainable, by pipeline name: a cast would not restore weights that were rounded."""
     from transformers import CLIPTextModelWithProjection
 
     clips, options = {}, dict(revision=revision, variant=variant, dtype=dtype)
@@ -185,12 +185,12 @@ def encode_prompts(
 ) -> Conditioning:
     """The three text encoders on a batch of prompts, exactly as `StableDiffusion3Pipeline.encode_prompt` does; gradients may flow.
 
-    CLIP-L's and CLIP-G's last but one hidden states side by side, padded with zeros to D, then T5's tokens after them. Without T5 its
-    tokens are zeros. In the encoders' dtype, on their device.
+    The penultimate hidden states of CLIP-L and CLIP-G, concatenated and zero-padded to D, followed by T5's tokens (zeros without T5).
+    In the encoders' dtype, on their device.
 
     Args:
         max_sequence_length: T5 tokens; None takes `default_sequence_length` of the model's tokenizer.
-        t5_tokens: (b, length, D) known already, where only the two CLIPs are loaded.
+        t5_tokens: (b, length, D) computed earlier, where only the two CLIPs are loaded.
     """
     assert model.text_encoders, "the text encoders are not loaded; load(parts=(..., 'text')) or use the text cache"
     assert len(model.text_encoders) == 3 or t5_tokens is not None, "T5 is not loaded; hand its tokens over"
@@ -219,14 +219,14 @@ def _encode_t5(model: SD3, prompts: list[str], length: int | None) -> Tensor:
 
 
 def scale_latents(model: SD3, latents: Tensor) -> Tensor:
-    """VAE latents -> the transformer's: (latents - shift_factor) * scaling_factor. Leaving the shift out is a known bug elsewhere."""
+    """VAE latents -> the transformer's: (latents - shift_factor) * scaling_factor. Some other code leaves out the shift, a known bug."""
     return (latents - model.vae.config.shift_factor) * model.vae.config.scaling_factor
 
 
 def decode_latents(model: SD3, latents: Tensor, batch_size: int = 4) -> Tensor:
     """The transformer's latents (b, 16, h, w) -> images (b, 3, H, W) float32 in [0, 1], `batch_size` at a time; gradients may flow.
 
-    In the VAE's own precision, also inside autocast: training and evaluation judge the same picture of the same latents.
+    In the VAE's own precision, also inside autocast: training and evaluation decode the same latents to the same picture.
     """
     latents = latents.to(model.vae.device) / model.vae.config.scaling_factor + model.vae.config.shift_factor
     with torch.autocast(latents.device.type, enabled=False):
@@ -238,7 +238,7 @@ def decode_latents(model: SD3, latents: Tensor, batch_size: int = 4) -> Tensor:
 
 
 def _device_and_dtype(transformer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Of the base weights: `transformer.dtype` may name that of an fp32 LoRA adapter, and a wrapper has none."""
+    """Device and dtype of the base weights: `transformer.dtype` may be that of an fp32 LoRA adapter, and a wrapped one has no dtype."""
     weight = unwrap(transformer).pos_embed.proj.weight
     return weight.device, weight.dtype
 
@@ -263,9 +263,9 @@ def velocity(transformer: nn.Module, latents: Tensor, sigma: Tensor, condition: 
 
 
 def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> float:
-    """What --shift means for pictures of height x width pixels.
+    """The timestep shift that --shift gives for pictures of height x width pixels.
 
-    "model": the schedule's own shift; "resolution": that shift, taken to belong to the native resolution, scaled to this size;
+    "model": the schedule's own shift; "resolution": that shift, scaled from the native resolution to this size;
     a number: itself.
     """
     if shift == "resolution":
@@ -285,7 +285,7 @@ def render(
     Args:
         condition: b prompts. negative: b or 1 negative prompts of the same L; needed when guidance_scale > 1, else unused.
         height, width: multiples of 16.
-        batch_size: pictures that are denoised at once. decode_batch_size: that the VAE decodes at once; None: as many.
+        batch_size: pictures denoised at once. decode_batch_size: pictures decoded at once; None: batch_size.
 
     Raises:
         ValueError: missing negative prompt.

@@ -1,14 +1,14 @@
-"""Rollouts of a policy on SD3: `sample` denoises with noise in a window of steps and remembers them, `replay` scores them again.
+"""Rollouts of a policy on SD3: `sample` denoises with a window of stochastic steps and records them, `replay` recomputes them.
 
 One picture is one trajectory z_0 .. z_T of T denoising steps: z_0 is noise, z_T the picture (elsewhere x_0 is the picture). Only steps of
-the window are stochastic (see `transitions`) and can be trained; the others follow the ODE, the last one always.
+the window are stochastic (see `transitions`) and can be trained; the others, and always the last one, follow the ODE.
 
 Shapes: b pictures, T denoising steps, W steps of the window, h w latent side (pixels / 8).
 
-The policy must score a step exactly as it did when it drew it, or the ratio of probabilities is not 1 where it must be. Hence: the policy
-stays in eval mode, `replay` takes the batches that `sample` made (kernels differ from batch size to batch size), autocast and torch.compile
-apply to both or to neither, and `sample` computes the velocities of the window with gradients on, if only to throw the graph away: torch
-may choose other kernels without, and torch.compile makes a graph for each.
+Before any update, a replayed step must have exactly the log-probability it had in sampling, or its probability ratio is not 1. Hence the
+policy stays in eval mode; `replay` takes the batches that `sample` made (kernels depend on the batch size); autocast and torch.compile
+apply to both or to neither; and `sample` computes the velocities of the window with gradients enabled and discards the graph: without
+gradients torch may choose other kernels, and torch.compile compiles a separate graph.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ CHANNELS = 16
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What `sample` keeps of b pictures: the finished latents, and what it takes to replay the steps of the window.
+    """What `sample` records of b pictures: the final latents, and everything needed to replay the steps of the window.
 
     Attributes:
         final: (b, 16, h, w) float32, for `sd3.decode_latents`.
-        latents: (b, W + 1, 16, h, w), the state before each step of the window and after its last; in the dtype given to `sample`.
-        means: (b, W, 16, h, w) float32, of those steps by the policy that drew them; None unless asked for.
-        log_probs: (b, W) float64, of those steps, joint over all dimensions, nats.
+        latents: (b, W + 1, 16, h, w), the states before each step of the window and after its last; in the dtype given to `sample`.
+        means: (b, W, 16, h, w) float32, of those steps under the policy that sampled them; None without keep_means.
+        log_probs: (b, W) float64, of those steps under that policy, joint over all dimensions, nats.
         sigmas: (T + 1,) float32 on the CPU, the whole schedule from 1 to 0.
         window: numbers of the stochastic steps, within 0 .. T - 2.
         transition, noise_level: of those steps; "ode" and None if the window is empty.
@@ -54,23 +54,23 @@ class Trajectory:
 
     @property
     def dimensions(self) -> int:
-        """D = 16 h w, numbers in a latent: log-probabilities are sums over so many."""
+        """D = 16 h w, elements of a latent: log-probabilities are sums over D terms."""
         return self.final[0].numel()
 
     def to(self, device: torch.device | str) -> "Trajectory":
-        """Moved; keep what waits for training on the CPU, then GPU memory does not grow with the number of pictures."""
+        """A copy on `device`: trajectories wait for training on the CPU, so that GPU memory does not grow with their number."""
         tensors = {name: getattr(self, name) for name in ("final", "latents", "means", "log_probs")}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step of b pictures under the policy of now, beside what it was when the pictures were drawn.
+    """One denoising step of b pictures under the current policy, with its recorded values from sampling.
 
     Attributes:
-        mean, old_mean: (b, 16, h, w) float32, of the next latent; by this policy, and by the one that sampled if its means were kept.
+        mean, old_mean: (b, 16, h, w) float32, of the next latent by the current policy, and by the sampling one if its means were kept.
         step_std: (b, 1, 1, 1) float32, the same for both.
-        log_prob, old_log_prob: (b,) float64, of the latent that was drawn, joint over all dimensions, nats.
+        log_prob, old_log_prob: (b,) float64, of the sampled next latent, joint over all dimensions, nats.
         sigma, sigma_next: (b,) float32 on the CPU, noise levels before and after.
     """
 
@@ -122,7 +122,7 @@ def choose_window(
 
     Args:
         size, window_range: see `check_window`.
-        order: "random": the window starts anywhere in the range, each place as likely; "progressive": it starts at the first step of the
+        order: "random": the window's place in the range is drawn uniformly; "progressive": it starts at the first step of the
             range and moves on by one every `shift_every` epochs, from the end back to the start.
 
     Raises:
@@ -156,7 +156,7 @@ def schedule(model: sd3.SD3, num_inference_steps: int, shift: float | None = Non
 
 
 def schedule_by_formula(num_inference_steps: int, shift: float) -> Tensor:
-    """What `schedule` returns, without the seconds that an import of diffusers takes; its steps shift the smallest level twice."""
+    """As `schedule`, without importing diffusers, which takes seconds; like diffusers, it shifts the smallest level twice."""
     least = flow.shift_sigma(torch.tensor(1 / flow.TRAIN_TIMESTEPS), shift)
     return torch.cat([flow.shift_sigma(torch.linspace(1, float(least), num_inference_steps), shift), torch.zeros(1)])
 
@@ -198,13 +198,13 @@ def sample(
 
     Args:
         policy: in eval mode; bare, with LoRA, compiled or wrapped by DDP.
-        condition: b prompts on the policy's device. negative: b or 1 prompts, with guidance_scale > 1 alone.
-        positions: of the pictures among all of this epoch, over all processes.
+        condition: b prompts on the policy's device. negative: b or 1 prompts, only with guidance_scale > 1.
+        positions: of each picture in the epoch, counted over all processes.
         sigmas: (T + 1,) on the CPU, from `schedule`.
         height, width: pixels, multiples of 16.
         window: steps within 0 .. T - 2; empty for the plain ODE, which takes transition "ode" and no noise level.
         keep_means: for GRPO-Guard, which compares means; as much memory as the latents.
-        dtype: of the kept latents; samples are rounded to it before they are scored and before denoising goes on.
+        dtype: of the recorded latents; a sample is rounded to it before its log-probability is computed and denoising continues.
 
     Raises:
         ValueError: what `transitions.check` refuses, a window beyond the steps, a negative prompt without guidance or the reverse.
@@ -222,7 +222,7 @@ def sample(
     latents, means, log_probs = [], [], []
     for t in range(steps):
         sigma, sigma_next = sigmas[t].expand(len(x)), sigmas[t + 1].expand(len(x))  # (b,)
-        with torch.set_grad_enabled(t in window):  # the very kernels that `replay` will run
+        with torch.set_grad_enabled(t in window):  # the same kernels as in `replay`
             velocity = _velocity(network, x, sigma, condition, negative, guidance_scale).detach()  # (b, 16, h, w)
         if t == window.start:
             latents.append(x)
@@ -247,7 +247,7 @@ def sample(
 def replay(
     policy: nn.Module, trajectory: Trajectory, t: int | Tensor, condition: sd3.Conditioning, negative: sd3.Conditioning | None = None
 ) -> Step:
-    """Step t of a trajectory under `policy`, with gradient (unless torch.no_grad): the same batch that `sample` drew.
+    """Recompute step t of a trajectory under `policy`, with gradient (unless torch.no_grad), in the batch that `sample` drew.
 
     For the reference model: `with torch.no_grad(), lora.disabled(policy)`.
 
@@ -256,7 +256,7 @@ def replay(
         condition, negative: as in `sample`.
     """
     bare = _bare_in_eval_mode(policy)
-    network = policy if torch.is_grad_enabled() else bare  # DDP has nothing to do where no gradient is; it would exchange buffers
+    network = policy if torch.is_grad_enabled() else bare  # without gradient, DDP would only exchange buffers
     _check_guidance(trajectory.guidance_scale, negative)
     steps = torch.as_tensor(t).expand(len(trajectory))  # (b,)
     assert all(step in trajectory.window for step in steps.tolist()), f"step {t} is not in the window {trajectory.window}"
@@ -277,14 +277,14 @@ def replay(
 def tolerance(dtype: torch.dtype, compiled: bool) -> float:
     """Largest |log-ratio|, nats, that rounding may give a step replayed right after sampling; dtype: of the frozen weights.
 
-    Both run the same kernels, and where it was measured (a CPU: fp32, bf16, eager, compiled) it is 0. Eager fp32 is held to that. Elsewhere
-    a library may still choose another kernel between the two; what is let pass is below a tenth of the trainers' clip.
+    Sampling and replay run the same kernels: measured on a CPU (fp32, bf16, eager, compiled) it is 0, which is required of eager fp32.
+    Otherwise a library may still choose different kernels for the two; the tolerance is below a tenth of the trainers' clip.
     """
     return 0.0 if dtype == torch.float32 and not compiled else 0.05
 
 
 def check_on_policy(step: Step, tolerance: float) -> None:
-    """Refuse to go on if the policy that has just sampled does not score its own steps as it did: its ratios are not 1.
+    """Stop if the policy, replayed right after sampling, gives its own steps other log-probabilities: its ratios are not 1.
 
     Args:
         step: replayed before any update. tolerance: largest |log-ratio|, nats; 0 in eager fp32.

@@ -1,6 +1,6 @@
-"""diffusers' own pipelines, SD3.x and SD1.x, for drawing: which family a model or a LoRA file is, and both loaded together.
+"""diffusers' own pipelines of SD3.x and SD1.x, for drawing: tell the family of a model or a LoRA file, and load both together.
 
-What cannot work is refused from configurations and file headers, before any weights are read.
+Combinations that cannot work are refused from configurations and file headers, before any weights are read.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def model_family(path: str) -> str:
         wrong = error
     try:
         name = sd3.read_config(path, "model_index.json").get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:  # of a Hub id the error names the flag, of a folder `wrong` does
+    except (OSError, ValueError, AttributeError) as error:  # for a Hub id this error names the flag, for a folder `wrong` does
         raise wrong or error from None
     if name == "StableDiffusionPipeline":
         return "sd15"
@@ -56,7 +56,7 @@ def lora_file(path: Path) -> Path:
 
 
 def lora_keys(path: Path) -> list[str]:
-    """Names of the tensors in a LoRA file; its header is read and compared with its length, nothing more.
+    """Names of the tensors in a LoRA file; only its header is read, and checked against the file's length.
 
     Raises:
         ValueError: no such file, or a damaged one.
@@ -106,8 +106,8 @@ def load(
     """The stock pipeline of the model's family on `device`, with the LoRA at its strength.
 
     Args:
-        cpu_offload: only the part that is at work lies on the GPU.
-        scheduler: class of diffusers that takes the place of the model's own, with its configuration.
+        cpu_offload: keep only the part in use on the GPU.
+        scheduler: diffusers class to use instead of the model's own, with the same configuration.
 
     Raises:
         ValueError: the model is incomplete, or the LoRA does not fit it.
@@ -135,14 +135,14 @@ def load(
 
 
 def _add_lora(pipeline: Any, path: Path, scale: float) -> None:
-    """Load the LoRA, wholly or not at all, and set its strength."""
+    """Load the LoRA, all of it or not at all, and set its strength."""
     from peft.tuners.lora import LoraLayer
 
     file, flag = lora_file(path), f"--lora_weights_path {path}"
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="tuned")
         pipeline.set_adapters("tuned", scale)
-    except (RuntimeError, ValueError, KeyError) as error:  # peft: the sizes differ; diffusers: the model has nothing of it
+    except (RuntimeError, ValueError, KeyError) as error:  # peft: the sizes differ; diffusers: the model has none of its layers
         raise ValueError(f"{flag}: does not fit the model: {last_line(error)}") from error
     wanted = sum(key.endswith("lora_A.weight") for key in lora_keys(path))
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
@@ -152,5 +152,5 @@ def _add_lora(pipeline: Any, path: Path, scale: float) -> None:
 
 
 def long_prompts(pipeline: Any, prompts: list[str]) -> str | None:
-    """Which prompts CLIP reads in part only; the pipeline itself prints pages about it, at every batch."""
+    """`common.long_prompts` for this pipeline, which itself would print long warnings at every batch."""
     return common.long_prompts(pipeline.tokenizer, prompts, t5=getattr(pipeline, "text_encoder_3", None) is not None)

@@ -88,7 +88,7 @@ def check(spec: str, differentiable: bool = False, *, flag: str = "--scorer", **
         spec: names and weights, as `parse` takes them.
         differentiable: the caller needs a gradient.
         flag: what the message calls the spec.
-        options: settings by name, None meaning unset. Those of scorers outside the spec are left alone, so that one set of flags
+        options: settings by name, None meaning unset. Those of scorers outside the spec are ignored, so that one set of flags
             serves several mixtures.
 
     Raises:
@@ -134,16 +134,16 @@ def check_prompts(spec: str, prompts: Sequence[str], metadata: Sequence[dict] | 
 
 
 def build(spec: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, batch_size: int = 16, **options: Any) -> Mixture:
-    """Load the scorers of a mixture, frozen, on one device; what two of them share is loaded once.
+    """Load the scorers of a mixture, frozen, on one device; networks that they share are loaded once.
 
     Args:
         spec: names and weights, as `parse` takes them.
         dtype: of the weights of large networks (None: fp32); scores are fp32 always.
-        batch_size: the most pictures that are judged at once: the memory bound.
+        batch_size: most pictures judged at once; bounds the memory.
         options: settings by name, as `check` takes them.
 
     Raises:
-        ValueError: what `check` refuses, and weights that are not those of the scorer.
+        ValueError: what `check` refuses, and weights of another model than the scorer's.
     """
     check(spec, flag="scorers.build", **options)
     if batch_size < 1:

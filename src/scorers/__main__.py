@@ -4,7 +4,7 @@
   python -m src.scorers pickscore outputs/demo/*.png --prompt "a red star on a white background"
   python -m src.scorers clip=1,aesthetic=0.5 a.png b.png --prompt "for a.png" --prompt "for b.png"
 
-A PNG of demo.py, or in the samples/ of a run, carries its prompt, which is used where --prompt is not given. The scorers come before the
+PNGs of demo.py, and in the samples/ of a run, carry their prompt; it is used unless --prompt is given. The scorers come before the
 pictures, flags after them.
 """
 
@@ -55,7 +55,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
-    """A prompt for each picture: the flags', or the one that the picture carries; else empty."""
+    """A prompt for each picture: that of --prompt, else the one stored in the picture, else an empty one."""
     if args.prompt:
         return args.prompt * (len(args.images) if len(args.prompt) == 1 else 1)
     from src import images
@@ -93,7 +93,7 @@ def state(scorer: scorers.Scorer, options: dict) -> str:
 
 
 def show_list(options: dict) -> None:
-    """Each scorer with its state, what it measures, and what it states about itself."""
+    """Print each scorer with its state, what it measures, and its declared properties."""
     for name in scorers.names():
         scorer = scorers.get(name)
         print(f"{name}: {state(scorer, options)}")

@@ -25,7 +25,7 @@ def _weights(name: str) -> Weights:
 
 
 def head(name: str, loader: Loader) -> nn.Module:
-    """One of the published heads, fp32: unit embeddings (b, 768) -> (b, 1). Linear or with ReLUs: the keys tell."""
+    """One of the published heads, fp32: unit embeddings (b, 768) -> (b, 1); its keys tell whether it has ReLUs."""
     path = _weights(name).path(HEADS[name])
     state = networks.read(path)
     layers = nn.ModuleDict({"layers": networks.mlp(768, activation="layers.11.weight" in state)})

@@ -1,7 +1,7 @@
 """The aesthetic score v1, LAION's: one linear layer on the embedding of OpenAI's CLIP ViT-L/14.
 
-Its weights come in two forms: tower and layer in one folder (shunk031's), or the bare layer, which then stands on
-models/clip-vit-large-patch14. The bare layer is used where the folder holds it and no tower.
+Its weights come in two forms: tower and layer in one folder (shunk031's), or the bare layer, applied to the embeddings of
+models/clip-vit-large-patch14. The bare layer is used if the folder holds it but no tower.
 """
 
 from __future__ import annotations

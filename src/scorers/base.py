@@ -1,4 +1,4 @@
-"""What a scorer states about itself, where its weights lie, and what a mixture of scorers returns. Loads nothing, not even torch."""
+"""A scorer's declaration, the places of its weights, and the result of a mixture of scorers. Loads nothing, not even torch."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Weights:
     """Files that the user downloads.
 
     Attributes:
-        folder: name below models/, looked at first, and the name that `scripts/download.sh` knows.
-        files: what must be there, as paths in the folder, which are also the paths on the Hub; "a|b": either of them, a first.
-        hub_id: repository looked at second; None: there is none.
+        folder: name below models/, searched first, and the name for `scripts/download.sh`.
+        files: required files, by their paths in the folder and on the Hub alike; "a|b": either of them, a first.
+        hub_id: repository searched second; None: there is none.
         by_hand: how to get them, where scripts/download.sh does not know the folder.
     """
 
@@ -81,7 +81,7 @@ class Weights:
         return [names for names in self.files if not any((folder / name).is_file() for name in names.split("|"))]
 
     def missing(self) -> str | None:
-        """What to do before these weights can be loaded; None if they are here, or if the Hub may be asked for them."""
+        """What to do before these weights can be loaded; None if they are here, or can be downloaded from the Hub."""
         from huggingface_hub import constants
 
         if self.local or self.cached or (self.hub_id and not constants.HF_HUB_OFFLINE):
@@ -98,7 +98,7 @@ class Weights:
         """One of `files` on this machine: below models/, else from the Hub's cache, else downloaded there.
 
         Raises:
-            ValueError: it is in none of these places, or the Hub cannot be asked.
+            ValueError: it is in none of these places, or the Hub cannot be reached.
         """
         source, choices = self.source, names.split("|")
         if folder := self.local:
@@ -107,7 +107,7 @@ class Weights:
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
         refusals = []
-        for name in choices:  # all of them: without a connection a file that the cache lacks is refused, and the next may be there
+        for name in choices:  # all of them: offline, a file that is not in the cache fails, while the next one may be there
             try:
                 return Path(hf_hub_download(source, name))
             except hub.errors() as error:
@@ -135,13 +135,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Loader:
-    """What `Scorer.load` is given.
+    """The argument of `Scorer.load`.
 
     Attributes:
         device: where networks go.
         dtype: of the weights of large networks; heads and scores are fp32.
         options: every option that the scorer declares, defaults filled in.
-        loaded: what the scorers of this mixture share; used through `once`.
+        loaded: what the scorers of this mixture share; accessed through `once`.
     """
 
     device: torch.device
@@ -150,7 +150,7 @@ class Loader:
     loaded: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What `make` returns, made once per mixture: two scorers on one backbone give the same key."""
+        """The result of `make`, called once per key and mixture: scorers on one backbone pass the same key."""
         if key not in self.loaded:
             self.loaded[key] = make()
         return self.loaded[key]
@@ -169,7 +169,7 @@ def _any_prompt(prompt: str, metadata: dict | None) -> str | None:
 
 
 def some_prompt(prompt: str, metadata: dict | None) -> str | None:
-    """Of a scorer that judges by the prompt, whatever that is: why an empty one cannot be, or None."""
+    """`check_prompt` of scorers that take any prompt but an empty one: why it cannot be judged, or None."""
     return None if prompt.strip() else "it is empty; --prompt says what the picture was to show"
 
 
@@ -184,13 +184,13 @@ class Scorer:
         range: (low, high) of the scores that pictures get in practice, not a bound.
         normalizer: what a score is divided by in a mixture, so that a weight of 1 means about the same for all.
         licence: of the weights, or of the code where there are none.
-        load: makes the judge, which takes images (b, 3, H, W) float32 in [0, 1] on the loader's device with b >= 1, prompts, and
-            metadata or None, and returns (b,) float32. It is frozen, and never asked for more pictures than the batch size.
+        load: makes the judge. It takes images (b, 3, H, W) float32 in [0, 1] on the loader's device with b >= 1, prompts, and metadata or
+            None, and returns (b,) float32. It is frozen, and b never exceeds the batch size.
         packages: import name -> what to `pip install`, beyond what requirements.txt always installs.
         options: its settings.
         weights: options -> what must be downloaded.
-        check_options: options -> what is wrong with them, naming the flag and the cure, or None. Looks at nothing heavy.
-        check_prompt: (prompt, its metadata or None) -> why it cannot be judged, or None; `some_prompt` if all but an empty one can.
+        check_options: options -> what is wrong with them, naming the flag and the cure, or None. Loads nothing heavy.
+        check_prompt: (prompt, its metadata or None) -> why it cannot be judged, or None; `some_prompt` refuses only an empty one.
     """
 
     name: str

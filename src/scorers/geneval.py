@@ -1,12 +1,12 @@
-"""GenEval's rules over detected objects (arXiv 2310.11513): are they there, as many, of that colour, on that side of each other?
+"""GenEval's rules over detected objects (arXiv 2310.11513): presence, number, colour and relative position.
 
 1. A detector finds the objects of COCO's 80 classes, each with a score, a box and a mask.
 2. The prompt's metadata, in the public format, says what must be there (`include`) and what must not (`exclude`).
-3. Where it names a colour, CLIP ViT-L/14 names that of the object, cut out and laid on grey.
+3. Where it names a colour, CLIP ViT-L/14 classifies that of the object, cut out and laid on grey.
 
-What differs from the original: the detector is transformers' Mask2Former (Swin-S, instance segmentation on COCO, Meta's weights), not
+Differences from the original: the detector is transformers' Mask2Former (Swin-S, instance segmentation on COCO, Meta's weights), not
 mmdetection's, which no longer installs. Architecture, classes, thresholds and rules are the same; the weights are not, and it sees pictures
-at 384 pixels instead of 800. So scores compare among themselves, not with published ones. CLIP has the original's weights.
+at 384 pixels instead of 800. So scores are comparable with each other, not with published ones. CLIP has the original's weights.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ CLASSES = (
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 COLOR_TEXTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # score that a detection must exceed; counting must not count doubtful ones
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # score that a detection must exceed; higher for counting, against doubtful ones
 MAX_OBJECTS = 16  # of a class
-POSITION_MARGIN = 0.1  # of both objects' sizes together: a smaller offset counts as none
+POSITION_MARGIN = 0.1  # share of both objects' extents together: a smaller offset counts as none
 SIDE = 384  # pixels that the detector was trained on
-GREY = 0x99 / 255  # what an object lies on while its colour is named
+GREY = 0x99 / 255  # background of an object while its colour is classified
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ NameColors = Callable[[str, list[Detection]], list[str]]  # class, detections of
 
 
 def keep(detections: list[Detection], counting: bool) -> dict[str, list[Detection]]:
-    """By class, the 16 surest detections above the threshold, surest first; ties stay in their order."""
+    """By class, the 16 most confident detections above the threshold, highest score first; ties stay in their order."""
     threshold = COUNTING_THRESHOLD if counting else THRESHOLD
     kept: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda detection: -detection.score):
@@ -87,8 +87,8 @@ def keep(detections: list[Detection], counting: bool) -> dict[str, list[Detectio
 def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
     """Where `box` lies relative to `other`: none, one or two of RELATIONS.
 
-    The offset of the centres, shortened along each axis by a tenth of both extents together, must keep more than half of the whole
-    offset's length on an axis. y points downwards.
+    The offset of the centres is shortened along each axis by a tenth of both extents together. A relation holds if what remains on its
+    axis is more than half of the offset's full length. y points downwards.
     """
     shortened, length = [], []
     for low, high in ((0, 2), (1, 3)):  # x, y
@@ -104,17 +104,18 @@ def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
 
 
 def checks(objects: dict[str, list[Detection]], metadata: dict, name_colors: NameColors) -> list[bool]:
-    """What the metadata asks for, point by point: is it so?
+    """Whether each requirement of the metadata is met.
 
-    For each of `include`: enough objects; enough of that colour among the surest `count`; all of these on that side of all of the group
-    that `position` refers to. Objects that are too few or of the wrong colour have no position. For each of `exclude`: fewer than `count`.
+    For each of `include`: enough objects; enough of that colour among the `count` most confident ones; all of these in that relation to all
+    of the group that `position` refers to. A group too small or of the wrong colour has no position. For each of `exclude`: fewer than
+    `count`.
 
     Args:
         objects: as `keep` returns them.
-        name_colors: asked only where a colour matters.
+        name_colors: called only where a colour is required.
     """
     results: list[bool] = []
-    groups: list[list[Detection] | None] = []  # what each of `include` found; None: not as asked
+    groups: list[list[Detection] | None] = []  # the objects of each of `include`; None: a requirement is not met
     for wanted in metadata["include"]:
         found = objects.get(wanted["class"], [])[: wanted["count"]]
         points = [len(found) == wanted["count"]]
@@ -153,7 +154,7 @@ def check_metadata(prompt: str, metadata: dict | None) -> str | None:
 
 
 def _sound_position(position: Any, number: int) -> bool:
-    """Whether the `number`-th of the objects may be asked for at this position."""
+    """Whether this position is valid for the `number`-th of the objects."""
     if not isinstance(position, (list, tuple)) or len(position) != 2:
         return False
     relation, index = position
@@ -181,7 +182,7 @@ class Detector:
         """Detections in each picture (b, 3, H, W) in [0, 1]: all above THRESHOLD."""
         size = tuple(images.shape[2:])
         levels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-        square = {"height": SIDE, "width": SIDE}  # the post-processing knows of no padding, so let there be none
+        square = {"height": SIDE, "width": SIDE}  # no padding, which the post-processing would not undo
         pixels = self.processor(images=list(levels), size=square, return_tensors="pt").to(images.device, self.model.dtype)
         outputs = self.model(**pixels)
         results = self.processor.post_process_instance_segmentation(
@@ -207,7 +208,7 @@ def cut_out(image: Tensor, detection: Detection) -> Tensor:
 
 @dataclass(frozen=True)
 class ColorNamer:
-    """CLIP, asked which of ten colours an object has; the text of a colour is the mean of three phrasings."""
+    """Classifies an object's colour among ten by CLIP; the text embedding of a colour is the mean of three phrasings."""
 
     model: Any
     tokenizer: Any
@@ -230,7 +231,7 @@ class GenEval:
     """Detects, names colours where they matter, and applies the rules.
 
     Attributes:
-        strict: 1 where everything is as asked, else 0, as published; otherwise the share of what is asked that is there.
+        strict: score 1 if all requirements are met, else 0, as published; otherwise the share of the requirements that are met.
     """
 
     detector: Callable[[Tensor], list[list[Detection]]]
@@ -258,12 +259,12 @@ def load_detector(loader: Loader) -> Detector:
     """The detector, once per mixture.
 
     Raises:
-        ValueError: other weights, or ones that do not tell COCO's 80 classes apart.
+        ValueError: weights of another model, or with other classes than COCO's 80.
     """
     from transformers import Mask2FormerImageProcessor
 
     def make() -> Detector:
-        # The published file holds tables of Swin's window positions, which are computed by now.
+        # The published file holds tables of Swin's window positions, which transformers now computes.
         model = networks.pretrained("Mask2FormerForUniversalSegmentation", DETECTOR, loader, spare=(".relative_position_index",))
         if model.config.num_labels != len(CLASSES):
             raise ValueError(f"{DETECTOR.source} tells {model.config.num_labels} classes apart, not COCO's 80 of instance segmentation")
@@ -285,7 +286,7 @@ def _loading(strict: bool) -> Callable[[Loader], Judge]:
 _SHARED: dict[str, Any] = {
     "differentiable": False, "range": (0.0, 1.0), "normalizer": 1.0, "licence": "rules and CLIP MIT; Mask2Former: see its model card",
     "weights": lambda options: (DETECTOR, networks.CLIP_L), "check_prompt": check_metadata,
-    "packages": {"scipy": "scipy"},  # which Mask2Former's loss imports, and transformers builds the loss with the model
+    "packages": {"scipy": "scipy"},  # imported by Mask2Former's loss, which transformers builds with the model
 }  # fmt: skip
 SCORERS = (
     Scorer(

@@ -1,6 +1,6 @@
 """How large a picture is as a JPEG: DDPO's two rewards that need neither network nor prompt.
 
-The size is exact for one version of libjpeg only: Pillow's wheels bring theirs, and figures from other machines may differ by a few bytes.
+The size depends on the version of libjpeg, which Pillow's wheels bundle: other machines may differ by a few bytes.
 """
 
 from __future__ import annotations

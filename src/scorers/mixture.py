@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from src.scorers.base import Judge
 
-_ROUNDING = 1e-3  # how far outside [0, 1] a picture may reach: what bf16 arithmetic makes of a value of 1 is no mistake of units
+_ROUNDING = 1e-3  # how far outside [0, 1] a picture may reach, since rounding of values near 1 is no mistake of units
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Mixture:
             metadata: what else is known of each prompt, for the scorers that read it.
 
         Raises:
-            ValueError: pictures outside the contract, another number of prompts, or a gradient asked of a part that has none.
+            ValueError: pictures outside the contract, another number of prompts, or a gradient through a part that has none.
         """
         check_images(images)
         if isinstance(prompts, str):
@@ -87,13 +87,13 @@ class Mixture:
 
         def judge(batch: Tensor, start: int) -> Tensor:
             span = slice(start, start + len(batch))
-            with torch.autocast(self.device.type, enabled=False):  # precision is the scorer's own affair
+            with torch.autocast(self.device.type, enabled=False):  # each scorer sets its own precision
                 return part.judge(batch.to(self.device, torch.float32), prompts[span], None if metadata is None else metadata[span])
 
         verdicts = []
         for start in range(0, len(images), self.batch_size):
             batch = images[start : start + self.batch_size]
-            if torch.is_grad_enabled() and len(images) > self.batch_size:  # else every batch would keep its activations until backward
+            if torch.is_grad_enabled() and len(images) > self.batch_size:  # else the activations of all batches would be saved for backward
                 verdict = checkpoint(judge, batch, start, use_reentrant=False, preserve_rng_state=False)
             else:
                 verdict = judge(batch, start)
@@ -109,10 +109,10 @@ def score_pictures(
     mixture: Mixture, pictures: Sequence[Image.Image], prompts: Sequence[str], metadata: Sequence[dict] | None = None,
     *, hidden: Sequence[bool] | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Scores of RGB pictures of any sizes, those of one size judged together: for each its parts by name, then "total".
+    """Scores of RGB pictures of any sizes, equal sizes judged together: for each picture its parts by name, then "total".
 
     Args:
-        hidden: for each picture whether something else stands in its place, so that it cannot be judged: its scores are NaN.
+        hidden: for each picture whether it was replaced by something else and cannot be judged: its scores are NaN.
     """
     tensors = {number: from_pil(picture) for number, picture in enumerate(pictures) if not (hidden and hidden[number])}
     results = [dict.fromkeys([*mixture.names, "total"], math.nan) for _ in pictures]
@@ -127,7 +127,7 @@ def score_pictures(
 
 
 def means(results: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, int]]:
-    """Of what `score_pictures` returned, for each name: the mean over the pictures that could be judged (NaN: none), and their number."""
+    """For each name in results of `score_pictures`: the mean over the pictures that could be judged (NaN: none), and their number."""
     finite = {name: [scores[name] for scores in results if math.isfinite(scores[name])] for name in (results[0] if results else {})}
     return {name: (sum(values) / len(values) if values else math.nan, len(values)) for name, values in finite.items()}
 

@@ -1,4 +1,4 @@
-"""Checkpoints read without running code from them, loaded wholly or refused; and CLIP's two towers as unit vectors."""
+"""Checkpoints, read without running code from them, and loaded completely or refused; and unit embeddings by CLIP's two towers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from src.errors import first_line
 from src.scorers import preprocess
 from src.scorers.base import Loader, Weights
 
-CLIP_L = Weights(  # OpenAI's ViT-L/14: of `clip`, and what the aesthetic heads stand on
+CLIP_L = Weights(  # OpenAI's ViT-L/14: of `clip`, and the backbone of the aesthetic heads
     "clip-vit-large-patch14", ("config.json", "model.safetensors|pytorch_model.bin", "tokenizer.json|vocab.json"),
     "openai/clip-vit-large-patch14",
 )  # fmt: skip
@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def load(module: nn.Module, state: Mapping[str, Tensor], *, path: Path, what: str) -> None:
-    """Put all of `state` into the module, which must be exactly what it holds.
+    """Load `state` into the module; names and shapes must match exactly.
 
     Raises:
         ValueError: another architecture or size, with what was expected and found.
@@ -80,10 +80,10 @@ def pretrained(class_name: str, weights: Weights, loader: Loader, *, spare: tupl
     """A transformers model of that class, frozen, with every one of its tensors from the checkpoint.
 
     Args:
-        spare: beginnings or ends of names that the checkpoint may hold besides.
+        spare: beginnings or ends of names of further tensors that the checkpoint may hold.
 
     Raises:
-        ValueError: the checkpoint is another model, in part or in whole; or the Hub, where it is, cannot be reached or refuses it.
+        ValueError: the checkpoint does not match the class exactly; or it is on the Hub, which cannot be reached or refuses it.
     """
     import transformers
     from safetensors import SafetensorError
@@ -111,7 +111,7 @@ def _such_as(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def _quiet(bars: bool) -> Iterator[None]:
-    """Keeps transformers from printing its report on loading, which `pretrained` reads; and its progress, unless `bars`."""
+    """Silences transformers' loading report, which `pretrained` checks itself, and its progress bars unless `bars`."""
     from transformers.utils import logging
 
     verbosity, restore = logging.get_verbosity(), not bars and logging.is_progress_bar_enabled()
@@ -129,7 +129,7 @@ def _quiet(bars: bool) -> Iterator[None]:
 def mlp(width: int, *, activation: bool = False) -> nn.Sequential:
     """The head that improved-aesthetic-predictor and ImageReward share: width-1024-128-64-16-1, numbered as in their files.
 
-    Without dropout, which does nothing here; `nn.Identity` keeps its place. `activation`: the variant with ReLUs.
+    `nn.Identity` takes the place of dropout, which does nothing here. `activation`: the variant with ReLUs.
     """
     layers: list[nn.Module] = []
     for inputs, outputs in ((width, 1024), (1024, 128), (128, 64)):
@@ -170,7 +170,7 @@ def embed_images(model: Any, images: Tensor, rounding: preprocess.CropRounding) 
 
 
 def embed_prompts(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
-    """Unit embeddings (b, D) float32 of prompts by a transformers CLIPModel; what is longer than its positions is cut off."""
+    """Unit embeddings (b, D) float32 of prompts by a transformers CLIPModel; longer ones are cut at its number of positions."""
     limit = model.config.text_config.max_position_embeddings
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(model.device)
     with torch.no_grad():
@@ -178,5 +178,5 @@ def embed_prompts(model: Any, tokenizer: Any, prompts: list[str]) -> Tensor:
 
 
 def cosines(images: Tensor, prompts: Tensor) -> Tensor:
-    """Of unit vectors (b, D) and (b, D), pair by pair: (b,)."""
+    """Cosines (b,) of unit vectors (b, D) and (b, D), pair by pair."""
     return (images * prompts).sum(-1)

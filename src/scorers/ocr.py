@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from src.scorers.base import Judge
 
 
-MAX_ASPECT = 4  # of a picture's sides, as the reader gets it
+MAX_ASPECT = 4  # largest aspect ratio of a picture that the reader gets
 
 
 # ---------------------------------------------------------------------------------------------- the rule
@@ -43,7 +43,7 @@ def target(prompt: str) -> str:
 
 
 def normalized(text: str) -> str:
-    """Without case and white space: which line a word stands in is no matter of spelling."""
+    """Without case and white space, so that line breaks do not count as spelling."""
     return "".join(text.split()).casefold()
 
 
@@ -60,7 +60,7 @@ def edit_distance(a: str, b: str) -> int:
 def similarity(read: str, wanted: str) -> float:
     """1 where `read` contains `wanted`, else 1 - min(distance, n) / n with n the length of `wanted`: in [0, 1].
 
-    Both are compared `normalized`. Text beside the wanted one costs nothing if that stands whole, and one edit a letter if not.
+    Both are compared `normalized`. Further text costs nothing if the wanted one is complete, else one edit a letter.
     """
     read, wanted = normalized(read), normalized(wanted)
     if wanted in read:
@@ -74,7 +74,7 @@ def similarity(read: str, wanted: str) -> float:
 def read(reader: RapidOCR, picture: Image.Image) -> str:
     """All texts in an RGB picture, line by line from the top; "" where there is none.
 
-    Strips longer than 4:1 get black bars: the reader enlarges the short side to 736 pixels, whatever that makes of the long one.
+    Strips longer than 4:1 get black bars: the reader enlarges the short side to 736 pixels, however long the other one gets.
     """
     width, height = picture.size
     x, y = max(0, math.ceil((height / MAX_ASPECT - width) / 2)), max(0, math.ceil((width / MAX_ASPECT - height) / 2))
@@ -96,7 +96,7 @@ def check_prompt(prompt: str, metadata: dict | None) -> str | None:
 def _load(loader: Loader) -> Judge:
     from rapidocr import RapidOCR
 
-    # Errors only: it warns about every picture without text. Threads as torch has them, not all cores for each process.
+    # Log errors only: it warns about every picture without text. As many threads as torch, not all cores in each process.
     reader = RapidOCR(params={
         "Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
     })  # fmt: skip

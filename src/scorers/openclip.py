@@ -23,10 +23,10 @@ FILES = "open_clip_model.safetensors|open_clip_pytorch_model.safetensors|open_cl
 
 
 def _recipe(model: str, tag: str) -> dict[str, Any]:
-    """What open_clip knows of these weights: where they lie, and how their pictures were prepared.
+    """open_clip's record of these weights: their place, and the preprocessing of their pictures.
 
     Raises:
-        ValueError: no such model or tag, with those that there are.
+        ValueError: no such model or tag; lists existing ones.
     """
     import open_clip
 

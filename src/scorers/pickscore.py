@@ -18,7 +18,7 @@ WEIGHTS = Weights("pickscore", ("config.json", "model.safetensors|pytorch_model.
 
 def load(loader: Loader) -> Judge:
     model = networks.pretrained("CLIPModel", WEIGHTS, replace(loader, device=torch.device("cpu"), dtype=torch.float32))
-    scale = model.logit_scale.exp().item()  # in fp32: its logarithm, 4.605, rounded to bf16 would make 98.9 of 100
+    scale = model.logit_scale.exp().item()  # in fp32: with its logarithm, 4.605, rounded to bf16, 100 would become 98.9
     model, tokenizer = networks.freeze(model, loader), networks.clip_tokenizer()
 
     def judge(images, prompts, metadata):

@@ -1,8 +1,8 @@
-"""From pictures in [0, 1] to what a vision tower was trained on: the same numbers as PIL gives, with a gradient.
+"""Preprocessing of pictures in [0, 1] for vision towers: the same numbers as PIL gives, with a gradient.
 
 PIL resizes 8-bit pictures in two passes, along the rows and along the columns, with integer weights, and rounds to 8 bits after each.
 The same is done here in fp64, where all those integers are exact. Rounding and clipping let the gradient pass unchanged (straight-through):
-a saturated pixel still learns.
+a saturated pixel still gets a gradient.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def _resize(images: Tensor, size: tuple[int, int], starts: tuple[int, int] | lis
     height, width = images.shape[2:]
     rows = pil_weights(height, size[0], starts[0], window[0], kernel)  # (h, H)
     columns = pil_weights(width, size[1], starts[1], window[1], kernel)  # (w, W)
-    # Since version 13 PIL begins with the columns where many more of their pixels go; before, with the rows always. The order shows in the
-    # rounding: a few levels, in pictures more than twice as tall as wide, and in tall ones that are squashed.
+    # Since version 13 PIL resizes columns first where these lose many more pixels; before, always rows first. The order changes the
+    # rounding, by a few levels, in pictures more than twice as tall as wide and in tall ones that are squashed.
     columns_first = height - size[0] > max(0, 2 * (width - size[1]))
     done = []
     for part in images.split(max(1, _CHUNK // (height * width))):

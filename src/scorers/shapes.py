@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def target(prompt: str, metadata: dict | None) -> str:
-    """The caption to verify: metadata's "caption" where there is one, so that a prompt may say it in other words."""
+    """The caption to verify: metadata's "caption" where there is one, so that the prompt may use other words."""
     return (metadata or {}).get("caption", prompt)
 
 
@@ -33,9 +33,9 @@ def check_prompt(prompt: str, metadata: dict | None) -> str | None:
 
 
 def credit(images: Tensor, prompts: list[str], metadata: list[dict] | None) -> Tensor:
-    """The share of shape, colour and background that each picture (b, 3, H, W) shows as asked: (b,) float32 in [0, 1].
+    """The share of the requested shape, colour and background that each picture (b, 3, H, W) shows: (b,) float32 in [0, 1].
 
-    What a prompt does not mention does not count.
+    Attributes that a prompt does not mention do not count.
 
     Raises:
         ValueError: naming a prompt that mentions none of them.

@@ -1,8 +1,8 @@
 """A vision-language model as judge, behind any server that speaks OpenAI's chat protocol: vLLM, SGLang, llama.cpp, Ollama, or OpenAI.
 
 Every picture is one request: the template with the prompt filled in, and the picture as a PNG in a data URL, at temperature 0. The
-number in the reply, divided by --judge_max, is the score. What cannot be judged is NaN and is reported, never 0: a reply without
-a number says nothing about the picture.
+number in the reply, divided by --judge_max, is the score. A picture that cannot be judged gets NaN, never 0, and is reported: a reply
+without a number says nothing about the picture.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from src.scorers.base import Judge
 
 TEMPLATE = Path(__file__).with_name("vlm_judge.txt")
-API_KEY = "JUDGE_API_KEY"  # environment variable: a key has no place in args.json
+API_KEY = "JUDGE_API_KEY"  # environment variable, so that no key gets into args.json
 PAUSES = (1.0, 2.0, 4.0)  # seconds before the second, third and fourth attempt, where the server does not say how long
-LONGEST_PAUSE = 60.0  # seconds: a server may ask for more, and does not get it
-TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 529}  # busy, restarting or overloaded: ask again
+LONGEST_PAUSE = 60.0  # seconds: upper bound on what a server may ask for
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504, 529}  # busy, restarting or overloaded: try again
 logger = logging.getLogger("vlm_judge")
 
 
@@ -74,7 +74,7 @@ def chat_url(url: str) -> str:
 
 
 def data_url(png: bytes) -> str:
-    """A PNG file as the text that stands in for its address."""
+    """A PNG file as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
@@ -92,10 +92,10 @@ def fill(template: str, prompt: str, maximum: float) -> str:
 def parse_score(reply: str, maximum: float) -> float | None:
     """The number after the last "score:" of a reply, or the number that is all of it, divided by `maximum`: in [0, 1].
 
-    None where there is no such number, or one outside [0, maximum], or one "out of" another maximum. The last, because models think
-    aloud; no other number, because "2 dogs" is not a score.
+    None if there is no such number, or it lies outside [0, maximum], or is given "out of" another maximum. The last one counts, because
+    models think aloud; no other number does, because "2 dogs" is not a score.
     """
-    number = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?(?!,?\d)"  # nor the 8 of "8,5"
+    number = r"(-?\d+(?:\.\d+)?)(?:\s*/\s*(\d+(?:\.\d+)?))?(?!,?\d)"  # does not match the 8 of "8,5"
     marked = re.findall(rf"score[\s\"'*_]*[:=][\s\"'*_]*{number}", reply, re.IGNORECASE)
     alone = re.fullmatch(rf"\s*{number}[.\s]*", reply)
     found = marked[-1] if marked else alone.groups() if alone else None
@@ -108,7 +108,7 @@ def _reply_text(body: bytes) -> str:
     """The text in a server's answer.
 
     Raises:
-        Unjudged: it is not one of the protocol.
+        Unjudged: it does not follow the protocol.
     """
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
@@ -120,17 +120,17 @@ def _reply_text(body: bytes) -> str:
 
 
 def _pause(headers: Mapping[str, str], default: float) -> float:
-    """Seconds until the next attempt: what the server asks for, if it does so in seconds."""
+    """Seconds until the next attempt: the server's Retry-After, if that is in seconds."""
     asked = headers.get("Retry-After", "")
     return min(float(asked), LONGEST_PAUSE) if re.fullmatch(r"\d+(\.\d+)?", asked) else default
 
 
 def ask(endpoint: Endpoint, question: str, png: bytes) -> str:
-    """The reply to one question, asked up to four times.
+    """The reply to one question, in up to four attempts.
 
     Raises:
-        Unjudged: no sound answer came: too late, an error of the server, or no chat completion.
-        ValueError: nobody listens at the address, or the server refuses such requests: a wrong key, model or path.
+        Unjudged: no valid answer: a timeout, an error of the server, or no chat completion.
+        ValueError: nothing listens at the address, or the server refuses such requests: a wrong key, model or path.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {})
     data = json.dumps(request_body(endpoint.model, question, png)).encode()
@@ -162,7 +162,7 @@ def _broken(error: Exception) -> Unjudged:
 
 
 def _unreachable(endpoint: Endpoint, reason: object) -> Exception:
-    """What it means that a request could not be sent."""
+    """The error to raise for a request that could not be sent."""
     if isinstance(reason, TimeoutError):
         return Unjudged(f"no connection within {endpoint.timeout:g} s (--judge_timeout)")
     if isinstance(reason, (BrokenPipeError, ConnectionResetError)):  # there was a connection
@@ -182,7 +182,7 @@ def _refusal(endpoint: Endpoint, error: urllib.error.HTTPError) -> str:
 
 @dataclass(frozen=True)
 class Cache:
-    """Replies on disk, one small JSON file each, named by what was asked: evaluations and resumed runs ask nothing twice.
+    """Replies on disk, one small JSON file each, named by the request: evaluations and resumed runs send no request twice.
 
     Attributes:
         folder: None: nothing is kept.
@@ -212,11 +212,11 @@ class Cache:
             raise ValueError(f"--judge_cache: {path} is damaged; delete it") from None
 
     def write(self, path: Path | None, reply: str) -> None:
-        """Keep a reply; under another name first, so that a kill leaves no half file."""
+        """Store a reply; under another name first, so that a kill leaves no partial file."""
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        half = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")  # the same request may come twice at once
+        half = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")  # identical requests may run at the same time
         half.write_text(json.dumps({"reply": reply}), encoding="utf-8")
         half.replace(path)
 
@@ -226,7 +226,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class VlmJudge:
-    """Asks for every picture, several at a time."""
+    """Sends a request for every picture, several at a time."""
 
     endpoint: Endpoint
     template: str
@@ -235,7 +235,7 @@ class VlmJudge:
     cache: Cache
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> Tensor:
-        """Scores (b,) float32 in [0, 1]; NaN where there was none to be had, with a warning that counts the reasons."""
+        """Scores (b,) float32 in [0, 1]; NaN for pictures without one, with a warning that counts the reasons."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             verdicts = list(pool.map(self.judge, pictures.to_pil(images), prompts))
         reasons = Counter(verdict for verdict in verdicts if isinstance(verdict, str))
@@ -265,7 +265,7 @@ class VlmJudge:
 
 
 def check_options(options: Mapping[str, Any]) -> str | None:
-    """What is wrong with the settings, or None; asks no server."""
+    """What is wrong with the settings, or None; contacts no server."""
     url = urlsplit(options["judge_url"])
     if url.scheme not in ("http", "https") or not url.netloc:
         return f"--judge_url must look like http://localhost:8000/v1, got {options['judge_url']!r}"
@@ -284,10 +284,10 @@ def check_options(options: Mapping[str, Any]) -> str | None:
 
 
 def check_server(endpoint: Endpoint) -> None:
-    """Ask for the list of models: a server that is down or refuses the key should say so before any training.
+    """Request the list of models, so that a server that is down or refuses the key is noticed before any training.
 
     Raises:
-        ValueError: nobody listens, or the key is refused. Every other answer will do: not all servers have such a list.
+        ValueError: nothing listens, or the key is refused. Any other answer passes, as not all servers have such a list.
     """
     headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     request = urllib.request.Request(endpoint.url.removesuffix("/chat/completions") + "/models", headers=headers)

@@ -1,10 +1,10 @@
-"""The tiny models' autoencoder: how it is trained, and how much it keeps of a drawing.
+"""The tiny models' autoencoder: how it is trained, and how well drawings survive it.
 
-1. It learns drawings of every shape, also those that the base model never sees, and random blots: a concept that is taught
-   later must survive the autoencoder. Its ceiling is the share of drawings read right after encode and decode.
-2. Its decoder learns on alone. The encoder is frozen: nothing that follows needs to wait for it.
+1. It is trained on drawings of every shape, also those that the base model never sees, and on random blots: a concept that is
+   taught later must survive the autoencoder. Its ceiling is the share of drawings read correctly after encode and decode.
+2. Its decoder is trained further alone. The encoder is frozen, so that later stages need not wait.
 
-It knows neither LPIPS nor an adversary, which Stable Diffusion's do.
+Its loss has neither LPIPS nor an adversary, unlike Stable Diffusion's.
 """
 
 import argparse
@@ -23,7 +23,7 @@ logger = logging.getLogger("build")
 
 
 def random_blots(rng: random.Random, resolution: int) -> torch.Tensor:
-    """Draw one to three blots and polygons in any colours, so that shapes nobody drew yet survive the autoencoder too.
+    """Draw one to three blots and polygons in any colours, so that unknown shapes survive the autoencoder, too.
 
     Returns:
         Picture (3, H, W), float in [0, 1].
@@ -66,7 +66,7 @@ def vae_loss(vae, pixels: torch.Tensor, noise: torch.Tensor, frozen_encoder: boo
     Args:
         pixels: (b, 3, H, W) in [-1, 1].
         noise: (b, C, H/8, W/8), standard normal: draws the latents from the posterior.
-        kl_weight: of the mean over latent elements. 5e-4 ends at 2 % of the loss and keeps latents tolerant of small errors.
+        kl_weight: of the KL's mean over latent elements. With 5e-4 it ends at 2 % of the loss, and latents tolerate small errors.
     """
     with torch.set_grad_enabled(not frozen_encoder):
         posterior = vae.encode(pixels).latent_dist
@@ -124,7 +124,7 @@ def load_vae(vae, args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def vae_ceiling(vae, n: int = 512, seed: int = 1) -> dict[str, float]:
-    """Return the share of held-out drawings read right after encode and decode, for the known shapes and for each new one."""
+    """Return the share of held-out drawings read correctly after encode and decode, for the known shapes and for each new one."""
     result = {}
     for name, kinds in {"known": shapes.SHAPES, **{shape: (shape,) for shape in shapes.NEW_SHAPES}}.items():
         drawn = shapes.drawings(n, seed, "held_out", kinds)
@@ -149,11 +149,11 @@ def encode_latents(vae, drawn: list[shapes.Drawing]) -> tuple[torch.Tensor, torc
 
 
 def measure_latents(vae, args: argparse.Namespace) -> tuple[float, float]:
-    """Measure and set the autoencoder's shift, where its config has one, and scale: latents have standard deviation 1 after them.
+    """Measure and set the autoencoder's shift, where its config has one, and scale, which give latents a standard deviation of 1.
 
     Stable Diffusion 3 shifts its latents to mean 0. Stable Diffusion 1.5 does not: its config's `shift_factor` is None and stays so.
     """
-    means, stds = encode_latents(vae, shapes.drawings(min(args.drawings, 2000), args.seed, "train"))  # 2,000: 0.1 % exact
+    means, stds = encode_latents(vae, shapes.drawings(min(args.drawings, 2000), args.seed, "train"))  # 2,000: exact to 0.1 %
     scale = 1 / torch.sqrt(means.var() + stds.square().mean()).item()
     shift = 0.0
     if vae.config.shift_factor is not None:

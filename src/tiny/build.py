@@ -5,14 +5,14 @@
     python -m src.tiny.build --only sd3 --evaluate models/tiny-sd3 --evaluation_prompts 256    # the figures of models/README.md
 
 1. `vae`: an autoencoder learns drawings and random blots (src/tiny/autoencoder.py).
-2. `decoder`: its decoder learns on alone.
-3. `transformer`, of sd3, or `unet`, of sd15: the denoiser and its text encoders learn together, from captions, on the autoencoder's
-   latents, until the verifier reads a given share of held-out prompts right (src/tiny/denoiser.py; build_sd3.py and build_sd15.py
-   hold what is the model's own).
-4. `save`: the pipeline folder, from the checkpoints of the others.
+2. `decoder`: its decoder is trained further alone.
+3. `transformer`, of sd3, or `unet`, of sd15: the denoiser and its text encoders are trained together, from captions, on the
+   autoencoder's latents, until a given share of held-out prompts is drawn right by the verifier's reading (src/tiny/denoiser.py;
+   the model-specific parts are in build_sd3.py and build_sd15.py).
+4. `save`: the pipeline folder, from the checkpoints of the other stages.
 
-What differs from Stable Diffusion: everything is small, the text encoders are trained along instead of coming pretrained,
-and the autoencoder knows neither LPIPS nor an adversary. Classes, conventions and file layout are the real ones.
+Differences from Stable Diffusion: everything is small, the text encoders are trained jointly instead of coming pretrained,
+and the autoencoder's loss has neither LPIPS nor an adversary. Classes, conventions and file layout are the real ones.
 """
 
 import argparse
@@ -38,7 +38,7 @@ logger = logging.getLogger("build")
 
 
 def print_evaluation(family: ModuleType, path: str, guidance_scale: float, n: int) -> None:
-    """Print what models/README.md states about a model folder."""
+    """Print the figures that models/README.md has for a model folder."""
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(path, local_files_only=True)
@@ -72,7 +72,7 @@ def stages(family: ModuleType) -> tuple[str, ...]:
 
 
 def run_stage(family: ModuleType, pipe, args: argparse.Namespace, stage: str) -> None:
-    """Run one stage, on from the checkpoints of those before it."""
+    """Run one stage, starting from the checkpoints of the earlier ones."""
     if stage != "vae":
         load_vae(pipe.vae, args)
     if stage in ("vae", "decoder"):
@@ -86,7 +86,7 @@ def run_stage(family: ModuleType, pipe, args: argparse.Namespace, stage: str) ->
 
 
 def build(args: argparse.Namespace) -> None:
-    """Train a model, stage by stage, and write it as fp16 safetensors; stages meet in the checkpoint folder."""
+    """Train a model, stage by stage, and write it as fp16 safetensors; stages exchange checkpoints in one folder."""
     family = FAMILIES[args.only]
     started = time.perf_counter()
     pipe = family.make(args)
@@ -145,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; unset folders are named after the model, unset sizes are its own, another model's are refused."""
+    """Parse the command line; unset folders are named after the model, unset sizes get its defaults, flags of another model are refused."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or f"models/tiny-{args.only}"

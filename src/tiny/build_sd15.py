@@ -10,9 +10,9 @@ from src.tiny.loop import RESOLUTION
 
 DENOISER = "unet"
 PIPELINE_OPTIONS = {}
-# Of the flags that both models have. Four channels hold a quarter of what tiny-sd3's sixteen do: no room for random blots.
+# Defaults of flags that both models have. Four latent channels hold a quarter of what tiny-sd3's sixteen do: no room for random blots.
 AUTOENCODER = {"vae_steps": 10000, "decoder_steps": 4000, "vae_blots": 0}
-DEFAULTS = {"unet_steps": 5000, "unet_channels": [64, 64, 96]}  # of the flags that only this model has
+DEFAULTS = {"unet_steps": 5000, "unet_channels": [64, 64, 96]}  # defaults of flags that only this model has
 # The noise schedule of Stable Diffusion 1.5, from its scheduler_config.json.
 SCHEDULE = {
     "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -23,7 +23,7 @@ SCHEDULE = {
 def make_vae(channels: tuple[int, ...]):
     """Return an `AutoencoderKL` as in Stable Diffusion 1.5: 8x smaller, 4 channels, quant convolutions, attention in the middle.
 
-    Two groups for the norms, as in tiny-sd3, which says why.
+    Two groups for the norms; `build_sd3.make_vae` says why.
     """
     from diffusers import AutoencoderKL
 
@@ -42,8 +42,8 @@ def make_vae(channels: tuple[int, ...]):
 def make_unet(channels: tuple[int, ...], text_width: int):
     """Return a `UNet2DConditionModel`: cross attention in all levels but the last, as in Stable Diffusion 1.5, and in the middle.
 
-    Four heads (`attention_head_dim` is their number in this class) and eight groups for the norms: the real eight and 32 would leave
-    a few numbers to each.
+    Four heads (`attention_head_dim` is their number in this class) and eight groups for the norms: with the real 8 heads and 32 groups,
+    each would have only a few channels.
     """
     from diffusers import UNet2DConditionModel
 
@@ -94,7 +94,7 @@ def make_sd15(seed: int, unet_channels: tuple[int, ...], vae_channels: tuple[int
     text_encoder = make_text_encoder(tokenizer)
     unet = make_unet(unet_channels, text_encoder.config.hidden_size)
     scheduler = PNDMScheduler(**{name: value for name, value in SCHEDULE.items() if name != "clip_sample"})
-    scheduler.register_to_config(clip_sample=False)  # not PNDM's: for those who load another scheduler from this config, as DDIM
+    scheduler.register_to_config(clip_sample=False)  # not PNDM's: for other schedulers loaded from this config, such as DDIM
     return StableDiffusionPipeline(
         vae=make_vae(vae_channels),
         text_encoder=text_encoder,

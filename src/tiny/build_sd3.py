@@ -10,9 +10,9 @@ from src.tiny.loop import RESOLUTION
 
 DENOISER = "transformer"
 SHIFT = 3.0  # of the timestep schedule, as in Stable Diffusion 3.5
-PIPELINE_OPTIONS = {"max_sequence_length": 16}  # of T5: 256 by default, which its tokenizer here does not have
-AUTOENCODER = {"vae_steps": 4000, "decoder_steps": 14000, "vae_blots": 4}  # of the flags that both models have
-DEFAULTS = {"transformer_steps": 10000, "layers": 6, "heads": 4}  # of the flags that only this model has
+PIPELINE_OPTIONS = {"max_sequence_length": 16}  # T5 tokens: the default, 256, is more than its tokenizer here has
+AUTOENCODER = {"vae_steps": 4000, "decoder_steps": 14000, "vae_blots": 4}  # defaults of flags that both models have
+DEFAULTS = {"transformer_steps": 10000, "layers": 6, "heads": 4}  # defaults of flags that only this model has
 
 
 def make_vae(channels: tuple[int, ...] = (16, 16, 32, 64)):
@@ -131,7 +131,7 @@ def tokenize(pipe, prompts: list[str]) -> Text:
 
 
 def encode_text(pipe, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode with gradient, as `StableDiffusion3Pipeline.encode_prompt` does: penultimate CLIP states side by side, T5's below.
+    """Encode with gradient, as `StableDiffusion3Pipeline.encode_prompt` does: penultimate CLIP states concatenated, T5's tokens after them.
 
     Returns:
         Prompt embeddings (b, 32, 128) and pooled embeddings (b, 128).

@@ -4,12 +4,12 @@
     python -m src.tiny.clip --evaluate models/tiny-clip            # the figures of models/README.md
 
 1. Drawings of the training split, of every shape, are made once; half of them pass through tiny-sd3's autoencoder with noise on
-   their latents, so that soft and slightly wrong edges, as generated pictures have them, are nothing new to the reward.
-2. A batch holds some pairs of colours, and one drawing of every shape that training shows in each: no two captions fit one picture,
-   and telling shapes apart, the hard part, is asked of all of them. Each picture is then blurred, tinted and made noisy at random.
+   their latents, so that the reward also learns the soft and slightly wrong edges of generated pictures.
+2. A batch holds some pairs of colours, with one drawing of every shape that the training split has in each: no two captions fit one
+   picture, and all of them exercise telling shapes apart, the hard part. Each picture is then blurred, tinted and made noisy at random.
 3. CLIP's loss: cross-entropy of pictures over captions and of captions over pictures, on cosines times a learned scale. The scale
-   is held at 16 or less: CLIP's own 100 would let cosines differ by hundredths, and the reward would be flat but for a cliff.
-4. What is saved is the average of the weights over the last few hundred steps, whose gradients are smoother.
+   is clamped to 16: with CLIP's own 100, cosines need to differ only by hundredths, and the reward would be flat but for a cliff.
+4. The saved weights are a moving average over about the last --average_steps steps; its gradients are smoother.
 
 The measure is held out twice: (shape, colour, background) triples that training never showed, and wrong captions that differ from the
 right one in exactly one attribute.
@@ -79,7 +79,7 @@ def make_processor():
 
 
 def tokenize(tokenizer, captions: list[str]) -> torch.Tensor:
-    """Return token ids (b, 16); what follows the first end token is not looked at."""
+    """Return token ids (b, 16); tokens after the first end token have no effect."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
@@ -106,7 +106,7 @@ def through_autoencoder(vae, images: torch.Tensor, generator: torch.Generator, n
     """Encode, disturb and decode pictures (b, 3, H, W) in [0, 1].
 
     Args:
-        noise: the largest standard deviation of the noise on latents, which have 1 themselves; each picture draws its own.
+        noise: largest standard deviation of the noise, relative to that of the latents; each picture draws its own.
     """
     decoded = []
     for chunk in images.split(50):
@@ -118,7 +118,7 @@ def through_autoencoder(vae, images: torch.Tensor, generator: torch.Generator, n
 
 
 def blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur each picture (b, 3, H, W) by its own Gaussian of `sigma` (b,) pixels; up to about 2.5, beyond which 7 taps cut it."""
+    """Blur each picture (b, 3, H, W) by its own Gaussian of `sigma` (b,) pixels, up to about 2.5: a wider one is cut off by the 7 taps."""
     b, channels, height, width = images.shape
     taps = torch.arange(-3, 4)
     kernel = torch.exp(-0.5 * (taps / sigma.clamp_min(0.05)[:, None]) ** 2)  # (b, 7)
@@ -147,10 +147,10 @@ def disturb(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Pool:
-    """The pictures (n, 3, 64, 64) uint8 that training draws from, their token ids (n, 16), and which of them show the same.
+    """The training pictures (n, 3, 64, 64) uint8, their token ids (n, 16), and which of them show the same.
 
     Attributes:
-        families: for each pair of colours, for each shape drawn in them, the numbers of the pictures.
+        families: for each pair of colours and each shape drawn in them, the indices of the pictures.
     """
 
     pictures: torch.Tensor
@@ -158,7 +158,7 @@ class Pool:
     families: list[list[list[int]]]
 
     def batch(self, pairs: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw pictures (b, 3, 64, 64) in [0, 1] and token ids (b, 16): of each of `pairs` pairs of colours, one of every shape."""
+        """Draw pictures (b, 3, 64, 64) in [0, 1] and token ids (b, 16): one of every shape for each of `pairs` pairs of colours."""
         chosen = torch.randperm(len(self.families), generator=generator)[:pairs].tolist()
         alike = [numbers for family in chosen for numbers in self.families[family]]
         luck = torch.rand(len(alike), generator=generator).tolist()
@@ -175,7 +175,7 @@ def families(drawn: list[shapes.Drawing]) -> list[list[list[int]]]:
 
 
 def make_pool(tokenizer, vae, n: int, seed: int) -> Pool:
-    """Draw `n` pictures of the training split, every second one seen through the autoencoder."""
+    """Draw `n` pictures of the training split, every second one passed through the autoencoder."""
     drawn = shapes.drawings(n, seed, "train", shapes.ALL_SHAPES)
     images = draw_all(drawn)
     images[1::2] = through_autoencoder(vae, images[1::2], seeds.generator(seed, "pool"))
@@ -281,7 +281,7 @@ def report(model, tokenizer, step: int) -> None:
 
 
 def print_evaluation(path: str, vae, n: int) -> None:
-    """Print what models/README.md states about a model folder."""
+    """Print the figures that models/README.md has for a model folder."""
     from transformers import CLIPModel, CLIPTokenizer
 
     model = CLIPModel.from_pretrained(path, local_files_only=True).eval()

@@ -1,9 +1,10 @@
-"""Write captioned drawings as a data set folder: PNGs and metadata.jsonl. The shipped datas/shapes-new and datas/subject were made by
+"""Write captioned drawings as a data set folder: PNGs and metadata.jsonl. The shipped datas/shapes-new and datas/subject were made by:
 
     python -m src.tiny.dataset --output datas/shapes-new --new 240 --known 600
     python -m src.tiny.dataset --output datas/subject --subject purple
 
-from drawings that the base model never saw: --seed names the series, and its own was 0.
+The drawings are new to the base model: --seed names the series, and the base model was trained on that of seed 0.
+Held-out triples of shape and colours are left out, except with --subject.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from src.tiny import shapes
 
 SUBJECT_PICTURES = 5  # what DreamBooth is for: a handful
 CLASS_PROMPTS = "class_prompts.txt"
-NUM_CLASS_PROMPTS = 96  # captions of known shapes, so that every one of them is kept
+NUM_CLASS_PROMPTS = 96  # captions of known shapes, so that none of these is forgotten
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def write(folder: Path, drawings: list[shapes.Drawing], resolution: int, captions: list[str] | None = None) -> None:
-    """One PNG per drawing and a metadata.jsonl of file_name and text; the split's held-out triples are not among them.
+    """One PNG per drawing and a metadata.jsonl of file_name and text.
 
     Args:
         captions: of the drawings, instead of their own.
@@ -56,7 +57,7 @@ def write(folder: Path, drawings: list[shapes.Drawing], resolution: int, caption
 
 
 def write_subject(folder: Path, shape: str, color: str, seed: int, resolution: int) -> None:
-    """SUBJECT_PICTURES drawings of one subject, on backgrounds that all differ, and captions of known shapes as prompts of its class."""
+    """SUBJECT_PICTURES drawings of one subject, each on another background, and captions of known shapes as prompts of its class."""
     series, drawings = 0, []
     while len(drawings) < SUBJECT_PICTURES:
         drawing = shapes.drawing(series, seed, "all", (shape,))

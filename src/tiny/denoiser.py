@@ -1,6 +1,6 @@
 """Train a tiny model's denoiser and its text encoders together, from captions, on the autoencoder's latents; and measure it.
 
-Training stops once the verifier reads a given share of held-out prompts right: there must be something left to improve.
+Training stops once the verifier finds a given share of held-out prompts drawn right, so that something is left to improve.
 `family` is the module that knows the model: `build_sd3` or `build_sd15`.
 """
 
@@ -58,7 +58,7 @@ class TrainingData:
 
 
 def train_denoiser(family: ModuleType, pipe, args: argparse.Namespace) -> None:
-    """Train denoiser and text encoders in place until the verifier reads `--stop_at` of the held-out prompts right."""
+    """Train denoiser and text encoders in place until the share of held-out prompts drawn right reaches `--stop_at`."""
     data = training_data(family, pipe, args)
     name, steps = family.DENOISER, getattr(args, f"{family.DENOISER}_steps")
     rank, processes = rank_and_processes()
@@ -98,7 +98,7 @@ def load_average(family: ModuleType, pipe, args: argparse.Namespace) -> None:
 
 
 def training_data(family: ModuleType, pipe, args: argparse.Namespace) -> TrainingData:
-    """Draw and encode what the denoiser learns from."""
+    """Draw and encode the denoiser's training data."""
     shift, scale = measure_latents(pipe.vae, args)
     drawn = shapes.drawings(args.drawings, args.seed, "train")
     means, stds = encode_latents(pipe.vae, drawn)
@@ -107,11 +107,11 @@ def training_data(family: ModuleType, pipe, args: argparse.Namespace) -> Trainin
 
 
 def held_out_score(family: ModuleType, pipe, parameters: list, average: list, args: argparse.Namespace, step: int) -> float:
-    """Return the score of the averaged weights on held-out prompts, and log it; the weights are as before afterwards."""
+    """Return the score of the averaged weights on held-out prompts, and log it; the current weights are restored afterwards."""
     kept = [parameter.detach().clone() for parameter in parameters]
     for parameter, value in zip(parameters, average, strict=True):
         parameter.data.copy_(value)
-    load_vae(pipe.vae, args)  # the decoder may be training beside
+    load_vae(pipe.vae, args)  # another process may be training the decoder
     score = evaluate(family, pipe, args.evaluation_prompts, args.guidance_scale)["correct"]
     logger.info("%s step %d: %.1f %% of %d held-out prompts right", family.DENOISER, step, 100 * score, args.evaluation_prompts)
     for parameter, value in zip(parameters, kept, strict=True):

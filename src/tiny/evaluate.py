@@ -1,8 +1,8 @@
 """How well a tiny model follows prompts, by the verifier: `python -m src.tiny.evaluate --lora_weights_path outputs/quickstart`.
 
-Draws held-out prompts of the known shapes and of a new one, each from a fixed seed, and reads the pictures back from their pixels; before
-and after training, if a LoRA or a whole trained pipeline is given.
-With --subject it is a DreamBooth's subject instead of the new shape, drawn from prompts with its word; the known shapes are its class:
+Draws held-out prompts of the known shapes and of a new one, each from a fixed seed, and reads shape and colours back from the pixels; with
+a LoRA or a trained pipeline, before and after training.
+With --subject, a DreamBooth subject takes the place of the new shape, drawn from prompts with its word; the known shapes are its class:
 
     python -m src.tiny.evaluate --lora_weights_path outputs/tiny_dreambooth_sd3 --subject purple
 """
@@ -79,14 +79,14 @@ def subject_prompts(count: int, color: str) -> list[str]:
 
 
 def subject_score(pipeline, count: int, *, shape: str, color: str, **options) -> tuple[float, Tensor]:
-    """Share of `count` pictures from prompts with the subject's word that show it, whatever lies behind; and the pictures."""
+    """Share of `count` pictures from prompts with the subject's word that show it, on any background; and the pictures."""
     pictures = draw(pipeline, subject_prompts(count, color), **options)
     shown = [reading.shape == shape and reading.color == color for reading in shapes.verify(pictures)]
     return sum(shown) / count, pictures
 
 
 def measures(args: argparse.Namespace) -> dict[str, tuple[Callable[..., float], str]]:
-    """What is measured, by its name: a function of the pipeline, and what its share is a share of."""
+    """The measures by name: a function of the pipeline that returns a share, and a description of that share."""
     options = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
 
     def held_out(*known: str) -> Callable[..., float]:
@@ -108,7 +108,7 @@ def measures(args: argparse.Namespace) -> dict[str, tuple[Callable[..., float], 
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what is not there, before anything heavy is imported.
+    """Refuse missing files and contradictory flags, before anything heavy is imported.
 
     Raises:
         ValueError: naming the flag.
@@ -136,9 +136,9 @@ def load(folder: str | Path, lora: Path | None = None, *, scheduler: str | None 
     """The stock pipeline of a folder in fp32, with a LoRA (its file, or the folder that holds it) if one is given; nothing is printed.
 
     Args:
-        scheduler: class of diffusers that takes the place of the model's own, with its configuration.
+        scheduler: diffusers class to use instead of the model's own, with the same configuration.
     """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft; it reports on kernels that are not used here
     import diffusers
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -150,7 +150,7 @@ def load(folder: str | Path, lora: Path | None = None, *, scheduler: str | None 
     pipeline.set_progress_bar_config(disable=True)
     if scheduler:
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
-    if lora:  # the file by its name: a folder may hold kohya's besides
+    if lora:  # by file name: a folder may also hold kohya's file
         file = lora / LORA_NAME if lora.is_dir() else lora
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     return pipeline

@@ -77,7 +77,7 @@ def save(args: argparse.Namespace, name: str, step: int, **state) -> None:
 
 
 def resume(args: argparse.Namespace, name: str, **state) -> int:
-    """Load the checkpoint with `--resume`, in place, and return the steps done; 0 without one."""
+    """With `--resume`, load the checkpoint in place and return its number of steps; else, or without one, return 0."""
     path = Path(args.checkpoint_dir) / f"{name}.pt"
     if not args.resume or not path.exists():
         return 0

@@ -2,8 +2,8 @@
 
 Draws some pictures for each of many training captions (never a held-out one) and reads them back from their pixels. A picture that shows
 all that its caption asks for wins against one that does not; captions whose pictures are all right, or all wrong, make no pair. The
-pictures of a caption take the guidance weights in turn, as in collected preferences, where they differ as well. Written as a parquet file
-with the columns of pickapic_v2, the winner first in one row and second in the next, the pictures as lossless WebP.
+pictures of a caption take the guidance weights in turn, since these differ in collected preferences, too. The result is a parquet file
+with the columns of pickapic_v2, the winner first in one row and second in the next, and the pictures as lossless WebP.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def training_prompts(count: int, seed: int) -> list[str]:
 
 
 def draw(pipeline, prompts: list[str], guidance_scales: list[float], *, batch_size: int, num_inference_steps: int) -> Tensor:
-    """One picture for each prompt, (n, 3, H, W) in [0, 1]: picture i from the noise of seed i, with the guidance weight i of as many."""
+    """One picture for each prompt, (n, 3, H, W) in [0, 1]: picture i from the noise of seed i, with guidance_scales[i]."""
     rendered: list[Tensor | None] = [None] * len(prompts)
     for scale in sorted(set(guidance_scales)):  # a pipeline draws a batch with one weight
         chosen = [i for i, own in enumerate(guidance_scales) if own == scale]
@@ -85,14 +85,14 @@ def write(folder: Path, pairs: list[tuple[str, Tensor, Tensor]]) -> None:
 
 
 def encoded(picture: Image.Image) -> bytes:
-    """The file of a picture, every bit of it kept; a fifth smaller than a PNG."""
+    """A picture as a lossless WebP file, a fifth smaller than a PNG."""
     file = io.BytesIO()
     picture.save(file, format="WEBP", lossless=True, quality=100, method=6)
     return file.getvalue()
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what is not there, and to write over anything.
+    """Refuse a missing model, flags that make no pair, and to write over anything.
 
     Raises:
         ValueError: naming the flag.

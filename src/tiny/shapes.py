@@ -66,7 +66,7 @@ class Drawing:
 
     @property
     def caption(self) -> str:
-        """What the picture shows, in at most 14 CLIP tokens with start and end."""
+        """What the picture shows, in at most 13 CLIP tokens with start and end."""
         words = [self.size] * self.mention_size + [self.color, self.shape] + [self.position] * self.mention_position
         return f"{_article(words[0])} {' '.join(words)} on {_article(self.background)} {self.background} background"
 
@@ -213,7 +213,7 @@ def read_caption(caption: str) -> Reading:
 
 
 def partial_credit(readings: list[Reading], prompts: list[str]) -> torch.Tensor:
-    """Return the share of what each prompt asks for that its picture shows, (b,) float32 in [0, 1].
+    """Return the share of each prompt's attributes that its picture shows, (b,) float32 in [0, 1].
 
     Raises:
         ValueError: where the numbers differ, or a prompt asks for no shape, colour or background.
@@ -259,7 +259,7 @@ def verify(images: torch.Tensor) -> list[Reading]:
 
     border_color, background, border_fine = _read_background(pixels, palette)
     away = _length(pixels - border_color[:, :, None, None])  # (b, 64, 64) distance from the background
-    readable = border_fine[:, None, None]  # the others' masks stay empty, which saves following the mazes in noise
+    readable = border_fine[:, None, None]  # other pictures' masks stay empty: tracing the components of noise takes long
     inner_color = _inner_color(pixels, _largest_component(readable & (away > _DIFFERS)))  # (b, 3)
     # Along the line from background to foreground: a blurred edge of red on yellow passes through orange.
     line = inner_color - border_color
@@ -272,7 +272,7 @@ def verify(images: torch.Tensor) -> list[Reading]:
     inner = _erode(mask)
     shows = _length(pixels - palette[color][:, :, None, None]) < _NEAR
     purity = (inner & shows).float().sum((1, 2)) / inner.float().sum((1, 2)).clamp_min(1)
-    stray = ((away > 0.3) & ~_dilate(_dilate(mask))).float().mean((1, 2))  # 0.3: off any blurred rim, under any two colours
+    stray = ((away > 0.3) & ~_dilate(_dilate(mask))).float().mean((1, 2))  # 0.3: above blurred rims, below any two colours' distance
     clear = border_fine & (color != background) & (distance < _NEAR) & (purity > _MIN_PURITY)
     rim = ((along > 0.25) & (along < 0.75)).float().sum((1, 2)) / (mask & ~inner).float().sum((1, 2)).clamp_min(1)
     clear &= (rim < _MAX_RIM) & (area > _MIN_AREA) & (area < _MAX_AREA) & (stray <= _MAX_STRAY * area)
@@ -372,7 +372,7 @@ def _moments(shape: str) -> tuple[float, float, float]:
 
 
 def _match_shape(coverage: torch.Tensor, aspect: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best overlap (b,) with a template of the same area and centroid, and whose it is (b,).
+    """Return the best overlap (b,) with a template of the same area and centroid, and the index of its shape (b,).
 
     The overlap is intersection over union for shares: sum of minima over sum of maxima. A blurred star keeps its faint tips.
 

@@ -1,7 +1,7 @@
 """All seven trainers on the tiny world, one after another, and one table of what each of them taught: `bash scripts/tour.sh`.
 
-Each stop: what the trainer's tiny recipe needs is made if it is missing; `TINY=1 bash scripts/train_....sh` is run as it stands; held-out
-prompts are drawn before and after, from the same seeds, and judged. At the end a table, and a picture of the same prompts before and after.
+Each stop makes the data that the trainer's tiny recipe needs, if it is missing, runs `TINY=1 bash scripts/train_....sh` as it stands, and
+draws and judges held-out prompts before and after, from the same seeds. At the end: a table, and a picture of prompts before and after.
 
   bash scripts/tour.sh              all seven; run again after a stop, it goes on where it was
   bash scripts/tour.sh lora dpo     these two
@@ -42,7 +42,7 @@ UNTIMED = {"began": None, "seconds": 0.0}
 
 @dataclass(frozen=True)
 class Trainer:
-    """What is visited.
+    """One trainer of the tour.
 
     Attributes:
         title: in the table and in the picture.
@@ -74,7 +74,7 @@ TRAINERS = {
 
 
 class StopError(Exception):
-    """Why the tour ended early, for the user, and with which exit code."""
+    """The tour ended early: a message for the user, and the exit code."""
 
     def __init__(self, text: str, code: int = 1):
         super().__init__(text)
@@ -85,9 +85,9 @@ class StopError(Exception):
 
 
 class Shell:
-    """Runs programs, one at a time, with their output in a log file and, where somebody watches, on the screen.
+    """Runs programs, one at a time, with their output in a log file and, on a terminal, on the screen.
 
-    Told to stop (Ctrl-C, SIGTERM) it waits for the program: trainers save a checkpoint first. Ctrl-C reaches them by itself.
+    On Ctrl-C or SIGTERM it waits for the program: trainers save a checkpoint first. It passes SIGTERM on; Ctrl-C reaches them by itself.
     """
 
     def __init__(self):
@@ -143,7 +143,7 @@ class Stop:
     """One trainer's part of a tour.
 
     Attributes:
-        name: of TRAINERS, and of the run's folder.
+        name: key of TRAINERS, and name of the run's folder.
         output_dir: of the tour.
     """
 
@@ -161,11 +161,11 @@ class Stop:
         return {"num_prompts": 4, "num_inference_steps": 2} if self.quick else {"num_prompts": 128, "num_inference_steps": 20}
 
     def datasets(self) -> dict[str, tuple[str, str]]:
-        """As DATASETS, those of a quick tour in its own folder."""
+        """DATASETS; for a quick tour only a small set of pairs, in the tour's folder."""
         return {str(self.output_dir / "pairs"): ("src.tiny.pairs", QUICK_PAIRS)} if self.quick else DATASETS
 
     def arguments(self) -> list[str]:
-        """What is added to the recipe: where to write, what to resume; nothing that changes what is learnt, unless it is quick."""
+        """Flags added to the recipe: where to write, what to resume; none that changes the training, unless the tour is quick."""
         added = ["--output_dir", str(self.folder), "--report_to", "none", "--seed", "0", "--resume_from_checkpoint", "latest"]
         if not self.quick:
             return added
@@ -183,7 +183,7 @@ class Stop:
         return (self.folder / "README.md").is_file()
 
     def result(self, command: str) -> dict[str, Any] | None:
-        """What is known from an earlier tour, if that ran this command and measured in this way."""
+        """The result of an earlier tour, if that had the same command and settings; else None."""
         found = read(self.folder / "result.json")
         return found if found and (found["command"], found["settings"]) == (command, self.settings) else None
 
@@ -194,7 +194,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is there whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -216,21 +216,21 @@ def step(shell: Shell, stop: Stop, what: str, command: list[str], **env: str) ->
 
 
 def prepare(shell: Shell, stop: Stop, command: str) -> None:
-    """Makes the data sets that the command names and that are not there."""
+    """Makes the missing ones of the data sets that the command names."""
     known = stop.datasets()
     for path in dict.fromkeys(word for word in shlex.split(command) if word in known):
         if Path(path).exists():
             continue
         module, arguments = known[path]
         say(f"   {path} is missing: python -m {module} --output {path} {arguments}")
-        partial = Path(f"{path}.partial")  # what a kill leaves is no data set
+        partial = Path(f"{path}.partial")  # renamed at the end: a kill leaves no partial data set
         shutil.rmtree(partial, ignore_errors=True)
         step(shell, stop, "prepare", [sys.executable, "-m", module, "--output", str(partial), *arguments.split()])
         os.replace(partial, path)
 
 
 def begin(stop: Stop, command: str) -> dict[str, Any]:
-    """The state of a stop: seconds of training so far; a folder that another command wrote is emptied first."""
+    """The state of a stop: seconds of training so far; a folder written by another command is emptied first."""
     state = read(stop.folder / "tour.json")
     if state is None or state["command"] != command:
         if stop.folder.exists():
@@ -238,7 +238,7 @@ def begin(stop: Stop, command: str) -> dict[str, Any]:
             shutil.rmtree(stop.folder)
         stop.folder.mkdir(parents=True)
         state = {"command": command, **UNTIMED}
-    if state["began"] is not None:  # killed while it trained: what was logged last is the last that is known
+    if state["began"] is not None:  # killed while it trained: count the time until its last log line
         logged = stop.folder / "metrics.jsonl"
         state["seconds"] += max(0.0, logged.stat().st_mtime - state["began"]) if logged.exists() else 0.0
         state["began"] = None
@@ -265,7 +265,7 @@ def train(shell: Shell, stop: Stop, state: dict[str, Any]) -> None:
 
 
 def visit(shell: Shell, stop: Stop) -> dict[str, Any]:
-    """Prepares, trains and measures, each unless it is done; returns the result."""
+    """Prepares, trains and measures, skipping what is done; returns the result."""
     command = stop.command()
     if found := stop.result(command):
         say(f"   done before; delete {stop.folder} to train again")
@@ -316,7 +316,7 @@ def build_parser() -> cli.Parser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse trainers that there are not, and a table on the pages that is not whole or means nothing.
+    """Refuse unknown trainers, and --write for a partial or a quick tour.
 
     Raises:
         ValueError: naming the argument and the cure.

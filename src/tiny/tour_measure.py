@@ -1,4 +1,4 @@
-"""One stop of the tour, measured: held-out prompts drawn by the base model and by what a run made of it, from the same seeds, and judged.
+"""Measure one stop of the tour: draw held-out prompts by the base model and by the trained one, from the same seeds, and judge them.
 
     python -m src.tiny.tour_measure lora --run outputs/tour/lora --before outputs/tour/before
 
@@ -31,7 +31,7 @@ BATCH = 64  # pictures judged at once
 
 @dataclass(frozen=True)
 class Series:
-    """Prompts that are drawn by both models, picture i from the noise of seed i, and what judges the pictures."""
+    """Prompts that are drawn by both models, picture i from the noise of seed i, and the scorers of the pictures."""
 
     title: str
     prompts: tuple[str, ...]
@@ -41,7 +41,7 @@ class Series:
 
 
 def series_of(trainer: str, args: dict[str, Any], count: int) -> list[Series]:
-    """What a trainer is measured by; the first is what it is about.
+    """The series that a trainer is measured by; the first is its main purpose.
 
     Args:
         args: the run's args.json: a run on a reward is measured by that reward, too, with the guidance of its own evaluations.
@@ -58,7 +58,7 @@ def series_of(trainer: str, args: dict[str, Any], count: int) -> list[Series]:
         prompts = tuple(evaluate.subject_prompts(count, color))
         subject = Series(f"the subject, a {color} {shape}", prompts, 2.0, asked=(f"a {color} {shape}",) * count)
         return [subject, held_out("its class, other shapes", *shapes.SHAPES)]
-    if trainer == "dpo":  # unguided: half of its pairs are drawn so
+    if trainer == "dpo":  # unguided, as half of its pairs are drawn
         return [held_out("known shapes", *shapes.SHAPES, guidance_scale=1.0)]
     judges = tuple(dict.fromkeys([*scorers.parse(args["scorer"]), STRICT]))
     return [held_out("known shapes", *shapes.SHAPES, guidance_scale=args["eval_guidance_scale"], judges=judges)]
@@ -68,7 +68,7 @@ def series_of(trainer: str, args: dict[str, Any], count: int) -> list[Series]:
 
 
 def draw(pipeline, series: Series, steps: int) -> Tensor:
-    """Pictures (n, 3, H, W) in [0, 1], in the 256 levels that a file of them would have."""
+    """Pictures (n, 3, H, W) in [0, 1], in the 256 levels of a picture file."""
     drawn = evaluate.draw(pipeline, list(series.prompts), num_inference_steps=steps, guidance_scale=series.guidance_scale)
     return (drawn.clamp(0, 1) * 255).round() / 255
 
@@ -90,7 +90,7 @@ class Before:
         self.pipeline = None
 
     def draw(self, series: Series) -> Tensor:
-        """As `draw`, from the disk where it was drawn before; the model is loaded when it is first needed."""
+        """As `draw`, from the disk if drawn before; the model is loaded when it is first needed."""
         settings = json.dumps([self.weights, series.prompts, series.guidance_scale, self.steps])
         file = self.folder / f"{self.model.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.pt"
         if file.is_file():
@@ -99,7 +99,7 @@ class Before:
         pictures = draw(self.pipeline, series, self.steps)
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.save((pictures * 255).round().to(torch.uint8), file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no half of it under its name
+        os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no partial file under this name
         return pictures
 
 
@@ -114,18 +114,18 @@ def judge(series: Series, pictures: Tensor) -> dict[str, Tensor]:
 
 
 def mean(verdicts: Tensor) -> float | None:
-    """Over the pictures that could be judged; None if there is none."""
+    """Mean over the pictures that could be judged; None if there is none."""
     value = verdicts.nanmean().item()
     return value if math.isfinite(value) else None
 
 
 def shares(count: int) -> list[int]:
-    """How many pictures each of `count` series shows: all from one, else the last shows one, to tell what was lost."""
+    """How many pictures each of `count` series shows, SHOWN in all: each but the first shows one, to tell what was lost."""
     return [SHOWN] if count == 1 else [SHOWN - count + 1] + [1] * (count - 1)
 
 
 def show(folder: Path, series: list[Series], pictures: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
-    """Writes the first pictures of each series, before and after, as PNGs, and says of each what was asked and whether it shows it."""
+    """Writes the first pictures of each series, before and after, as PNGs; returns their prompts, seeds, files and verdicts."""
     folder.mkdir(exist_ok=True)
     shown = []
     for one, both, share in zip(series, pictures, shares(len(series)), strict=True):
@@ -145,7 +145,7 @@ def show(folder: Path, series: list[Series], pictures: list[tuple[Tensor, Tensor
 
 
 def trained(run: Path, args: dict[str, Any]) -> dict[str, Any]:
-    """Kind and number of the weights that a run changed, and the optimizer steps it took."""
+    """Kind and number of the weights that a run changed, its optimizer steps and its peak memory."""
     from safetensors import safe_open
 
     lora = run / evaluate.LORA_NAME

@@ -1,4 +1,4 @@
-"""What the tour shows at its end: one table, for the screen and the pages alike, and a picture of the same prompts before and after."""
+"""The report of the tour: one table, for the screen and the pages alike, and a picture of the same prompts before and after."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).parent.parent.parent
 PAGES = tuple(path for path in (ROOT / "README.md", ROOT / "README_zh.md") if path.is_file())
 BEGIN, END = "<!-- table of scripts/tour.sh -->\n", "<!-- end of the table -->\n"
-STRICT = "shapes_strict"  # the scorer that is 1 where a picture shows all that was asked, else 0: what every trainer is measured by
+STRICT = "shapes_strict"  # scorer: 1 where a picture shows all that the prompt asks for, else 0; every trainer is measured by it
 HEAD = ("trainer", "what was trained", "held-out measure", "before", "after", "seconds", "memory")
 RIGHT_ALIGNED = ("before", "after", "seconds", "memory")
 
 # The picture, in pixels.
-CELL, GAP, MARGIN, SIDE = 128, 4, 28, 300  # a picture, between before and after, around and between, the column of words
+CELL, GAP, MARGIN, SIDE = 128, 4, 28, 300  # side of a picture, between before and after, around and between pairs, width of the texts
 FRAME, BADGE = 4, 18
 INK, GREY, PAPER, LINE = (30, 34, 40), (110, 116, 124), (255, 255, 255), (225, 228, 232)
 RIGHT, WRONG = (46, 160, 84), (214, 96, 82)
@@ -41,7 +41,7 @@ def figure(measure: dict[str, Any], when: str) -> str:
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Cells of the table: one row for each measure; what belongs to the whole run stands in its first."""
+    """Cells of the table: one row for each measure; the cells of the whole run are in its first row."""
     found = []
     for result in results:
         trained = result["trained"]
@@ -56,7 +56,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown that reads as a table on a screen, too, and how it was measured."""
+    """The table in Markdown, aligned for reading on a screen, and its footnote."""
     cells = rows(results)
     widths = [max(len(row[column]) for row in (HEAD, *cells)) for column in range(len(HEAD))]
 
@@ -71,7 +71,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def footnote(results: Sequence[dict[str, Any]]) -> str:
-    """How the figures came about."""
+    """How the figures were measured."""
     counts = sorted({measure["count"] for result in results for measure in result["measures"]})
     steps = sorted({result["settings"]["num_inference_steps"] for result in results})
     machines = list(dict.fromkeys(result["machine"] for result in results))
@@ -164,7 +164,7 @@ def _words(result: dict[str, Any], font: ImageFont.FreeTypeFont) -> list[tuple[s
 
 
 def _paste(sheet: Image.Image, draw: ImageDraw.ImageDraw, file: Path, corner: tuple[int, int], right: bool) -> None:
-    """One picture at its corner, enlarged without smoothing, in a frame that says whether it shows what was asked."""
+    """One picture at its corner, enlarged without smoothing, in a frame that says whether it is right."""
     with Image.open(file) as opened:
         cell = opened.convert("RGB").resize((CELL - 2 * FRAME, CELL - 2 * FRAME), Image.Resampling.NEAREST)
     x, y = corner
