@@ -209,7 +209,7 @@ def main(args: argparse.Namespace) -> None:
                                     parts=parts, write_weights=actor.writer(average))  # fmt: skip
     first_epoch = saver.resume(args.resume_from_checkpoint) // updates
     if first_epoch == 0:
-        evaluator.run(0)
+        evaluator.evaluate(0)
 
     # An epoch has `updates` optimizer steps, here called rounds, equally many in each inner epoch. A round has one of its `passes`,
     # forward and backward, for each batch and turn; `steps` gives each picture its own denoising step for each turn.
@@ -273,14 +273,14 @@ def main(args: argparse.Namespace) -> None:
         log.add(**{name: torch.stack(value).mean() for name, value in values.items()})
         log.write(done, lr=optim.rate(schedule), epoch=epoch + 1, no_signal=(advantages == 0).float().mean().item(),
                   skipped_updates=updates - len(values["grad_norm"]), **scored.metrics())  # fmt: skip
-        evaluator.run_if_due(epoch + 1, done)
+        evaluator.evaluate_if_due(epoch + 1, done)
         saver.save_if_due(done)
         if reason := evaluator.dropped():
             run.print(f"stopped after epoch {epoch + 1}: {reason}")
             break
         # end twin
 
-    evaluator.run_last(log.step)
+    evaluator.evaluate_last(log.step)
     actor.save_result(average)
     trained_on = f"DDPO on the reward `{args.scorer}`, {log.step // updates} epochs of {sampler.samples_per_epoch} pictures"
     card.write(run, args, kind=actor.kind, prompt=found.training[0].text, trained_on=trained_on)

@@ -210,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
     validator = validation.Validator(run, args, data, model, log, measure=lambda: held_out_measures(data, measure), panels=PANELS,
                                      average=average)  # fmt: skip
     if first_step == 0:
-        validator.run(0)
+        validator.validate(0)
 
     policy.train()
     batches = data.batches(first_step)
@@ -244,13 +244,13 @@ def main(args: argparse.Namespace) -> None:
         # end twin
         log.add(grad_norm=grad_norm, **{name: torch.stack([measures[name] for measures in found]).mean() for name in found[0]})
         log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
-        validator.run_if_due(done)
+        validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():
             saver.save(done)
             return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
 
-    validator.run_last(args.max_train_steps)
+    validator.validate_last(args.max_train_steps)
     if run.is_main:
         unet.save_result(model, average, args)
     kind = ("SFT" if args.sft else "Diffusion-DPO") + (" LoRA" if args.use_lora else "")

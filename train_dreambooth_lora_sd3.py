@@ -50,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return cli.parse(build_parser(), argv, checks=(runtime.check, speed.check, subject.check, check))
 
 
+# twin: lora-refusals
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for an adapter, optimizer, upload or checkpoint that cannot work, before anything is loaded."""
     lora.check_export(args.export_format, args.use_dora)
@@ -60,6 +61,9 @@ def check(args: argparse.Namespace) -> None:
     card.check(args.push_to_hub)
     if not args.dry_run:
         checkpoint.check_resume(args.resume_from_checkpoint, args.output_dir, args.max_train_steps)
+
+
+# end twin
 
 
 # --------------------------------------------------------------------------- the algorithm
@@ -85,10 +89,14 @@ def flow_matching_loss(
     return flow.velocity_loss(velocity, flow.velocity_target(x0, noise), mask)  # (b,)
 
 
+# twin: add-lora
 def add_lora(transformer: torch.nn.Module, args: argparse.Namespace) -> None:
     """Freeze the transformer and give it the adapter that the flags describe."""
     lora.add(transformer, rank=args.rank, alpha=args.lora_alpha, dropout=args.lora_dropout, use_dora=args.use_dora,
              layers=args.lora_layers, blocks=args.lora_blocks)  # fmt: skip
+
+
+# end twin
 
 
 def add_text_lora(encoder: torch.nn.Module, args: argparse.Namespace) -> None:
@@ -157,7 +165,7 @@ def main(args: argparse.Namespace) -> None:
     panels = {"loss of the subject": "instance_loss", "loss of its class": "prior_loss", "validation loss": "val_loss"} if prior else None
     validator = validation.Validator(run, args, data, model, log, loss=flow_matching_loss, panels=panels, average=average)
     if first_step == 0:
-        validator.run(0)
+        validator.validate(0)
 
     transformer.train()
     streams = {"instance": (data.batches(first_step), 1.0)}  # kind of picture -> its batches, and the weight of its loss
@@ -200,14 +208,14 @@ def main(args: argparse.Namespace) -> None:
         # twin: tail
         done = step + 1
         log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
-        validator.run_if_due(done)
+        validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():
             saver.save(done)
             return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
         # end twin
 
-    validator.run_last(args.max_train_steps)
+    validator.validate_last(args.max_train_steps)
     if run.is_main:
         save_weights(modules, args.output_dir, average, args.export_format)
         if args.export_merged:

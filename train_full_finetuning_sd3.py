@@ -162,7 +162,7 @@ def main(args: argparse.Namespace) -> None:
     first_step = saver.resume(args.resume_from_checkpoint)
     validator = validation.Validator(run, args, data, model, log, loss=flow_matching_loss, average=average)
     if first_step == 0:
-        validator.run(0)
+        validator.validate(0)
 
     transformer.train()
     batches = data.batches(first_step)
@@ -201,14 +201,14 @@ def main(args: argparse.Namespace) -> None:
         # twin: tail
         done = step + 1
         log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
-        validator.run_if_due(done)
+        validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():
             saver.save(done)
             return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
         # end twin
 
-    validator.run_last(args.max_train_steps)
+    validator.validate_last(args.max_train_steps)
     save_weights(modules, args.output_dir, average, run.is_main)
     if run.is_main and not args.save_transformer_only:
         full.complete_pipeline(model.path, args.output_dir, trained=list(modules), revision=args.revision, variant=args.variant)

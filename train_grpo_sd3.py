@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
                                     parts=parts, write_weights=actor.writer(average))  # fmt: skip
     first_epoch = saver.resume(args.resume_from_checkpoint) // updates
     if first_epoch == 0:
-        evaluator.run(0)
+        evaluator.evaluate(0)
 
     for epoch in range(first_epoch, args.num_epochs):
         saver.hold(epoch * updates, copy=not args.full_weights)  # a run stopped inside an epoch goes back to its start: docs/scaling.md
@@ -274,14 +274,14 @@ def main(args: argparse.Namespace) -> None:
         log.add(**{name: torch.stack(value).mean() for name, value in values.items()})
         log.write(done, lr=optim.rate(schedule), epoch=epoch + 1, no_signal=(advantages == 0).float().mean().item(),
                   skipped_updates=updates - len(values["grad_norm"]), **scored.metrics())  # fmt: skip
-        evaluator.run_if_due(epoch + 1, done)
+        evaluator.evaluate_if_due(epoch + 1, done)
         saver.save_if_due(done)
         if reason := evaluator.dropped():
             run.print(f"stopped after epoch {epoch + 1}: {reason}")
             break
         # end twin
 
-    evaluator.run_last(log.step)
+    evaluator.evaluate_last(log.step)
     actor.save_result(average)
     trained_on = f"GRPO on the reward `{args.scorer}`, {log.step // updates} epochs of {sampler.samples_per_epoch} pictures"
     card.write(run, args, kind=actor.kind, prompt=found.training[0].text, trained_on=trained_on)

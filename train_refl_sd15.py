@@ -229,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
                                     write_weights=unet.checkpoint_files(policy, average, args))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)
     if first_step == 0:
-        evaluator.run(0)
+        evaluator.evaluate(0)
 
     policy.train()
     pictures = data.batches(first_step) if data else None
@@ -278,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
         # end twin
         log.add(grad_norm=grad_norm, **{name: torch.stack(value).mean() for name, value in values.items()})
         log.write(done, lr=optim.rate(schedule))
-        evaluator.run_if_due(done, done)
+        evaluator.evaluate_if_due(done, done)
         saver.save_if_due(done)
         if run.stop_requested():
             saver.save(done)
@@ -287,7 +287,7 @@ def main(args: argparse.Namespace) -> None:
             run.print(f"stopped after step {done}: {reason}")
             break
 
-    evaluator.run_last(log.step)
+    evaluator.evaluate_last(log.step)
     if run.is_main:
         unet.save_result(model, average, args)
     kind = KINDS[args.method] + (" LoRA" if args.use_lora else "")

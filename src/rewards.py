@@ -218,7 +218,7 @@ class Evaluator:
         self, run: runtime.Run, args: argparse.Namespace, model: Any, texts: inputs.Texts, found: Sequence[prompts.Prompt],
         log: metrics.Log, mixture: Mixture, *, average: ema.Ema | None = None,
     ):  # fmt: skip
-        self.run_, self.args, self.model, self.texts, self.prompts = run, args, model, texts, list(found)
+        self.run, self.args, self.model, self.texts, self.prompts = run, args, model, texts, list(found)
         self.log, self.average = log, average
         self.mixtures = [mixture] + ([build(run, args, args.eval_scorers)] if args.eval_scorers else [])
         shown = [prompt.text for prompt in self.prompts[: args.num_eval_images]]
@@ -231,13 +231,13 @@ class Evaluator:
         # no more at once than training holds
         self.batch_size = getattr(args, "train_batch_size", None) or getattr(args, "sample_batch_size", None)
 
-    def run_if_due(self, done: int, step: int) -> None:
+    def evaluate_if_due(self, done: int, step: int) -> None:
         """done: epochs so far, or optimizer steps in a script without."""
         if done % self.every == 0 and done < self.rounds:
-            self.run(step)
+            self.evaluate(step)
 
     @torch.no_grad()
-    def run(self, step: int) -> None:
+    def evaluate(self, step: int) -> None:
         """Pictures and their scores at this optimizer step; every process calls it."""
         with speed.as_written(self.args), self.log.untimed(), ema.applied(self.average):
             scores, pictures = self._draw_and_score()
@@ -248,11 +248,11 @@ class Evaluator:
         self.now = {name: means[f"eval/{name}"] for name in names}
         self.before, self._step = self.now | self.before, step  # a scorer that a resumed run brings along begins here
 
-    def run_last(self, step: int) -> None:
+    def evaluate_last(self, step: int) -> None:
         """The last evaluation, unless this step has had it, then `summary.png` from everything that was logged."""
         if step != self._step:
-            self.run(step)
-        if self.run_.is_main:
+            self.evaluate(step)
+        if self.run.is_main:
             held_out = {f"{name}, not trained on": f"eval/{name}" for name in list(self.now)[:2]}
             panels = {"reward, training pictures": "reward", "reward, evaluation": "eval_reward"} | held_out
             validation.summary(Path(self.args.output_dir), self.album.prompts, panels)
@@ -272,7 +272,7 @@ class Evaluator:
 
     def _draw_and_score(self) -> tuple[dict[str, Tensor], Tensor]:
         """Scores by name (prompts,), the training mixture's total as "reward"; and the pictures that are kept (n, 3, H, W)."""
-        args, run, count = self.args, self.run_, len(self.prompts)
+        args, run, count = self.args, self.run, len(self.prompts)
         share = -(-count // run.world)  # every process draws equally many, the last prompt again if need be
         mine = [min(i, count - 1) for i in range(run.rank * share, (run.rank + 1) * share)]
         against = getattr(args, "negative_prompt", "")  # what training moves away from; ReFL has no such flag

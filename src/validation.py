@@ -42,7 +42,7 @@ class Validator:
         *, loss: Callable[..., Tensor] | None = None, measure: Callable[[], dict[str, float]] | None = None,
         panels: dict[str, str] | None = None, average: ema.Ema | None = None,
     ):  # fmt: skip
-        self.run_, self.args, self.data, self.denoiser = run, args, data, model.denoiser
+        self.run, self.args, self.data, self.denoiser = run, args, data, model.denoiser
         self.log, self.loss, self.average = log, loss, average
         self.measure, self.panels = measure or self._losses, panels
         self.prompts = inputs.validation_prompts(args)
@@ -50,12 +50,12 @@ class Validator:
         names = [[f"{p:02d}-{seed}.png" for seed in seeds_of] for p in range(len(self.prompts))]
         self.album = Album(run, Path(args.output_dir), self.prompts, names)
 
-    def run_if_due(self, step: int) -> None:
+    def validate_if_due(self, step: int) -> None:
         if step % self.args.validation_steps == 0 and step < self.args.max_train_steps:
-            self.run(step)
+            self.validate(step)
 
     @torch.no_grad()
-    def run(self, step: int) -> None:
+    def validate(self, step: int) -> None:
         """Validation loss and pictures at this step; the denoiser's mode is restored, also after an error."""
         training = self.denoiser.training
         self.denoiser.eval()
@@ -68,15 +68,15 @@ class Validator:
         finally:
             self.denoiser.train(training)
 
-    def run_last(self, step: int) -> None:
+    def validate_last(self, step: int) -> None:
         """The last validation, then `summary.png` from everything that was logged."""
-        self.run(step)
-        if self.run_.is_main:
+        self.validate(step)
+        if self.run.is_main:
             summary(Path(self.args.output_dir), self.prompts, self.panels)
 
     def _losses(self) -> dict[str, float]:
         """Mean loss over the held-out pictures at each of SIGMAS, and over all; the processes share the pictures."""
-        run, total = self.run_, torch.zeros(len(SIGMAS), device=self.run_.device)
+        run, total = self.run, torch.zeros(len(SIGMAS), device=self.run.device)
         sigma = torch.tensor(SIGMAS, device=run.device)  # (S,)
         count = len(self.data.held_out)
         for turn in run.turns(count):
@@ -95,7 +95,7 @@ class Validator:
 
     def _render(self) -> Tensor:
         """(prompts * num_validation_images, 3, H, W) in [0, 1], prompt by prompt; the processes share the pictures."""
-        args, run = self.args, self.run_
+        args, run = self.args, self.run
         jobs = [(prompt, args.validation_seed + n) for prompt in self.prompts for n in range(args.num_validation_images)]
         share = -(-len(jobs) // run.world)  # every process renders equally many, the last ones again if need be
         mine = [jobs[min(i, len(jobs) - 1)] for i in range(run.rank * share, (run.rank + 1) * share)]

@@ -45,7 +45,7 @@ def world(tiny_sd3_folder, tmp_path_factory):
 def test_no_step_waits_for_the_device(world, tmp_path, name, monkeypatch):
     """Every operation of a run from the second step's forward pass to the last step's end, before the last validation."""
     script, waits, calls = SCRIPTS[name], Waits(), []
-    loss, run_last = script.flow_matching_loss, script.validation.Validator.run_last
+    loss, validate_last = script.flow_matching_loss, script.validation.Validator.validate_last
 
     def watched(*args):
         calls.append(None)
@@ -55,10 +55,10 @@ def test_no_step_waits_for_the_device(world, tmp_path, name, monkeypatch):
 
     def ended(validator, step):
         waits.__exit__(None, None, None)
-        run_last(validator, step)
+        validate_last(validator, step)
 
     monkeypatch.setattr(script, "flow_matching_loss", watched)
-    monkeypatch.setattr(script.validation.Validator, "run_last", ended)
+    monkeypatch.setattr(script.validation.Validator, "validate_last", ended)
     flags = dict(use_ema=True, logging_steps=100, checkpointing_steps=100, lr_scheduler="linear", max_train_steps=3, train_batch_size=2)
     runs.train(script, world.argv(tmp_path / "out", **flags))
     assert waits.callers == ALLOWED  # these are seen, so others would be

@@ -160,5 +160,5 @@ def test_a_resumed_run_may_bring_other_held_out_scorers(monkeypatch):
     for clip, image_reward, ends in ((0.29, 1.0, None), (0.29, 0.5, "image_reward fell from 1 to 0.5"), (0.27, 1.0, "clip fell from 0.3")):
         scores = {"reward": torch.ones(2), "clip": torch.full((2,), clip), "image_reward": torch.full((2,), image_reward)}
         evaluator._draw_and_score = lambda scores=scores: (scores, None)
-        evaluator.run(4)
+        evaluator.evaluate(4)
         assert (evaluator.dropped() or "").startswith(ends or "") and (evaluator.dropped() is None) is (ends is None)

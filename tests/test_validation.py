@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_a_plain_loop_over_pictures_and_levels(parts, valida
                 velocity = transformer(x_t, encoder_hidden_states=condition.embeds, pooled_projections=condition.pooled,
                                        timestep=torch.tensor([1000 * sigma]), return_dict=False)[0]  # fmt: skip
             losses[i, j] = (velocity - (noise - x0)).square().mean().item()
-    validator(validation_prompt=None).run(7)
+    validator(validation_prompt=None).validate(7)
     (line,) = recorded(tmp_path)
     assert line["step"] == 7 and line["val_loss"] == pytest.approx(losses.mean(), rel=1e-4)
     for j, sigma in enumerate((0.25, 0.5, 0.75, 0.95)):
@@ -92,8 +92,8 @@ def test_the_loss_is_that_of_a_plain_loop_over_pictures_and_levels(parts, valida
 def test_two_validations_of_the_same_weights_agree_and_dropout_is_off(parts, validator, tmp_path):
     parts.model.transformer.train()
     one = validator()
-    one.run(1)
-    one.run(2)
+    one.validate(1)
+    one.validate(2)
     first, second = recorded(tmp_path)
     assert first | {"step": 2} == second
     for path in (tmp_path / "samples" / "step-000001").iterdir():
@@ -106,7 +106,7 @@ def test_the_mode_comes_back_after_an_error(parts, validator):
     broken = validator()
     broken.loss = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        broken.run(1)
+        broken.validate(1)
     assert parts.model.transformer.training
 
 
@@ -114,16 +114,16 @@ def test_the_moving_average_is_validated_and_the_raw_weights_come_back(parts, va
     weights = lora.parameters(parts.model.transformer)
     average = ema.Ema(weights, 0.9)
     raw = [tensor.detach().clone() for tensor in weights]
-    validator(validation_prompt=None).run(1)
+    validator(validation_prompt=None).validate(1)
     with torch.no_grad():
         for tensor in weights:
             tensor.mul_(3)
-    validator(validation_prompt=None, average=average).run(1)  # a log of its own: metrics.jsonl begins anew
+    validator(validation_prompt=None, average=average).validate(1)  # a log of its own: metrics.jsonl begins anew
     with_average = recorded(tmp_path)[0]["val_loss"]
     for tensor, before in zip(weights, raw, strict=True):
         assert torch.equal(tensor, before * 3)
         tensor.data.copy_(before)
-    validator(validation_prompt=None).run(1)
+    validator(validation_prompt=None).validate(1)
     assert with_average == recorded(tmp_path)[0]["val_loss"]
 
 
@@ -176,7 +176,7 @@ def test_a_prompts_file_loses_its_byte_order_mark_and_another_encoding_is_refuse
 def test_pictures_are_those_of_their_prompt_and_seed(parts, validator, tmp_path):
     """Prompt 1, seed 5 + 1, alone, by `render`."""
     one = validator(validation_seed=5, train_batch_size=3)
-    one.run(4)
+    one.validate(4)
     written = sorted(path.name for path in (tmp_path / "samples" / "step-000004").iterdir())
     assert written == ["00-5.png", "00-6.png", "01-5.png", "01-6.png"]
     args = one.args
@@ -220,18 +220,18 @@ def test_samples_that_an_earlier_run_left_are_replaced(validator, tmp_path):
         (folder / f"step-{step:06d}" / "09-9.png").write_bytes(b"old")
         (folder / f"step-{step:06d}.png").write_bytes(b"old")
     (folder / "step-notes.txt").write_text("mine")
-    validator(validation_inference_steps=1).run(2)  # a run continued before step 2
+    validator(validation_inference_steps=1).validate(2)  # a run continued before step 2
     kept = ["step-000000", "step-000000.png", "step-000002", "step-000002.png", "step-notes.txt"]
     assert sorted(path.name for path in folder.iterdir()) == kept
     assert not (folder / "step-000002" / "09-9.png").exists()
-    validator(validation_inference_steps=1).run(0)  # a fresh one
+    validator(validation_inference_steps=1).validate(0)  # a fresh one
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000", "step-000000.png", "step-notes.txt"]
 
 
 def test_the_grid_shows_before_and_after(validator, tmp_path):
     one = validator(validation_inference_steps=1)
-    one.run(0)
-    one.run(3)
+    one.validate(0)
+    one.validate(3)
     first, later = (Image.open(tmp_path / "samples" / f"step-{step:06d}.png") for step in (0, 3))
     assert first.height == later.height and later.width > first.width + 2 * 128
 
