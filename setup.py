@@ -25,6 +25,7 @@ setup(
         "pyyaml",
         "tqdm",
         "matplotlib",
+        "psutil",
     ],
     extras_require={
         "datasets": ["datasets>=4.8"],  # hub ids, parquet and webdataset; local folders need nothing

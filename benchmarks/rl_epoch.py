@@ -114,7 +114,7 @@ class Clock:
         stack = contextlib.ExitStack()
         for owner, name, stage in (
             (sd3_rollout, "sample", "sample"), (sd3, "decode_latents", "decode"), (rewards.Rewards, "submit", "score"),
-            (rewards.Rewards, "collect", "score"), (checkpoint.Checkpointer, "hold", "hold"), (rewards.Evaluator, "run", "evaluate"),
+            (rewards.Rewards, "collect", "score"), (checkpoint.Checkpointer, "hold", "hold"), (rewards.Evaluator, "evaluate", "evaluate"),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(owner, name, self.timed(stage, getattr(owner, name))))
         stack.enter_context(mock.patch.object(sd3, "velocity", self.counted(sd3.velocity)))

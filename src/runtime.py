@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ import secrets
 import shutil
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -300,20 +298,16 @@ def check_equal_gpus(run: Run, flag: str) -> None:
 
 def interface_to(address: str) -> str | None:
     """Name of the network interface that leads to `address`, or has it; None if it is unknown or the loopback."""
+    import psutil
+
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # chooses a route, sends nothing
         except OSError:
             return None
         own = probe.getsockname()[0]
-        for _, name in socket.if_nameindex() if not own.startswith("127.") else ():
-            try:
-                found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-            except OSError:  # it has no address
-                continue
-            if socket.inet_ntoa(found[20:24]) == own:
-                return name
-    return None
+    found = (name for name, held in psutil.net_if_addrs().items() if own in {one.address for one in held})
+    return None if own.startswith("127.") else next(found, None)
 
 
 def _settle_gloo(environ: MutableMapping[str, str]) -> None:
