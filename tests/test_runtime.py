@@ -166,6 +166,7 @@ def test_one_process_gathers_averages_and_broadcasts_to_itself(tmp_path):
     run.finish()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone says what a process itself has held")
 def test_the_peak_of_a_program_is_not_its_parents():
     """A process of 1.5 GB starts one that holds next to nothing; getrusage would say 1.5 GB of it, too."""
