@@ -222,7 +222,7 @@ def draw(pipeline, jobs: list, args: argparse.Namespace, on_step: Callable | Non
 
 
 def settings_of(args: argparse.Namespace, column: str, size: tuple[int, int]) -> dict:
-    """What besides prompt and seed decided the picture: by flag names, those that were unset with what they became."""
+    """What besides prompt and seed decided the picture, by flag names; null: as the model itself says."""
     kept = ("pretrained_model_name_or_path", "lora_scale", "dtype", "negative_prompt", "num_inference_steps", "scheduler",
             "guidance_scale", "skip_layer_guidance", "skip_layers", "max_sequence_length")  # fmt: skip
     lora = str(args.lora_weights_path) if column == "tuned" else None

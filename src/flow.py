@@ -95,7 +95,7 @@ def sigmas(
     elif density == "mode":
         low, high = MODE_SCALE_LIMITS
         if not low <= mode_scale <= high:
-            raise ValueError(f"--mode_scale must lie in [{low:g}, {high:.3f}], got {mode_scale}; 1.29 is the paper's best")
+            raise ValueError(f"--mode_scale must lie in [{low:g}, {high:.4f}], got {mode_scale}; 1.29 is the paper's best")
         v = 1 - u
         sigma = 1 - v - mode_scale * (torch.cos(math.pi / 2 * v) ** 2 - 1 + v)
     elif density == "cosmap":

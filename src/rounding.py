@@ -36,7 +36,7 @@ def stochastic_round_(target: Tensor, values: Tensor, generator: torch.Generator
         compiled: same result; one pass through memory after the draw instead of six, which are a tenth of a training step.
     """
     assert target.dtype == torch.bfloat16 and values.dtype == torch.float32, f"fp32 -> bf16, not {values.dtype} -> {target.dtype}"
-    values = values.reshape(-1)
+    values = values.reshape(-1).data  # no view: compiled code would be made anew for each number of dimensions of its base
     noise = torch.empty_like(values, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
     target.copy_((_compiled_carry() if compiled else _carry)(values, noise).view(target.shape))
 

@@ -211,7 +211,7 @@ class Run:
     def clip_gradients(self, parameters: list[torch.nn.Parameter], max_norm: float) -> Tensor:
         """Scales the gradients down to a global norm of `max_norm` (0: leaves them); returns the norm before, a scalar on the device."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if all(gradient.dtype == torch.bfloat16 for gradient in gradients):  # clip_grad_norm_ would compute the norm to three digits
+        if {gradient.dtype for gradient in gradients} == {torch.bfloat16}:  # clip_grad_norm_ would compute the norm to three digits
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm or float("inf"), norm)
             return norm
@@ -280,18 +280,19 @@ def check_shared(run: Run, folder: Path, flag: str) -> None:
 
 
 def check_equal_gpus(run: Run, flag: str) -> None:
-    """Ends every process if their GPUs differ: the numbers that a generator draws depend on the number of multiprocessors.
+    """Ends every process if their GPUs differ: the numbers that a generator draws depend on how many threads run at once.
 
     Raises:
         SystemExit: naming the flag.
     """
     if run.device.type != "cuda" or run.world == 1:
         return
-    count = torch.cuda.get_device_properties(run.device).multi_processor_count
-    counts = run.gather(torch.tensor([count], device=run.device)).tolist()
+    gpu = torch.cuda.get_device_properties(run.device)
+    threads = torch.tensor([gpu.multi_processor_count * gpu.max_threads_per_multi_processor], device=run.device)
+    counts = run.gather(threads).tolist()
     if len(set(counts)) > 1:
         raise SystemExit(
-            f"error: {flag}: the GPUs differ ({', '.join(map(str, counts))} multiprocessors), and each would round its weights otherwise; "
+            f"error: {flag}: the GPUs differ ({', '.join(map(str, counts))} threads), and each would round its weights otherwise; "
             "take equal ones (CUDA_VISIBLE_DEVICES), or --weights_dtype fp32"
         )
 

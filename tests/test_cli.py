@@ -276,7 +276,7 @@ def test_warm_up_is_500_steps_or_a_quarter_of_a_shorter_run(parse, steps, warmup
         (["--ema_decay", "0.9"], "--ema_decay 0.9 has no effect without --use_ema"),
         (["--timestep_density", "uniform", "--logit_mean", "1"], "--logit_mean 1.0 has no effect without --timestep_density logit_normal"),
         (["--timestep_density", "mode", "--logit_std", "2"], "--logit_std"),
-        (["--timestep_density", "mode", "--mode_scale", "1.8"], "--mode_scale must lie in [-1, 1.752], got 1.8; 1.29 is the paper's best"),
+        (["--timestep_density", "mode", "--mode_scale", "1.8"], "--mode_scale must lie in [-1, 1.7519], got 1.8; 1.29 is the paper's best"),
         (["--mode_scale", "1"], "--mode_scale 1.0 has no effect without --timestep_density mode"),
         (["--random_crop"], "add --no-cache_latents"),
         (["--no-cache_latents", "--no-cache_text", "--cache_batch_size", "2"], "--cache_batch_size 2 has no effect"),

@@ -222,15 +222,17 @@ def test_the_norm_of_bf16_gradients_is_an_fp32_number(tmp_path):
     norm = run.clip_gradients(parameters, 8.0)
     assert norm.dtype == torch.float32 and norm.item() == pytest.approx(1001**0.5, rel=1e-6)
     torch.testing.assert_close(parameters[0].grad, torch.full((1000,), 8 / 1001**0.5).bfloat16(), rtol=2**-8, atol=0)
+    assert run.clip_gradients([torch.nn.Parameter(torch.zeros(2))], 1.0) == 0  # nothing was trained
     run.finish()
 
 
-@pytest.mark.parametrize(("counts", "refused"), [([132, 132], False), ([132, 114], True)])
+@pytest.mark.parametrize(("counts", "refused"), [([270336, 270336], False), ([270336, 233472], True)])
 def test_gpus_that_would_round_differently_are_refused(counts, refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=counts[0]))
+    gpu = SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch, "tensor", lambda values, device: np.array(values))  # there is no GPU here to put one on
-    run = SimpleNamespace(device=torch.device("cuda", 0), world=2, gather=lambda own: np.array(counts))
-    with pytest.raises(SystemExit, match="132, 114 multiprocessors") if refused else contextlib.nullcontext():
+    run = SimpleNamespace(device=torch.device("cuda", 0), world=2, gather=lambda own: np.array([*own, *counts[1:]]))
+    with pytest.raises(SystemExit, match="270336, 233472 threads") if refused else contextlib.nullcontext():
         runtime.check_equal_gpus(run, "--weights_dtype bf16")
 
 

@@ -149,7 +149,7 @@ def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[
         if has.get("export_merged"):
             yield "--export_merged would write the rounded weights of --quantize_base: leave it out, and merge the LoRA into the original"
     if has.get("timestep_density") == "mode" and not -1 <= has["mode_scale"] <= MOST_MODE_SCALE:
-        yield f"--mode_scale must lie in [-1, {MOST_MODE_SCALE:.3f}], got {has['mode_scale']:g}; 1.29 is the paper's best"
+        yield f"--mode_scale must lie in [-1, {MOST_MODE_SCALE:.4f}], got {has['mode_scale']:g}; 1.29 is the paper's best"
     if has.get("lr_scheduler") == "polynomial" and (has["learning_rate"] or 1) <= 1e-7 and not has.get("scale_lr"):
         yield f"--lr_scheduler polynomial ends at 1e-7, --learning_rate {has['learning_rate']:g} is no more than that; use linear"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":
@@ -167,7 +167,7 @@ def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[
 
 
 def check_warmup(args: argparse.Namespace, steps: int) -> None:
-    """Refuse a warm-up of 0 steps, and one as long as the run or longer; steps: optimizer steps of the run."""
+    """Refuse a warm-up of 0 steps with constant_with_warmup, and one as long as the run or longer; steps: optimizer steps of the run."""
     has = vars(args)
     warmup, epochs = has["lr_warmup_steps"], has.get("num_epochs")
     if warmup == 0 and has["lr_scheduler"] == "constant_with_warmup" and steps >= 4:  # below 4, the default of a quarter is 0
