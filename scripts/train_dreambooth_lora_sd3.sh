@@ -19,7 +19,7 @@ if [ "${TINY:-}" = 1 ]; then
   processes=$(tiny_processes)
   NUM_PROCESSES=$processes launch train_dreambooth_lora_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --instance_data_dir datas/subject --resolution 64 --no_hflip --mixed_precision no \
-    --caption_dropout 0.1 --with_prior_preservation --class_prompts_file datas/subject/class_prompts.txt --num_class_images 288 --prior_loss_weight 2 \
+    --caption_dropout 0.1 --with_prior_preservation --class_prompts_file datas/subject/class_prompts.txt --num_class_images 288 \
     --sample_batch_size 32 --class_inference_steps 20 --class_guidance_scale 2 --rank 32 \
     --lora_layers context_embedder,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out,ff_context.net.0.proj,ff_context.net.2,ff.net.0.proj,ff.net.2 \
     --learning_rate 3e-3 --lr_scheduler cosine --train_batch_size $((8 / processes)) --dataloader_num_workers 0 --max_train_steps 700 \
