@@ -156,3 +156,10 @@ def test_resolution_shift_by_hand():
 def test_what_is_no_density_is_refused(options, flag):
     with pytest.raises(ValueError, match=flag):
         flow.sigmas(grid(4), **options)
+
+
+def test_the_command_line_refuses_beyond_the_same_limit():
+    """It has the number by itself: it must not import torch."""
+    from src.cli import refusals
+
+    assert refusals.MOST_MODE_SCALE == flow.MODE_SCALE_LIMITS[1]
