@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A LoRA of SD3.5-medium against a reward, by DDPO.
 #
-#   needs     one GPU of 40 GB or more (20 GiB predicted, and the scorers), models/stable-diffusion-3.5-medium and its scorers' weights:
+#   needs     one GPU of 40 GB or more (19 GiB predicted, and the scorers), models/stable-diffusion-3.5-medium and its scorers' weights:
 #             bash scripts/download.sh stable-diffusion-3.5-medium improved-aesthetic-predictor clip-vit-large-patch14 image-reward
 #   smaller   --gradient_checkpointing: 7 GiB, a sixth more computing;  faster: --compile
 #   override  any argument:  bash scripts/train_aesthetic_ddpo_sd3.sh --scorer jpeg_compressibility --prompts datas/my-prompts.txt

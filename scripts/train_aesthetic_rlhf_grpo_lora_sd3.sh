@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A LoRA of SD3.5-medium against a reward, by GRPO.
 #
-#   needs     one GPU of 40 GB or more (20 GiB predicted, and the scorers), models/stable-diffusion-3.5-medium and the weights
+#   needs     one GPU of 40 GB or more (19 GiB predicted, and the scorers), models/stable-diffusion-3.5-medium and the weights
 #             of the scorers (scripts/download.sh)
 #   smaller   --gradient_checkpointing: 7 GiB, a sixth more computing;  faster: --compile
 #   override  any argument:  bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh --scorer pickscore=1 --prompts datas/my-prompts.txt

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DreamBooth: one subject, from a handful of its pictures, as a LoRA of SD3.5-medium.
 #
-#   needs     one GPU of 40 GB or more (30 GiB predicted), models/stable-diffusion-3.5-medium, and a folder with three to twenty pictures of your subject:
+#   needs     one GPU of 40 GB or more (28 GiB predicted), models/stable-diffusion-3.5-medium, and a folder with three to twenty pictures of your subject:
 #
 #     bash scripts/train_dreambooth_lora_sd3.sh --instance_data_dir datas/mine --instance_prompt "a photo of sks dog" \
 #       --class_prompt "a photo of a dog" --validation_prompt "sks dog on the beach"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LoRA on captioned pictures, SD3.5-medium.
 #
-#   needs     one GPU of 40 GB or more (30 GiB predicted), models/stable-diffusion-3.5-medium and a captioned data set;
+#   needs     one GPU of 40 GB or more (28 GiB predicted), models/stable-diffusion-3.5-medium and a captioned data set;
 #             without --dataset_name it takes eleven photographs, to show that it runs
 #   smaller   --config scripts/presets/24gb.yaml, 16gb.yaml or 12gb.yaml;  faster, in a longer run: --compile
 #   override  any argument:  bash scripts/train_text_to_image_lora_sd3.sh --dataset_name datas/mine --max_train_steps 500

@@ -51,7 +51,7 @@ def count(
         autocast: 16-bit dtype; None: none.
         units: gives the copy's modules that gradient checkpointing recomputes in the backward pass.
     """
-    with _without_memory(model) as model, _FusedAttention(), _autocast(autocast):
+    with without_memory(model) as model, FusedAttention(), _autocast(autocast):
         again = units(model)
         book = _Book(model, again)
         with torch.autograd.graph.saved_tensors_hooks(book.keep, lambda tensor: tensor):
@@ -71,18 +71,18 @@ def live(model: nn.Module, forward: Callable[[Any], Any]) -> int:
     Args:
         model, forward: as for `count`.
     """
-    with _without_memory(model) as model, torch.no_grad(), _FusedAttention(), _Live() as held:
+    with without_memory(model) as model, torch.no_grad(), FusedAttention(), _Live() as held:
         forward(model)
     return held.peak
 
 
 @contextlib.contextmanager
-def _without_memory(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields a copy of the model on a fake GPU: its tensors, and those made inside, have sizes but no memory."""
+def without_memory(model: nn.Module, device: str = "cuda") -> Iterator[nn.Module]:
+    """Yields a copy of the model on a fake GPU, or a fake CPU: its tensors, and those made inside, have sizes but no memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = copy.deepcopy(model)
-    with FakeTensorMode(), torch.device("cuda"):
+    with FakeTensorMode(), torch.device(device):
         for module in model.modules():
             for name, weight in module._parameters.items():
                 if weight is not None:
@@ -154,17 +154,21 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes()
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention by a GPU's fused kernel, in autocast's dtype, which saves only its inputs and its result. For tensors without memory torch
     would choose a kernel that saves every product."""
+
+    def __init__(self, device: str = "cuda"):
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, function: Any, types: Any, given: tuple = (), named: dict[str, Any] | None = None) -> Any:
         named = named or {}
         if function is not F.scaled_dot_product_attention:
             return function(*given, **named)
         tensors = [*given[:3], *(named[name] for name in ("query", "key", "value")[len(given) :])]
-        if torch.is_autocast_enabled("cuda"):
-            tensors = [tensor.to(torch.get_autocast_dtype("cuda")) for tensor in tensors]
+        if torch.is_autocast_enabled(self.device):
+            tensors = [tensor.to(torch.get_autocast_dtype(self.device)) for tensor in tensors]
         return torch.ops.aten._scaled_dot_product_flash_attention(*tensors)[0]
 
 

@@ -1,16 +1,15 @@
 """GPU memory of a training step of SD3, by arithmetic: weights, gradients, optimizer, and what the forward pass keeps for the backward one.
 
 What a block keeps, in numbers for each of its tokens; d is the width of the model. A number has 2 bytes under autocast and 4 without it.
-Those marked * are there under autocast alone, and are 4 bytes: fp32 copies for the norms.
 
-    any block              2 d    inputs of the two layer norms (under autocast *, instead)
-                           2 d    queries and keys before their norm (`src/norms.py`)
+    any block              2 d    inputs of the two layer norms
+                           2 d    queries and keys before their norm (`src/norms.py`); values with them if stacked (`src/attention.py`)
                            4 d    queries, keys, values and the result of attention
                            4 d    input of GELU
     a trained layer        its input, d or 4 d; queries, keys and values share theirs (see `speed.narrow_once`), unless an adapter has
                            dropout: then each has its own, and a byte for each number of it
       with an adapter      its rank besides, between the two matrices
-    trained modulation     2 d    results of the layer norms (under autocast *, instead)
+    trained modulation     2 d    results of the layer norms
                            2 d    results of attention and MLP before their gates
     trained q and k norms  2 d    queries and keys before their weights (nothing under autocast)
     a dual block           all of this again for image tokens, but for layer norms, GELU and MLP
@@ -29,12 +28,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from src import lora
+
 IMAGE = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
 TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
 DUAL = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
-# Numbers (2 bytes, times d) that are alive besides in the backward pass of one block: gradients of the MLP's 4 d before and after GELU, of
-# the residual, and fp32 copies of layer norms.
-WORKING = 14
+# Numbers (times d) that are alive besides in the backward pass of one block: gradients of the MLP's 4 d before and after GELU, of its
+# result and of the residual.
+WORKING = 10
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Step:
         batch: pictures; image_tokens: N, of a picture, one for 16 x 16 pixels; text_tokens: L.
         autocast: computes in 16 bits; wide: the transformer's own weights are fp32.
         checkpoint_every: every how many blocks one keeps its input alone; 0: none.
-        compiled: blocks are compiled.
+        compiled: blocks are compiled; packed: frozen weights are quantised, so that projections are not stacked.
     """
 
     batch: int
@@ -55,6 +56,7 @@ class Step:
     wide: bool = False
     checkpoint_every: int = 0
     compiled: bool = False
+    packed: bool = False
 
 
 def _trains(module: nn.Module | None) -> bool:
@@ -82,16 +84,19 @@ def _size(step: Step) -> int:
     return 2 if step.autocast else 4
 
 
-def _copied(step: Step) -> bool:
-    """Whether autocast makes its copies."""
-    return step.autocast and not step.compiled
+def _stacked(layers: dict[str, nn.Module], step: Step) -> list[nn.Module]:
+    """Those that give queries, keys and values, if `attention.stack` puts them together."""
+    projections = [layer for name, layer in layers.items() if name.endswith(("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj"))]
+    can = (step.autocast or step.compiled) and not step.packed and all(isinstance(layer, lora.Plain) for layer in projections)
+    return projections if can else []
 
 
 def _inputs(layers: dict[str, nn.Module], step: Step, *, own_result: bool) -> int:
     """Bytes per token of the kept inputs of layers that are trained, or adapted.
 
     Args:
-        own_result: the layer after attention reads a copy of its result (of the joint one, cut into image and text), not the result itself.
+        own_result: the layer after attention reads a copy of its result (of the joint ones of several pictures, cut into image and text),
+            not the result itself.
     """
     size, total, shared = _size(step), 0, 0
     for name, layer in layers.items():
@@ -107,9 +112,13 @@ def _inputs(layers: dict[str, nn.Module], step: Step, *, own_result: bool) -> in
     return total + shared
 
 
-def _attention(d: int, norms: nn.Module | None, step: Step) -> int:
-    """Bytes per token: queries and keys before their norm, then queries, keys, values and the result."""
-    before = 0 if norms is None else 2
+def _attention(d: int, norms: nn.Module | None, layers: dict[str, nn.Module], step: Step, *, joint: bool) -> int:
+    """Bytes per token: queries and keys before their norm, then queries, keys, values and the result.
+
+    Args:
+        layers: of this stream; joint: with the other one, so that values are copied.
+    """
+    before = 0 if norms is None else 3 if joint and _stacked(layers, step) else 2
     normed = 2 if _trains(norms) and not (step.compiled or step.autocast) else 0
     return d * (before + 4 + normed) * _size(step)
 
@@ -118,8 +127,9 @@ def _stream(block: nn.Module, names: Sequence[str], modulation: nn.Module, norms
     """Bytes per token of one stream of a block, its share of the joint attention included."""
     d, size, layers = block.attn.to_q.in_features, _size(step), _layers(block, names)
     mlp = any(name.endswith("net.2") for name in layers)  # and with it a second layer norm
-    normed = (2 if mlp else 1) * (4 if _copied(step) else size)
-    total = d * (normed + 4 * size * mlp) + _attention(d, norms, step) + _inputs(layers, step, own_result=True)
+    normed = (2 if mlp else 1) * size
+    total = d * (normed + 4 * size * mlp) + _attention(d, norms, layers, step, joint=True)
+    total += _inputs(layers, step, own_result=step.batch > 1)
     if _trains(modulation):
         total += d * size * mlp if step.compiled else d * (normed + 2 * size * mlp)
     return total
@@ -131,7 +141,8 @@ def _second_attention(block: nn.Module, step: Step) -> int:
         return 0
     d = block.attn2.to_q.in_features
     gate = d * _size(step) if _trains(block.norm1) else 0
-    return _attention(d, block.attn2.norm_q, step) + _inputs(_layers(block, DUAL), step, own_result=False) + gate
+    layers = _layers(block, DUAL)
+    return _attention(d, block.attn2.norm_q, layers, step, joint=False) + _inputs(layers, step, own_result=False) + gate
 
 
 def block_bytes(block: nn.Module, step: Step) -> int:
@@ -153,34 +164,50 @@ def activation_bytes(transformer: nn.Module, step: Step) -> tuple[int, int]:
     d, size = blocks[0].attn.to_q.in_features, _size(step)
     outside = [module for name, module in transformer.named_children() if name not in ("transformer_blocks", "norm_out", "proj_out")]
     first = 0 if any(_trains(module) for module in outside) else next((i for i, block in enumerate(blocks) if _trains(block)), len(blocks))
-    number = 4 if step.wide or not step.autocast else 2  # of the residual stream
     tokens = step.batch * (step.image_tokens + step.text_tokens)
     kept, again = 0, 0
     for index, block in enumerate(blocks[first:], start=first):
         own = block_bytes(block, step)
         if step.checkpoint_every and index % step.checkpoint_every == 0:
-            kept, again = kept + tokens * d * number, max(again, own)
+            kept, again = kept + tokens * d * size, max(again, own)
         else:
             kept += own
     trains_end = _trains(transformer.norm_out) or _trains(transformer.proj_out)
-    kept += step.batch * step.image_tokens * d * (4 + (4 + size if trains_end else 0))  # the last norm
+    kept += step.batch * step.image_tokens * d * size * (3 if trains_end else 1)  # the last norm
     copies = _copies(transformer, step)
     return kept + (0 if step.checkpoint_every == 1 else sum(copies)), again + max(copies) + WORKING * tokens * d * size
 
 
 def _copies(transformer: nn.Module, step: Step) -> list[int]:
     """Bytes of the 16-bit copies that autocast makes of each block's trained weights, where these are fp32 as those of adapters are."""
-    return [
-        2 * sum(p.numel() for name, p in block.named_parameters() if p.requires_grad and p.ndim > 1 and (step.wide or "lora_" in name))
-        if step.autocast else 0
-        for block in transformer.transformer_blocks
-    ]  # fmt: skip
+    if not step.autocast:
+        return [0 for _ in transformer.transformer_blocks]
+    return [2 * (_narrowed(block, step) + _spread(block, step)) for block in transformer.transformer_blocks]
+
+
+def _narrowed(block: nn.Module, step: Step) -> int:
+    named = [(name, weight) for name, weight in block.named_parameters() if weight.requires_grad and weight.ndim > 1]
+    return sum(weight.numel() for name, weight in named if step.wide or "lora_" in name)
+
+
+def _spread(block: nn.Module, step: Step) -> int:
+    """Zeros of the stacked B, which is block-diagonal: twice as many as there are numbers."""
+    return sum(2 * layer.out_features * _rank(layer) for layer in _all_stacked(block, step))
+
+
+def _all_stacked(block: nn.Module, step: Step) -> list[nn.Module]:
+    return [layer for names in (IMAGE, TEXT, DUAL) for layer in _stacked(_layers(block, names), step)]
 
 
 def forward_bytes(transformer: nn.Module, step: Step) -> int:
     """Bytes that are there at the end of a forward pass alone: autocast's copies of weights, which a checkpointed block's backward pass
-    does not keep, but which autocast remembers as long as it lasts."""
-    return sum(_copies(transformer, step)) if step.checkpoint_every == 1 and not step.compiled else 0
+    does not keep, but which autocast remembers as long as it lasts. It remembers copies of the weights themselves, not of stacked ones."""
+    if step.checkpoint_every != 1 or step.compiled or not step.autocast:
+        return 0
+    return sum(
+        2 * (_narrowed(block, step) - sum(_rank(layer) * (layer.in_features + layer.out_features) for layer in _all_stacked(block, step)))
+        for block in transformer.transformer_blocks
+    )
 
 
 def peak_bytes(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from src.lora import under_autocast, unwrap
 
@@ -34,7 +35,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """With u = x * inverse and g = gradient * weight * inverse: dx = g - u * mean(g * u), dweight = sum over rows of gradient * u.
+        """With u = x * inverse and g = gradient * weight: dx = (g - u * mean(g * u)) * inverse, dweight = sum over rows of gradient * u.
 
         Results have the memory layout of x, that of attention's projections.
         """
@@ -43,9 +44,11 @@ class RMSNorm(torch.autograd.Function):
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
             torch.mul(gradient, weight, out=between)
-            g = torch.mul(between, inverse, out=torch.empty_like(x, dtype=torch.float32))  # fp16 might not hold g * x
-            along = (g * x).mean(-1, keepdim=True).mul_(inverse.square())
-            for_x = torch.addcmul(g, x, along, value=-1, out=torch.empty_like(x))
+            wide = x.float() if x.dtype == torch.float16 else x  # fp16 might not hold the products
+            products = torch.mul(between, wide)
+            along = products.mean(-1, keepdim=True, dtype=torch.float32).mul_(inverse.square())
+            across = torch.addcmul(between, wide, along, value=-1, out=products)
+            for_x = torch.mul(across, inverse, out=torch.empty_like(x))
         if ctx.needs_input_grad[1]:
             torch.mul(x, inverse, out=between).mul_(gradient)
             for_weight = between.sum(tuple(range(x.ndim - 1)), dtype=torch.float32).to(weight.dtype)
@@ -53,20 +56,46 @@ class RMSNorm(torch.autograd.Function):
 
 
 def lean(model: nn.Module) -> None:
-    """Make all attention RMS norms of an SD3 transformer use `RMSNorm` above, whenever autocast is on and the code is not compiled."""
+    """Make the norms of an SD3 transformer or a UNet work in 16 bits under autocast, whenever the code is not compiled.
+
+    Input and result have 16 bits, statistics and sums fp32. autocast itself makes an fp32 copy for layer and group norms and returns fp32,
+    so that the products after them are fp32, too: three times the passes through memory, and twice the memory until the backward pass.
+    """
     from diffusers.models.normalization import RMSNorm as Plain
 
     for module in unwrap(model).modules():
-        if type(module) is Plain and module.weight is not None and module.bias is None:
-            module.__class__ = _lean(Plain)  # with a function per module torch.compile would compile every block anew
+        kind = type(module)
+        if kind in (nn.LayerNorm, nn.GroupNorm) or (kind is Plain and module.weight is not None and module.bias is None):
+            module.__class__ = _lean(kind)  # with a function per module torch.compile would compile every block anew
 
 
 @functools.cache
 def _lean(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a norm's class."""
+    compute = {nn.LayerNorm: _layer_norm, nn.GroupNorm: _group_norm}.get(kind, _rms_norm)
+
     class Lean(kind):
         def forward(self, x: Tensor) -> Tensor:
             if torch.compiler.is_compiling() or not under_autocast(x) or x.element_size() != 2:
                 return super().forward(x)  # the compiler fuses; in fp32 there are no copies
-            return RMSNorm.apply(x, self.weight, self.eps)
+            with torch.autocast(x.device.type, enabled=False):
+                return compute(self, x)
 
     return Lean
+
+
+def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    return RMSNorm.apply(x, norm.weight, norm.eps)
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, *_weights(norm, x), norm.eps)
+
+
+def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return F.group_norm(x, norm.num_groups, *_weights(norm, x), norm.eps)
+
+
+def _weights(norm: nn.LayerNorm | nn.GroupNorm, x: Tensor) -> list[Tensor | None]:
+    """Weight and bias as the kernels want them: GPUs' in the dtype of the input; CPUs' sum gradients in that of the weights."""
+    return [tensor.to(x.dtype) if tensor is not None and x.device.type != "cpu" else tensor for tensor in (norm.weight, norm.bias)]

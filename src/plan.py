@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import activations, inputs, lora, memory, norms, optim, policy, quantize, rewards, rounding, runtime, speed
+from src import activations, inputs, lora, memory, optim, policy, quantize, rewards, rounding, runtime, speed
 from src.data import buckets, captions, prompts
 from src.pipelines import sd3, sd15
 
@@ -340,6 +340,7 @@ def step_memory(
         batch=batch or args.train_batch_size, image_tokens=(args.resolution // (sd3.VAE_SCALE * sd3.PATCH)) ** 2, text_tokens=tokens,
         autocast=args.mixed_precision != "no", wide=(whole.weight if whole else BYTES[args.mixed_precision]) == 4,
         checkpoint_every=checkpoint_every(args), compiled=args.compile,
+        packed=bool(vars(args).get("quantize_base")),
     )  # fmt: skip
     kept, working = memory.activation_bytes(transformer, step)
     gradient = whole.gradient if whole else 4
@@ -371,8 +372,7 @@ def counted_memory(
     for weight in denoiser.parameters():
         if not weight.requires_grad or (whole and whole.weight == 2):
             weight.data = weight.data.to(frozen)
-    speed.narrow_once(denoiser)
-    norms.lean(denoiser)
+    speed.fewer_passes(denoiser)
 
     def forward(module: nn.Module) -> Any:
         given = family.example_inputs(denoiser.config, side, tokens, batch)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from src import norms
+from src import attention, norms
 from src.lora import under_autocast, unwrap
 
 # diffusers' names. Its own `set_attention_backend` has no effect here: SD3's and SD1.5's attention processors do not use it.
@@ -55,13 +55,19 @@ def check(args: argparse.Namespace) -> None:
 
 def apply(model: nn.Module, args: argparse.Namespace) -> None:
     """Set up the model as the flags say; after adapters were added, before `accelerator.prepare`."""
+    fewer_passes(model)
     set_attention(model, args.attention_backend)
-    narrow_once(model)
-    norms.lean(model)
     if args.gradient_checkpointing:
         checkpoint_blocks(model, args.checkpoint_every)
     if args.compile:
         compile_blocks(model, mode=args.compile_mode)
+
+
+def fewer_passes(model: nn.Module) -> None:
+    """Under autocast, take fewer passes through memory and keep less for the backward pass: norms, inputs of attention, projections."""
+    attention.stack(model)
+    narrow_once(model)
+    norms.lean(model)
 
 
 def as_written(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:

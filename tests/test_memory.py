@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import geometry
-from src import activations, full, lora, memory, norms, speed
+from src import activations, full, lora, memory, speed
 from src.pipelines import sd3
 
 MEDIUM = geometry.SD35_MEDIUM
@@ -26,8 +26,7 @@ def counted(config, adapt, step, side):
     """Bytes of everything that the graph of one forward pass keeps, weights aside; of pictures of `side` px."""
     model = geometry.build(config, dtype=torch.bfloat16 if step.autocast and not step.wide else torch.float32)
     adapt(model)
-    speed.narrow_once(model.train())
-    norms.lean(model)
+    speed.fewer_passes(model.train())
     number = torch.bfloat16 if step.autocast else torch.float32
 
     def forward(model):
@@ -57,17 +56,18 @@ def one_more_block(of, config, dual):
 
 @pytest.mark.parametrize(("adapt", "dual", "image", "text"), [
     # LoRA of rank 16 on 1536: 4 layers of each stream, 8 (dual) of the image's, add 16 numbers each
-    ("LoRA", False, 16 * 1536 + 4 * 16, 16 * 1536 + 4 * 16),
-    ("LoRA", True, 23 * 1536 + 8 * 16, 16 * 1536 + 4 * 16),
-    ("full", False, 27 * 1536, 27 * 1536),
-    ("full", True, 35 * 1536, 27 * 1536),
+    ("LoRA", False, 15 * 1536 + 4 * 16, 15 * 1536 + 4 * 16),
+    ("LoRA", True, 22 * 1536 + 8 * 16, 15 * 1536 + 4 * 16),
+    ("full", False, 23 * 1536, 23 * 1536),
+    ("full", True, 31 * 1536, 23 * 1536),
 ])  # fmt: skip
 def test_a_block_of_medium_by_hand(adapt, dual, image, text):
-    """Numbers of 2 bytes per token under autocast. A frozen block: 4 + 2 + 4 + 4 = 14 d, fp32 copies counted twice; dual 2 + 4 = 6 d more.
+    """Numbers of 2 bytes per token under autocast. A frozen block: 2 + 2 + 4 + 4 = 12 d; dual 2 + 4 = 6 d more.
 
-    LoRA: what q, k and v of a stream read adds d, what the layer after attention reads d; the dual attention's q, k and v add d, and the
-    layer after it reads its result, which is there: 2 d, dual 1 d.
-    Full: 2 d for these, d and 4 d for the MLP, 6 d for modulation: 27 d. Dual: d, and d for the gate: 8 d.
+    LoRA: what q, k and v of a stream read adds d, what the layer after attention reads d, and v is kept twice: with q and k before their
+    norms, and as a part of the joint values: 3 d. The dual attention's q, k and v add d, and the layer after it reads its result, which is
+    there: 1 d.
+    Full: 2 d for these, d and 4 d for the MLP, 4 d for modulation: 23 d. Dual: d, and d for the gate: 8 d.
     """
     model = geometry.build(MEDIUM | {"num_layers": 3, "dual_attention_layers": (1,)})
     ADAPT[adapt](model)
@@ -75,12 +75,12 @@ def test_a_block_of_medium_by_hand(adapt, dual, image, text):
     assert memory.block_bytes(model.transformer_blocks[1 if dual else 0], step) == 2 * 2 * (image * 1024 + text * 154)
 
 
-@pytest.mark.parametrize(("adapt", "dual", "each"), [("LoRA", False, 14), ("LoRA", True, 21), ("full", False, 20), ("full", True, 28)])
+@pytest.mark.parametrize(("adapt", "dual", "each"), [("LoRA", False, 15), ("LoRA", True, 22), ("full", False, 20), ("full", True, 28)])
 def test_a_compiled_block_by_hand(adapt, dual, each):
     """Numbers d per image token as the compiler's own partition of the block keeps them; seen in the test at the end of this page."""
     model = geometry.build(MEDIUM | {"num_layers": 3, "dual_attention_layers": (1,)})
     ADAPT[adapt](model)
-    step = memory.Step(batch=1, image_tokens=1000, text_tokens=0, compiled=True)
+    step = memory.Step(batch=2, image_tokens=500, text_tokens=0, compiled=True)
     rank = 16 * (8 if dual else 4) if adapt == "LoRA" else 0
     assert memory.block_bytes(model.transformer_blocks[1 if dual else 0], step) == 2 * 1000 * (each * 1536 + rank)
 
@@ -113,7 +113,7 @@ def test_a_block_keeps_what_is_planned(adapt, changes, dual):
 @pytest.mark.slow
 @pytest.mark.parametrize(("adapt", "changes"), [
     ("LoRA", {}), ("LoRA", {"checkpoint_every": 1}), ("LoRA", {"checkpoint_every": 2, "batch": 2}), ("full", {"checkpoint_every": 2}),
-    ("full", {"wide": True}), ("some blocks", {}),
+    ("full", {"wide": True}), ("full", {"wide": True, "checkpoint_every": 1, "batch": 16}), ("some blocks", {}),
 ])  # fmt: skip
 def test_all_of_medium_keeps_what_is_planned(adapt, changes):
     """At 512 px and 154 text tokens, within 3 %. Of a checkpointed block only its inputs are kept."""
@@ -121,12 +121,15 @@ def test_all_of_medium_keeps_what_is_planned(adapt, changes):
     assert planned(MEDIUM, ADAPT[adapt], step) == pytest.approx(counted(MEDIUM, ADAPT[adapt], step, 512), rel=0.03)
 
 
-def test_medium_at_1024_keeps_six_gigabytes_a_picture():
-    """LoRA of rank 16: 11 blocks of 16 d and 13 of 23 d numbers for 4096 image tokens, 16 d for 154 of text; the last norm's 2 d."""
+def test_medium_at_1024_keeps_five_gigabytes_a_picture():
+    """LoRA of rank 16: 11 blocks of 14 d and 13 of 21 d numbers for 4096 image tokens, 14 d for 154 of text; the last norm's d.
+
+    One less than above: the result of attention for a single picture is cut without a copy."""
     step = memory.Step(batch=1, image_tokens=4096, text_tokens=154)
     kept = planned(MEDIUM, ADAPT["LoRA"], step)
-    assert kept == pytest.approx(2 * 1536 * ((11 * 16 + 13 * 23 + 2) * 4096 + 24 * 16 * 154), rel=0.01)
-    assert kept / 2**30 == pytest.approx(5.8, abs=0.1)
+    copies = 2 * 16 * 1536 * (2 * (13 * 12 + 10 * 8 + 6) + 6 * (13 * 3 + 10 * 2 + 1))  # of adapters; zeros beside those B that are stacked
+    assert kept == pytest.approx(copies + 2 * 1536 * ((11 * 14 + 13 * 21 + 1) * 4096 + 24 * 14 * 154), rel=0.01)
+    assert kept / 2**30 == pytest.approx(5.3, abs=0.1)
 
 
 def test_frozen_blocks_before_the_first_trained_one_keep_nothing():
@@ -134,7 +137,7 @@ def test_frozen_blocks_before_the_first_trained_one_keep_nothing():
     model = geometry.build(MEDIUM | {"num_layers": 4, "dual_attention_layers": ()})
     full.select(model, blocks="2-3")
     whole, _ = memory.activation_bytes(model, step)
-    assert whole == sum(memory.block_bytes(block, step) for block in model.transformer_blocks[2:]) + 100 * 1536 * 4
+    assert whole == sum(memory.block_bytes(block, step) for block in model.transformer_blocks[2:]) + 100 * 1536 * 2
 
 
 def test_the_peak_by_hand():
@@ -161,8 +164,10 @@ def test_what_a_forward_pass_holds_at_its_end_alone():
     assert memory.forward_bytes(model, memory.Step(1, 64, 20, wide=True, checkpoint_every=1, compiled=True)) == 0  # its own code
     model = geometry.build(TINY | {"num_layers": 2, "dual_attention_layers": ()})
     lora.add(model, rank=4)
-    adapters = sum(p.numel() for p in lora.parameters(model))
-    assert memory.forward_bytes(model, memory.Step(1, 64, 20, checkpoint_every=1)) == 2 * adapters  # these are fp32 beside 16-bit weights
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}  # fp32, beside weights in 16 bits
+    stacked = ("0.attn.to_q", "0.attn.to_k", "0.attn.to_v", "0.attn.add_", "1.attn.to_q", "1.attn.to_k", "1.attn.to_v")
+    alone = sum(p.numel() for name, p in adapters.items() if not any(part in name for part in stacked))  # add_q_proj of 1 has no adapter
+    assert memory.forward_bytes(model, memory.Step(1, 64, 20, checkpoint_every=1)) == 2 * alone
 
 
 @pytest.mark.long
@@ -176,8 +181,7 @@ def test_a_compiled_block_keeps_what_is_planned(adapt):
         torch._dynamo.reset()
         model = geometry.build(config, dtype=torch.bfloat16, device="cpu")
         ADAPT[adapt](model)
-        speed.narrow_once(model)
-        norms.lean(model)
+        speed.fewer_passes(model)
         speed.compile_blocks(model.train(), backend="aot_eager_decomp_partition")
         condition = sd3.Conditioning(torch.randn(2, 20, 16), torch.randn(2, 16))
         found, own = {}, {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

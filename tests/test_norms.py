@@ -1,4 +1,4 @@
-"""RMS norms of queries and keys under autocast: against the formula in fp64, against diffusers' module, and what they keep."""
+"""Norms under autocast: against the formula in fp64, against diffusers' and torch's modules, and what they keep."""
 
 import copy
 
@@ -8,7 +8,7 @@ from diffusers.models.normalization import RMSNorm as Plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from src import norms
+from src import activations, norms
 
 EPS = 1e-6
 
@@ -151,3 +151,100 @@ def test_norms_with_a_bias_or_without_a_weight_are_left_alone():
         module = Plain(64, eps=EPS, **options)
         norms.lean(nn.Sequential(module))
         assert "forward" not in vars(module)
+
+
+# --------------------------------------------------------------------------- layer and group norms
+
+
+def group_norm():
+    return nn.GroupNorm(8, 64)
+
+
+KINDS = pytest.mark.parametrize("make", [
+    pytest.param(lambda: nn.LayerNorm(64, elementwise_affine=False), id="layer norm"),
+    pytest.param(lambda: nn.LayerNorm(64), id="layer norm with weights"), pytest.param(group_norm, id="group norm"),
+])  # fmt: skip
+
+
+def pictures(norm, dtype):
+    """Tokens (2, 50, 64) or feature maps (2, 64, 5, 10) around 3."""
+    x = 3 + 2 * torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(0))
+    return (x.transpose(1, 2).reshape(2, 64, 5, 10) if isinstance(norm, nn.GroupNorm) else x).to(dtype)
+
+
+def lean_and_plain(make, dtype):
+    plain = make().to(dtype)
+    with torch.no_grad():
+        for weight in plain.parameters():
+            weight.add_(torch.randn(64, generator=torch.Generator().manual_seed(1)).to(dtype), alpha=0.3)
+    lean = nn.Sequential(copy.deepcopy(plain))
+    norms.lean(lean)
+    return lean, plain
+
+
+def by_hand(norm, x):
+    """(x - mean) / sqrt(variance + eps) * weight + bias in fp64, over the last dimension or over groups of 8 channels and all pixels."""
+    rows = x.reshape(2, 8, -1) if isinstance(norm, nn.GroupNorm) else x
+    rows = rows - rows.mean(-1, keepdim=True)
+    y = (rows / (rows.square().mean(-1, keepdim=True) + norm.eps).sqrt()).view(x.shape)
+    shape = (64, 1, 1) if isinstance(norm, nn.GroupNorm) else (64,)
+    return y if norm.weight is None else y * norm.weight.view(shape) + norm.bias.view(shape)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, None], ids=["fp32 weights", "16-bit weights"])
+def test_a_norm_works_in_16_bits_and_rounds_its_result_only(make, dtype, weights):
+    """Value and gradients. A rounding is off by eps / 2 of a number at most; of a result weight, product and sum may be rounded.
+
+    Gradients of weights are left out where a CPU's kernel adds them up in 16 bits: of 16-bit weights, and in fp16.
+    """
+    lean, plain = lean_and_plain(make, weights or dtype)
+    x = pictures(plain, dtype).requires_grad_()
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.autocast("cpu", dtype):
+        y = lean(x)
+    trained = list(lean.parameters()) if weights and dtype == torch.bfloat16 else []
+    found = [y, *torch.autograd.grad(y, [x, *trained], gradient)]
+    exact = copy.deepcopy(plain).double()
+    x64 = x.detach().double().requires_grad_()
+    y = by_hand(exact, x64)
+    wanted = [y, *torch.autograd.grad(y, [x64, *exact.parameters()][: len(found) - 1], gradient.double())]
+    for a, want, like in zip(found, wanted, [x, x, *trained], strict=True):
+        assert a.dtype == like.dtype and (a - want).norm() < 1.5 * torch.finfo(dtype).eps * want.norm()
+
+
+@KINDS
+def test_on_a_gpu_a_norm_keeps_its_input_alone_and_returns_16_bits(make):
+    """On tensors without memory. autocast of CPUs makes no copies, that of GPUs does: there torch's own keeps 4 bytes a number."""
+    lean, plain = lean_and_plain(make, torch.bfloat16)
+    shape, dtypes = pictures(plain, torch.bfloat16).shape, []
+
+    def forward(module):
+        y = module(torch.empty(shape, dtype=torch.bfloat16, requires_grad=True))
+        dtypes.append(y.dtype)
+        return y
+
+    found, before = (activations.count(module.to("meta"), forward, autocast=torch.bfloat16).total for module in (lean, plain))
+    assert dtypes == [torch.bfloat16, torch.float32]
+    assert 2 * 6400 < found <= 2 * 6400 + 2 * 4 * 100  # two fp32 numbers a row, or a group
+    assert before >= 4 * 6400
+
+
+@KINDS
+def test_elsewhere_a_norm_is_torchs_own(make):
+    """Without autocast, of an fp32 input, and while compiling: to the bit."""
+    lean, plain = lean_and_plain(make, torch.float32)
+    x = pictures(plain, torch.bfloat16)
+    assert torch.equal(lean(x.float()), plain(x.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lean(x.float()), plain(x.float()))
+        compiled = torch.compile(lean, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), plain(x))
+
+
+def test_autocast_is_on_again_after_a_norm():
+    lean, _ = lean_and_plain(group_norm, torch.float32)
+    layer = nn.Linear(10, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(lean(pictures(lean[0], torch.bfloat16))).dtype == torch.bfloat16

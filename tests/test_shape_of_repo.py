@@ -21,10 +21,10 @@ RUN_LAYER = {
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": set(),
-    "cli": {"cli"}, "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "memory": set(),
+    "cli": {"cli"}, "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "memory": {"lora"},
     "activations": set(), "hub": {"errors"}, "errors": set(),
     "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"},
-    "norms": {"lora"}, "quantize": {"lora"},
+    "norms": {"lora"}, "attention": {"lora"}, "quantize": {"lora"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", "hub", "errors", *MATHS},
     "scorers": {"scorers", "images", "tiny", "hub", "errors", "cli"},  # cli: the program in __main__
@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "tiny": {"tiny", "cli", "images", "flow", "seeds", "scorers"},  # scorers: the tour measures by them
     "grpo_variants": MATHS,
     **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize", "memory",
-              "rounding", "sharding", "gallery", "norms", "activations", "errors", *MATHS} - {name} for name in RUN_LAYER},
+              "rounding", "sharding", "gallery", "norms", "attention", "activations", "errors", *MATHS} - {name} for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}
 HEAVY = {

@@ -258,8 +258,7 @@ def test_equal_blocks_share_their_code_and_nothing_stays_uncompiled():
 
     transformer = geometry.build(TRANSFORMER | {"num_layers": 6}, device="cpu")
     lora.add(transformer, rank=2, layers="attn.to_q")  # each adapter takes seconds to trace
-    speed.narrow_once(transformer)
-    norms.lean(transformer)
+    speed.fewer_passes(transformer)
     speed.compile_blocks(transformer.train(), backend=backend, fullgraph=True)
     with torch.autocast("cpu", torch.bfloat16):
         forward(transformer).mean().backward()

@@ -1,0 +1,99 @@
+"""SD3's attention under autocast and compiled: queries, keys and values by one product where all three have a plain LoRA on frozen weights.
+
+Three LoRAs on one input x are one LoRA of the matrices stacked, A stacked and B block-diagonal:
+
+    [q k v] = x [Wq Wk Wv] + scale * (x [Aq Ak Av]) diag(Bq, Bk, Bv)
+
+so x is read twice instead of six times, its gradient written twice and added once instead of six and five times. Weights, names and files
+stay those of the three layers: their frozen weights become parts of the stacked one. Elsewhere diffusers' own processor computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from src import lora
+
+IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def stack(transformer: nn.Module) -> None:
+    """Give every attention of an SD3 transformer the processor below, and stack frozen weights; after adapters were added."""
+    from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
+
+    for module in lora.unwrap(transformer).modules():
+        if isinstance(module, Attention) and type(module.processor) is JointAttnProcessor2_0:
+            for names in (IMAGE, TEXT):
+                _stack(module, names)
+            module.set_processor(Joint(module.processor))
+
+
+def _stack(attention: nn.Module, names: tuple[str, str, str]) -> None:
+    """Put the frozen weights of three layers into one buffer of the attention, which no file holds, if all three have a plain LoRA."""
+    layers = [getattr(attention, name, None) for name in names]
+    if not all(isinstance(layer, lora.Plain) and layer.base_layer.weight.is_floating_point() for layer in layers):
+        return  # not adapted, dropout, DoRA, or packed weights
+    for kind in ("weight", "bias"):
+        whole = torch.cat([getattr(layer.base_layer, kind).detach() for layer in layers])
+        attention.register_buffer(f"{names[0]}_{kind}", whole, persistent=False)
+        for layer, part in zip(layers, whole.chunk(3), strict=True):
+            getattr(layer.base_layer, kind).data = part
+
+
+class Joint:
+    """diffusers' `JointAttnProcessor2_0` with stacked projections, and tokens before heads in memory: the layout that the kernels of
+    attention keep for their result, so that the layer after it reads no copy.
+
+    Args:
+        plain: diffusers' own, which computes in fp32.
+    """
+
+    def __init__(self, plain: Any):
+        self.plain = plain
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Any:  # fmt: skip
+        """Image tokens (b, N, d) and text tokens (b, L, d) or None -> the same shapes; without text a tensor, else a pair."""
+        if not (torch.compiler.is_compiling() or lora.under_autocast(hidden_states)):
+            return self.plain(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+        query, key, value = project(attn, IMAGE, hidden_states)  # (b, N, heads, d / heads)
+        query, key = _normed(attn.norm_q, query), _normed(attn.norm_k, key)
+        if encoder_hidden_states is not None:
+            text_query, text_key, text_value = project(attn, TEXT, encoder_hidden_states)  # (b, L, heads, d / heads)
+            query = torch.cat([query, _normed(attn.norm_added_q, text_query)], dim=1)
+            key = torch.cat([key, _normed(attn.norm_added_k, text_key)], dim=1)
+            value = torch.cat([value, text_value], dim=1)
+        found = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+        found = found.transpose(1, 2).flatten(2).to(query.dtype)  # (b, N + L, d)
+        if encoder_hidden_states is None:
+            return _output(attn, found)
+        image, text = found.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], dim=1)
+        return _output(attn, image.contiguous()), text if attn.context_pre_only else attn.to_add_out(text.contiguous())
+
+
+def _output(attention: nn.Module, x: Tensor) -> Tensor:
+    projection, dropout = attention.to_out
+    return dropout(projection(x))
+
+
+def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def project(attention: nn.Module, names: tuple[str, str, str], x: Tensor) -> list[Tensor]:
+    """Queries, keys and values of tokens x (b, n, d), each (b, n, heads, d / heads)."""
+    layers = [getattr(attention, name) for name in names]
+    weight = getattr(attention, f"{names[0]}_weight", None)
+    if weight is None:
+        return [layer(x).unflatten(-1, (attention.heads, -1)) for layer in layers]
+    flat = x.reshape(-1, x.shape[-1])
+    whole = F.linear(flat, weight, getattr(attention, f"{names[0]}_bias"))  # (b n, 3 d)
+    if not layers[0].disable_adapters:
+        down, up = lora.stacked(layers)  # (3 rank, d), (3 d, 3 rank)
+        whole = lora.add_product(whole, F.linear(flat, down), up, layers[0].scaling[lora.ADAPTER])
+    return [part.view(*x.shape[:-1], attention.heads, -1) for part in whole.chunk(3, dim=-1)]
