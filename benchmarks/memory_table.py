@@ -3,8 +3,8 @@
   python benchmarks/memory_table.py            # prints the table
   python benchmarks/memory_table.py --write    # and puts it into the page
 
-Predictions are those of --dry_run, on the meta device; "each more" is the memory of a further picture, or pair. Measured values are those
-of the uncompiled batch of one in benchmarks/results/real_geometry_*.json; a value that is not there has not been measured.
+Predictions are those of --dry_run, on the meta device; "each more" is the memory of a further picture, or pair, after the second. Measured
+values are those of the uncompiled batch of one in benchmarks/results/real_geometry_*.json; a value that is not there has not been measured.
 """
 
 import argparse
@@ -71,8 +71,8 @@ def measured(results: list[dict], trainer: str, resolution: int, flags: tuple[st
 
 def line(name: str, trainer: str, resolution: int, flags: tuple[str, ...], results: list[dict], *, compiled: bool) -> str:
     setting = loops.Setting(trainer, resolution, flags)
-    one, two = (trainers.planned(setting, batch).peak for batch in (1, 2))
-    cells = [f"{one / 2**30:.1f}", f"{(two - one) / 2**30:.2f}"]
+    one, two, three = (trainers.planned(setting, batch).peak for batch in (1, 2, 3))
+    cells = [f"{one / 2**30:.1f}", f"{(three - two) / 2**30:.2f}"]
     if compiled:
         cells.append(f"{trainers.planned(loops.Setting(trainer, resolution, (*flags, '--compile')), 1).peak / 2**30:.1f}")
     seen = measured(results, trainer, resolution, flags)

@@ -1,4 +1,4 @@
-"""SD3's attention under autocast and compiled: queries, keys and values by one product where all three have a plain LoRA on frozen weights.
+"""SD3's attention under autocast: queries, keys and values by one product where all three have a plain LoRA on frozen weights.
 
 Three LoRAs on one input x are one LoRA of the matrices stacked, A stacked and B block-diagonal:
 
@@ -22,7 +22,11 @@ IMAGE, TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj
 
 
 def stack(transformer: nn.Module) -> None:
-    """Give every attention of an SD3 transformer the processor below, and stack frozen weights; after adapters were added."""
+    """Give every attention of an SD3 transformer the processor below, and stack frozen weights.
+
+    After adapters were added, on the device of training: a copy of the model, or one that is moved, has these weights twice, and does not
+    follow weights that are loaded into it later.
+    """
     from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 
     for module in lora.unwrap(transformer).modules():
@@ -35,7 +39,7 @@ def stack(transformer: nn.Module) -> None:
 def _stack(attention: nn.Module, names: tuple[str, str, str]) -> None:
     """Put the frozen weights of three layers into one buffer of the attention, which no file holds, if all three have a plain LoRA."""
     layers = [getattr(attention, name, None) for name in names]
-    if not all(isinstance(layer, lora.Plain) and layer.base_layer.weight.is_floating_point() for layer in layers):
+    if not all(isinstance(layer, lora.PlainLora) and layer.base_layer.weight.is_floating_point() for layer in layers):
         return  # not adapted, dropout, DoRA, or packed weights
     for kind in ("weight", "bias"):
         whole = torch.cat([getattr(layer.base_layer, kind).detach() for layer in layers])
@@ -49,7 +53,7 @@ class Joint:
     attention keep for their result, so that the layer after it reads no copy.
 
     Args:
-        plain: diffusers' own, which computes in fp32.
+        plain: diffusers' own, which computes without autocast.
     """
 
     def __init__(self, plain: Any):
@@ -59,7 +63,7 @@ class Joint:
         self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:  # fmt: skip
         """Image tokens (b, N, d) and text tokens (b, L, d) or None -> the same shapes; without text a tensor, else a pair."""
-        if not (torch.compiler.is_compiling() or lora.under_autocast(hidden_states)):
+        if not lora.under_autocast(hidden_states):
             return self.plain(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
         query, key, value = project(attn, IMAGE, hidden_states)  # (b, N, heads, d / heads)
         query, key = _normed(attn.norm_q, query), _normed(attn.norm_k, key)
@@ -89,11 +93,51 @@ def project(attention: nn.Module, names: tuple[str, str, str], x: Tensor) -> lis
     """Queries, keys and values of tokens x (b, n, d), each (b, n, heads, d / heads)."""
     layers = [getattr(attention, name) for name in names]
     weight = getattr(attention, f"{names[0]}_weight", None)
-    if weight is None:
+    if weight is None or layers[0].merged:
         return [layer(x).unflatten(-1, (attention.heads, -1)) for layer in layers]
-    flat = x.reshape(-1, x.shape[-1])
-    whole = F.linear(flat, weight, getattr(attention, f"{names[0]}_bias"))  # (b n, 3 d)
-    if not layers[0].disable_adapters:
-        down, up = lora.stacked(layers)  # (3 rank, d), (3 d, 3 rank)
-        whole = lora.add_product(whole, F.linear(flat, down), up, layers[0].scaling[lora.ADAPTER])
-    return [part.view(*x.shape[:-1], attention.heads, -1) for part in whole.chunk(3, dim=-1)]
+    flat, bias = x.reshape(-1, x.shape[-1]), getattr(attention, f"{names[0]}_bias")
+    if layers[0].disable_adapters:
+        whole = F.linear(flat, weight, bias)  # (b n, 3 d)
+    else:
+        downs, ups = zip(*map(lora.matrices, layers), strict=True)
+        narrow = torch.get_autocast_dtype(x.device.type) if lora.under_autocast(x) else x.dtype
+        function = adapted if torch.compiler.is_compiling() else Adapted.apply
+        whole = function(flat, weight, bias, torch.cat(downs).to(narrow), torch.stack(ups).to(narrow), layers[0].scaling[lora.ADAPTER])
+    return [part.view(*x.shape[:-1], attention.heads, -1) for part in whole.chunk(len(names), dim=-1)]
+
+
+def adapted(x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """The sum of base and adapters of k layers, for the compiler, which fuses it. B as one block-diagonal matrix: fewer, larger products.
+
+    Args:
+        x: (n, d); weight: (k m, d) and bias: (k m,), frozen; down: k stacked A, (k rank, d); up: k B, (k, m, rank).
+
+    Returns:
+        (n, k m).
+    """
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, down), torch.block_diag(*up))
+
+
+class Adapted(torch.autograd.Function):
+    """The same uncompiled: products add to the result in place, and to the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        x, weight, bias = (tensor.to(down.dtype) for tensor in (x, weight, bias))
+        low, whole = F.linear(x, down), F.linear(x, weight, bias)
+        for part, of_low, of_up in zip(whole.chunk(len(up), 1), low.chunk(len(up), 1), up, strict=True):
+            part.addmm_(of_low, of_up.t(), alpha=scale)
+        ctx.save_for_backward(x, weight, down, up, low)
+        ctx.scale = scale
+        return whole
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, low = ctx.saved_tensors
+        for_low, for_up, k = torch.empty_like(low), torch.empty_like(up), len(up)
+        for i, part in enumerate(gradient.chunk(k, 1)):
+            torch.mm(part, up[i], out=for_low.chunk(k, 1)[i])
+            torch.mm(part.t(), low.chunk(k, 1)[i], out=for_up[i])
+        for_x = torch.mm(gradient, weight).addmm_(for_low, down, alpha=ctx.scale) if ctx.needs_input_grad[0] else None
+        return for_x, None, None, torch.mm(for_low.t(), x).mul_(ctx.scale), for_up.mul_(ctx.scale), None

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 ADAPTER = "default"  # peft's name of the one adapter that we train
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
@@ -158,7 +157,7 @@ def _unless_autocast(x: Any, dtype: torch.dtype) -> Any:
     return x if x is None or under_autocast(x) else x.to(dtype)
 
 
-class Plain:
+class PlainLora:
     """Marks a layer of a LoRA without dropout on a linear layer."""
 
 
@@ -170,30 +169,23 @@ def _in_place(kind: type) -> type:
     torch computes the product of a slice and a frozen weight as a batched one.
     """
 
-    class InPlace(kind, Plain):
+    class InPlace(kind, PlainLora):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if torch.compiler.is_compiling() or self.merged or not under_autocast(x):
                 return super().forward(x, *args, **kwargs)  # the compiler fuses
             flat = x.reshape(-1, x.shape[-1])
             result = self.base_layer(flat)
             if not self.disable_adapters:
-                result = add_product(result, self.lora_A[ADAPTER](flat), self.lora_B[ADAPTER].weight, self.scaling[ADAPTER])
+                up = self.lora_B[ADAPTER].weight.to(result.dtype)  # (out, rank); autocast does not cast for addmm_
+                result = result.addmm_(self.lora_A[ADAPTER](flat), up.t(), alpha=self.scaling[ADAPTER])
             return result.view(*x.shape[:-1], -1)
 
     return InPlace
 
 
-def add_product(result: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """result (n, out) + scale * down (n, rank) up^T (rank, out), in place; while compiling not, which the compiler does better."""
-    if torch.compiler.is_compiling():
-        return result + F.linear(down, up) * scale
-    return result.addmm_(down, up.to(result.dtype).t(), alpha=scale)  # autocast does not cast for addmm_
-
-
-def stacked(layers: list[Any]) -> tuple[Tensor, Tensor]:
-    """The adapters of n layers that read the same input as one: A stacked (n * rank, in), B block-diagonal (n * out, n * rank)."""
-    downs, ups = zip(*(list(_tensors(layer).values()) for layer in layers), strict=True)
-    return torch.cat(downs), torch.block_diag(*ups)
+def matrices(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (rank, in) and B (out, rank) of an adapted linear layer."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
 def under_autocast(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ What a block keeps, in numbers for each of its tokens; d is the width of the mod
                            2 d    queries and keys before their norm (`src/norms.py`); values with them if stacked (`src/attention.py`)
                            4 d    queries, keys, values and the result of attention
                            4 d    input of GELU
-    a trained layer        its input, d or 4 d; queries, keys and values share theirs (see `speed.narrow_once`), unless an adapter has
+    a trained layer        its input, d or 4 d; queries, keys and values share theirs, unless an adapter has
                            dropout: then each has its own, and a byte for each number of it
       with an adapter      its rank besides, between the two matrices
     trained modulation     2 d    results of the layer norms
@@ -87,7 +87,7 @@ def _size(step: Step) -> int:
 def _stacked(layers: dict[str, nn.Module], step: Step) -> list[nn.Module]:
     """Those that give queries, keys and values, if `attention.stack` puts them together."""
     projections = [layer for name, layer in layers.items() if name.endswith(("_q", "_k", "_v", "_q_proj", "_k_proj", "_v_proj"))]
-    can = (step.autocast or step.compiled) and not step.packed and all(isinstance(layer, lora.Plain) for layer in projections)
+    can = step.autocast and not step.packed and all(isinstance(layer, lora.PlainLora) for layer in projections)
     return projections if can else []
 
 
@@ -182,7 +182,7 @@ def _copies(transformer: nn.Module, step: Step) -> list[int]:
     """Bytes of the 16-bit copies that autocast makes of each block's trained weights, where these are fp32 as those of adapters are."""
     if not step.autocast:
         return [0 for _ in transformer.transformer_blocks]
-    return [2 * (_narrowed(block, step) + _spread(block, step)) for block in transformer.transformer_blocks]
+    return [2 * _narrowed(block, step) for block in transformer.transformer_blocks]
 
 
 def _narrowed(block: nn.Module, step: Step) -> int:
@@ -190,24 +190,19 @@ def _narrowed(block: nn.Module, step: Step) -> int:
     return sum(weight.numel() for name, weight in named if step.wide or "lora_" in name)
 
 
-def _spread(block: nn.Module, step: Step) -> int:
-    """Zeros of the stacked B, which is block-diagonal: twice as many as there are numbers."""
-    return sum(2 * layer.out_features * _rank(layer) for layer in _all_stacked(block, step))
-
-
-def _all_stacked(block: nn.Module, step: Step) -> list[nn.Module]:
-    return [layer for names in (IMAGE, TEXT, DUAL) for layer in _stacked(_layers(block, names), step)]
-
-
 def forward_bytes(transformer: nn.Module, step: Step) -> int:
     """Bytes that are there at the end of a forward pass alone: autocast's copies of weights, which a checkpointed block's backward pass
-    does not keep, but which autocast remembers as long as it lasts. It remembers copies of the weights themselves, not of stacked ones."""
+    does not keep, but which autocast remembers as long as it lasts. It remembers what it made itself: not B of a plain LoRA, no stacked A.
+    """
     if step.checkpoint_every != 1 or step.compiled or not step.autocast:
         return 0
-    return sum(
-        2 * (_narrowed(block, step) - sum(_rank(layer) * (layer.in_features + layer.out_features) for layer in _all_stacked(block, step)))
-        for block in transformer.transformer_blocks
-    )
+    return sum(2 * (_narrowed(block, step) - _unremembered(block, step)) for block in transformer.transformer_blocks)
+
+
+def _unremembered(block: nn.Module, step: Step) -> int:
+    plain = {layer for layer in block.modules() if isinstance(layer, lora.PlainLora)}
+    stacked = {layer for names in (IMAGE, TEXT, DUAL) for layer in _stacked(_layers(block, names), step)}
+    return sum(_rank(layer) * layer.out_features for layer in plain) + sum(_rank(layer) * layer.in_features for layer in stacked)
 
 
 def peak_bytes(

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from src import attention, norms
-from src.lora import under_autocast, unwrap
+from src.lora import unwrap
 
 # diffusers' names. Its own `set_attention_backend` has no effect here: SD3's and SD1.5's attention processors do not use it.
 BACKENDS = {
@@ -64,9 +64,8 @@ def apply(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def fewer_passes(model: nn.Module) -> None:
-    """Under autocast, take fewer passes through memory and keep less for the backward pass: norms, inputs of attention, projections."""
+    """Under autocast, take fewer passes through memory and keep less for the backward pass: norms, and projections of attention."""
     attention.stack(model)
-    narrow_once(model)
     norms.lean(model)
 
 
@@ -100,19 +99,6 @@ def set_attention(model: nn.Module, name: str) -> None:
             module.set_processor(plain if backend is None else _Under(plain, backend))
 
 
-def narrow_once(model: nn.Module) -> None:
-    """Under autocast, convert the inputs of an attention to 16 bits once, instead of in each of its projections and their adapters.
-
-    The norms before it return fp32 there. Each of three projections and three adapters would make a 16-bit copy of its own, and save it for
-    the backward pass. The forward pass is the same to the bit; gradients of the shared copy are summed in 16 bits instead of fp32.
-    """
-    from diffusers.models.attention_processor import Attention
-
-    for module in unwrap(model).modules():
-        if isinstance(module, Attention) and not module.residual_connection:  # a residual input is added later, unconverted
-            module.register_forward_pre_hook(_narrow, with_kwargs=True)
-
-
 def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Convert the weights of a model that only runs under autocast to autocast's dtype once, instead of in every forward pass.
 
@@ -121,16 +107,6 @@ def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     for weight in (weight for layer in layers[1:] for weight in layer.parameters(recurse=False)):
         weight.data = weight.data.to(dtype)
-
-
-def _narrow(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    def narrowed(x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or not under_autocast(x):
-            return x
-        return x.to(torch.get_autocast_dtype(x.device.type))
-
-    inputs = ("hidden_states", "encoder_hidden_states")
-    return (*map(narrowed, args[:2]), *args[2:]), {name: narrowed(x) if name in inputs else x for name, x in kwargs.items()}
 
 
 # --------------------------------------------------------------------------- gradient checkpointing

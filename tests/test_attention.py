@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from benchmarks import geometry
-from src import attention, lora, quantize
+from src import attention, lora, quantize, speed
 from src.pipelines import sd3
 from tests import unets
 
@@ -84,6 +84,27 @@ def test_under_autocast_it_is_as_near_to_fp32_as_diffusers(dtype, batch):
         assert (a.float() - want).norm() < 1.3 * (b.float() - want).norm() < 0.1 * want.norm()
 
 
+@pytest.mark.slow
+def test_compiled_it_computes_the_same():
+    """Values and gradients, with the adapters on and off; the backend "eager" traces as any other and needs no compiler."""
+    torch._dynamo.reset()
+    model = adapted(torch.bfloat16)
+    exact = gradients(copy.deepcopy(model).float())
+    attention.stack(model)
+    before = gradients(model, torch.bfloat16, torch.bfloat16)
+    graphs = []
+    speed.compile_blocks(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    found = gradients(model, torch.bfloat16, torch.bfloat16)
+    assert len(graphs) == 3 and "block_diag" in str(graphs[0].code)
+    for a, b, want in zip(found, before, exact, strict=True):
+        assert (a.float() - want).norm() < 1.3 * (b.float() - want).norm()
+    with lora.disabled(model), torch.no_grad():
+        off = predict(model, torch.bfloat16, torch.bfloat16)
+        with torch.compiler.set_stance("force_eager"):
+            torch.testing.assert_close(off, predict(model, torch.bfloat16, torch.bfloat16), rtol=0.02, atol=0.02)
+        assert not torch.allclose(off, found[0], rtol=0.02, atol=0.02)
+
+
 def test_without_autocast_it_is_diffusers_to_the_bit():
     model = adapted()
     before = gradients(model)
@@ -115,8 +136,8 @@ def test_names_and_weights_stay_and_take_no_more_memory():
     assert sum(storages.values()) == sum(t.nbytes for t in before.values())
     lora.load_state(model, {name: 2 * tensor for name, tensor in lora.state(model).items()})  # adapters stay single
     module = model.transformer_blocks[0].attn
-    down, _ = lora.stacked([module.to_q, module.to_k, module.to_v])
-    assert torch.equal(down[:4], 2 * before["transformer_blocks.0.attn.to_q.lora_A.default.weight"])
+    down, _ = lora.matrices(module.to_q)
+    assert torch.equal(down, 2 * before["transformer_blocks.0.attn.to_q.lora_A.default.weight"])
 
 
 def test_weights_loaded_later_count_and_a_copy_stays_as_it_is():

@@ -42,7 +42,7 @@ def test_a_step_here_moves_less_than_diffusers_own(flags, share, monkeypatch):
     small = {"num_layers": 3, "dual_attention_layers": (0, 1), "num_attention_heads": 4, "caption_projection_dim": 256,
              "joint_attention_dim": 64, "pooled_projection_dim": 32}  # fmt: skip
     monkeypatch.setitem(traffic.geometry.MODELS["sd3.5-medium"], "transformer", traffic.geometry.SD35_MEDIUM | small)
-    args = cli.parse(traffic.build_parser(), [*TINY, "--resolution", "256", "--tokens", "20", *flags])
+    args = cli.parse(traffic.build_parser(), ["--batch", "2", "--resolution", "256", "--tokens", "20", *flags])
     found = traffic.count(traffic.prepared(args), args)
     args.stock = True
     before = traffic.count(traffic.prepared(args), args)
@@ -56,5 +56,5 @@ def test_it_prints_a_bound_and_where_the_bytes_go(flags, capsys, monkeypatch):
         monkeypatch.setitem(traffic.geometry.MODELS[model], part, traffic.geometry.MODELS[model][part] | SMALL[part])
     totals = traffic.main(cli.parse(traffic.build_parser(), [*TINY, *flags]))
     text = capsys.readouterr().out
-    assert "pictures/s at most" in text and {"mm", "add"} <= totals.keys()
+    assert "pictures/s, if all went" in text and {"mm", "add"} <= totals.keys()
     assert any("attention_backward" in name for name in totals)
