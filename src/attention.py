@@ -2,10 +2,10 @@
 
 Three LoRAs on one input x are one LoRA of the matrices stacked, A stacked and B block-diagonal:
 
-    [q k v] = x [Wq Wk Wv] + scale * (x [Aq Ak Av]) diag(Bq, Bk, Bv)
+    [q k v] = x [Wq Wk Wv]^T + scale * (x [Aq Ak Av]^T) diag(Bq, Bk, Bv)^T
 
-so x is read twice instead of six times, its gradient written twice and added once instead of six and five times. Weights, names and files
-stay those of the three layers: their frozen weights become parts of the stacked one. Elsewhere diffusers' own processor computes.
+so x is read twice instead of six times, and its gradient is one product, to which another adds, instead of a sum of six. Weights, names and
+files stay those of the three layers: their frozen weights become parts of the stacked one. Elsewhere diffusers' own processor computes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _stack(attention: nn.Module, names: tuple[str, str, str]) -> None:
     """Put the frozen weights of three layers into one buffer of the attention, which no file holds, if all three have a plain LoRA."""
     layers = [getattr(attention, name, None) for name in names]
     if not all(isinstance(layer, lora.PlainLora) and layer.base_layer.weight.is_floating_point() for layer in layers):
-        return  # not adapted, dropout, DoRA, or packed weights
+        return  # not adapted, dropout, DoRA, or packed weights; the projections of SD3 all have a bias
     for kind in ("weight", "bias"):
         whole = torch.cat([getattr(layer.base_layer, kind).detach() for layer in layers])
         attention.register_buffer(f"{names[0]}_{kind}", whole, persistent=False)

@@ -116,15 +116,15 @@ def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     shape = [1] * (x.ndim - len(norm.normalized_shape)) + list(norm.normalized_shape)
-    return _weighed(norm, x, shape, lambda weight, bias: F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps))
+    return _weighted(norm, x, shape, lambda weight, bias: F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps))
 
 
 def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     shape = [1, norm.num_channels] + [1] * (x.ndim - 2)
-    return _weighed(norm, x, shape, lambda weight, bias: F.group_norm(x, norm.num_groups, weight, bias, norm.eps))
+    return _weighted(norm, x, shape, lambda weight, bias: F.group_norm(x, norm.num_groups, weight, bias, norm.eps))
 
 
-def _weighed(
+def _weighted(
     norm: nn.LayerNorm | nn.GroupNorm, x: Tensor, shape: list[int], kernel: Callable[[Tensor | None, Tensor | None], Tensor]
 ) -> Tensor:  # fmt: skip
     """The kernel with weight and bias of x's dtype; GPUs' kernels take no others, so fp32 ones come after it, in this shape."""
