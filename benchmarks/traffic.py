@@ -46,8 +46,8 @@ def build_parser() -> cli.Parser:
     g.add_argument("--tokens", type=cli.positive_int, default=154, help="text tokens of SD3: 77 of CLIP and those of T5; SD1.5 has 77")
     g.add_argument("--gradient_checkpointing", action="store_true", help="recompute every block in the backward pass")
     g.add_argument("--stock", action="store_true", help="layers of diffusers and peft, without this project's own")
-    g.add_argument("--compute", type=cli.positive_float, default=650.0, help="TFLOP/s of bf16 products; about what an H100 reaches")
-    g.add_argument("--bandwidth", type=cli.positive_float, default=3.0, help="TB/s through memory; about what an H100 reaches")
+    g.add_argument("--compute", type=cli.positive_float, default=650.0, help="TFLOP/s of bf16 products; a guess for an H100")
+    g.add_argument("--bandwidth", type=cli.positive_float, default=3.0, help="TB/s through memory; a guess for an H100")
     return parser
 
 

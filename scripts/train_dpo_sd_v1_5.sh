@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Diffusion-DPO: align SD1.5 with human preferences. SDXL is told from its folder.
 #
-#   needs     one GPU of 40 GB or more (25 GiB predicted), models/stable-diffusion-v1-5 (bash scripts/download.sh stable-diffusion-v1-5); pairs come from the Hub, 7,000 in 0.9 GB,
+#   needs     one GPU of 40 GB or more (24.5 GiB predicted), models/stable-diffusion-v1-5 (bash scripts/download.sh stable-diffusion-v1-5); pairs come from the Hub, 7,000 in 0.9 GB,
 #             or from datas/open-image-preferences (bash scripts/download.sh open-image-preferences), unless --dataset_name names others
 #   80 GB     faster: --train_batch_size 16 --gradient_accumulation_steps 8, the same pairs a step
 #   24 GB     add --optimizer adamw8bit --gradient_checkpointing, or --use_lora

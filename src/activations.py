@@ -58,7 +58,7 @@ def count(
             forward(model)
     outside, inside = book.sizes()
     weights = [weight for unit in again for weight in unit.parameters() if autocast]
-    converted = [w for w in weights if w.requires_grad and w.ndim > 1 and w.dtype != autocast]  # those that it caches
+    converted = [w for w in weights if w.requires_grad and w.ndim > 1 and w.dtype != autocast]  # at most these
     return Kept(
         total=sum(outside), again=max(map(sum, inside), default=0), copies=sum(2 * weight.numel() for weight in converted),
         largest=max(chain(outside, *inside), default=0),

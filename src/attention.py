@@ -5,7 +5,8 @@ Three LoRAs on one input x are one LoRA of the matrices stacked, A stacked and B
     [q k v] = x [Wq Wk Wv]^T + scale * (x [Aq Ak Av]^T) diag(Bq, Bk, Bv)^T
 
 so x is read twice instead of six times, and its gradient is one product, to which another adds, instead of a sum of six. Weights, names and
-files stay those of the three layers: their frozen weights become parts of the stacked one. Elsewhere diffusers' own processor computes.
+files stay those of the three layers: their frozen weights become parts of the stacked one. Without autocast diffusers' own processor
+computes.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What a block keeps, in numbers for each of its tokens; d is the width of the model. A number has 2 bytes under autocast and 4 without it.
 
     any block              2 d    inputs of the two layer norms
-                           2 d    queries and keys before their norm (`src/norms.py`); values with them if stacked (`src/attention.py`)
+                           2 d    queries and keys before their norm; if stacked and joint (`src/attention.py`) values with them
                            4 d    queries, keys, values and the result of attention
                            4 d    input of GELU
     a trained layer        its input, d or 4 d; queries, keys and values share theirs, unless an adapter has
@@ -12,10 +12,11 @@ What a block keeps, in numbers for each of its tokens; d is the width of the mod
     trained modulation     2 d    results of the layer norms
                            2 d    results of attention and MLP before their gates
     trained q and k norms  2 d    queries and keys before their weights (nothing under autocast)
-    a dual block           all of this again for image tokens, but for layer norms, GELU and MLP
+    a dual block           all of this again for image tokens, but for layer norms, GELU and MLP, and copies of values and result
 
-A compiled block keeps what it would keep without autocast, in 2 bytes: the compiler makes no copies. Nor does it keep what it can compute
-again from what is there: results of norms, and the second norm's input where the results before the gates are kept.
+Of a single picture what attention gives is cut into image and text without a copy: inputs of the layers after it are there already. A
+compiled block does not keep what it can compute again from what is there: results of norms, and the second norm's input where the results
+before the gates are kept.
 
 What DoRA computes besides is not among this; `plan.step_memory` counts it. The tests count what autograd keeps, on tensors without
 memory (`tests/test_memory.py`).
@@ -107,7 +108,7 @@ def _inputs(layers: dict[str, nn.Module], step: Step, *, own_result: bool) -> in
             total += layer.in_features * (size + 1)  # a byte for each number that may be dropped
         elif name.endswith(("to_q", "to_k", "to_v", "q_proj", "k_proj", "v_proj")):
             shared = layer.in_features * size
-        elif not name.endswith("to_out.0") or own_result:
+        elif not name.endswith(("to_out.0", "to_add_out")) or own_result:
             total += layer.in_features * size
     return total + shared
 

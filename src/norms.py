@@ -1,10 +1,10 @@
 """Norms under autocast, in fewer passes through memory, keeping 16-bit inputs instead of fp32 copies for the backward pass.
 
-autocast computes layer and group norms of an fp32 copy and returns fp32, so that the operations after them are fp32, too. Here input and
-result have 16 bits. diffusers' `RMSNorm` of queries and keys is written for clarity: uncompiled, each takes a dozen passes through memory
-and saves an fp32 copy of its input, a quarter of all that a LoRA of SD3.5-medium saves. Here products are computed in fp32 and stored in 16
-bits by the same pass (`out=`). torch's own fused norm (`torch.nn.functional.rms_norm`) uses a block of threads per row; a row here is only
-the 64 numbers of a head.
+A GPU's autocast computes layer and group norms of an fp32 copy and returns fp32, so that the operations after them are fp32, too. Here
+input and result have 16 bits. diffusers' `RMSNorm` of queries and keys is written for clarity: uncompiled, each takes a dozen passes
+through memory and saves an fp32 copy of its input, a quarter of all that a LoRA of SD3.5-medium saves. Here products are computed in fp32
+and stored in 16 bits by the same pass (`out=`). torch's own fused norm (`torch.nn.functional.rms_norm`) uses a block of threads per row; a
+row here is only the 64 numbers of a head.
 """
 
 from __future__ import annotations

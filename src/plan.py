@@ -310,7 +310,7 @@ class StepMemory:
 
     Attributes:
         resident: weights, optimizer state and average; kept: activations when the backward pass begins; working: what that pass needs
-            besides; peak: the most of all at any time; uncompiled: though the run compiles, which keeps less.
+            besides; peak: the most of all at any time; uncompiled: though the run compiles.
     """
 
     resident: float

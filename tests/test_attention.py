@@ -84,6 +84,14 @@ def test_under_autocast_it_is_as_near_to_fp32_as_diffusers(dtype, batch):
         assert (a.float() - want).norm() < 1.3 * (b.float() - want).norm() < 0.1 * want.norm()
 
 
+def test_recomputed_it_is_the_same_to_the_bit():
+    model = adapted(torch.bfloat16).train()
+    attention.stack(model)
+    want = gradients(model, torch.bfloat16, torch.bfloat16)
+    speed.checkpoint_blocks(model)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, torch.bfloat16, torch.bfloat16), want, strict=True))
+
+
 @pytest.mark.slow
 def test_compiled_it_computes_the_same():
     """Values and gradients, with the adapters on and off; the backend "eager" traces as any other and needs no compiler."""

@@ -87,6 +87,8 @@ def test_a_compiled_block_by_hand(adapt, dual, each):
 
 KINDS = [
     pytest.param("LoRA", {}, id="LoRA"),
+    pytest.param("LoRA", {"batch": 1}, id="LoRA, one picture", marks=pytest.mark.slow),
+    pytest.param("full", {"batch": 1}, id="full, one picture", marks=pytest.mark.slow),
     pytest.param("LoRA", {"autocast": False}, id="LoRA, fp32", marks=pytest.mark.slow),
     pytest.param("LoRA, dropout", {}, id="LoRA, dropout", marks=pytest.mark.slow),
     pytest.param("LoRA, MLP too", {}, id="LoRA on other layers", marks=pytest.mark.slow),
@@ -103,7 +105,8 @@ def test_a_block_keeps_what_is_planned(adapt, changes, dual):
     step = memory.Step(**{"batch": 2, "image_tokens": 256, "text_tokens": 20, **changes})
     found = one_more_block(lambda config: counted(config, ADAPT[adapt], step, 256), TINY, dual)
     plan = one_more_block(lambda config: planned(config, ADAPT[adapt], step), TINY, dual)
-    statistics = 2 * (256 * (2 + 2 * dual) + 20 * 2) * 4 * 4 + 2 * (276 + 256 * dual) * 4 * 4 + 2 * 4 * 276  # q and k, softmax; norms
+    # of each token and head: norms of q and k, softmax; of each token: two norms of two pictures
+    statistics = step.batch * ((256 * (2 + 2 * dual) + 20 * 2) * 4 * 4 + (276 + 256 * dual) * 4 * 4 + 4 * 276)
     assert plan + statistics == pytest.approx(found, rel=0.03)
 
 

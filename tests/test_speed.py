@@ -273,7 +273,7 @@ def test_flags_take_effect(model, monkeypatch):
     monkeypatch.setattr(speed, "compile_blocks", lambda model, mode: compiled.append(mode))
     speed.apply(model, arguments())
     assert not compiled and not model.is_gradient_checkpointing
-    read = [module for module in model.modules() if isinstance(module, Attention) and not module.residual_connection]
+    read = [module for module in model.modules() if isinstance(module, Attention)]
     normed = [norm for module in read for norm in (module.norm_q, module.norm_k, module.norm_added_q, module.norm_added_k) if norm]
     assert read and all(type(norm) is norms._lean(RMSNorm) for norm in normed)
     assert all(
