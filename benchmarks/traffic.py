@@ -40,7 +40,7 @@ def build_parser() -> cli.Parser:
     g = parser.add_argument_group("benchmark")
     g.add_argument("--model", choices=PARTS, default="sd3.5-medium", help="whose geometry")
     g.add_argument("--full", action="store_true", help="train all weights, in fp32, instead of a LoRA on frozen bf16 ones")
-    g.add_argument("--rank", type=cli.positive_int, default=16, help="of the LoRA")
+    g.add_argument("--rank", type=cli.positive_int, default=16, help="of the LoRA; not used with --full")
     g.add_argument("--resolution", type=cli.multiple_of_16, default=512, help="side of the pictures in pixels")
     g.add_argument("--batch", type=cli.positive_int, default=16, help="pictures per step")
     g.add_argument("--tokens", type=cli.positive_int, default=154, help="text tokens of SD3: 77 of CLIP and those of T5; SD1.5 has 77")
@@ -99,7 +99,7 @@ def _bytes(tensor: Tensor) -> int:
 
 def prepared(args: argparse.Namespace) -> nn.Module:
     """The model on the meta device as a training script has it."""
-    family, part = PARTS[args.model]
+    _, part = PARTS[args.model]
     model = geometry.build(geometry.MODELS[args.model][part], dtype=torch.float32 if args.full else torch.bfloat16)
     if args.full:
         model.requires_grad_(True)

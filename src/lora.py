@@ -184,7 +184,7 @@ def _in_place(kind: type) -> type:
 
 
 def matrices(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (rank, in) and B (out, rank) of an adapted linear layer."""
+    """A (rank, in) and B (out, rank) of an adapted layer; of a convolution with its kernel's two dimensions besides."""
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
@@ -202,7 +202,7 @@ def _layers(module: nn.Module) -> list[tuple[str, Any]]:
 
 def _tensors(layer: Any) -> dict[str, nn.Parameter]:
     """The adapter's own parameters of one peft layer, by their names in a saved file."""
-    tensors = {"lora_A.weight": layer.lora_A[ADAPTER].weight, "lora_B.weight": layer.lora_B[ADAPTER].weight}
+    tensors = dict(zip(("lora_A.weight", "lora_B.weight"), matrices(layer), strict=True))
     if ADAPTER in layer.lora_magnitude_vector:
         tensors["lora_magnitude_vector"] = layer.lora_magnitude_vector[ADAPTER].weight
     return tensors

@@ -54,7 +54,7 @@ def test_one_product_is_the_three_layers(place, names):
     model = adapted().double()
     module = getattr(model.transformer_blocks[0], place)
     layers = [getattr(module, name) for name in names]
-    weights = [layer_weight for layer in layers for layer_weight in (layer.lora_A["default"].weight, layer.lora_B["default"].weight)]
+    weights = [weight for layer in layers for weight in lora.matrices(layer)]
     x = torch.randn(2, 7, 32, dtype=torch.float64, requires_grad=True)
     aim = torch.randn(3, 2, 7, 32, dtype=torch.float64)
 
