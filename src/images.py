@@ -15,14 +15,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 SOFTWARE = "dive-into-sd3"  # under PNG's keyword for the writing program: other programs also have a "prompt"
 _WHITE = (255, 255, 255)
 _INK = (40, 40, 40)
-_ORIENTATION = 0x0112  # EXIF tag
+_ORIENTATION = 0x0112  # EXIF tag, and what turns a picture with its values upright; 1: nothing does
+_TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                         Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90),
+                        start=2))  # fmt: skip
 # Exceptions of Pillow's decoders on damaged bytes, depending on the format; DecompressionBombError: above 179 megapixels.
 _DECODER_ERRORS = (
     OSError, EOFError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
@@ -121,7 +124,7 @@ def open_mask(
     with _opened(source, name) as image:
         image.load()
         if image.has_transparency_data:
-            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+            alpha = _upright(image).convert("RGBA").getchannel("A")
             if opaque or alpha.getextrema()[0] < 255:
                 return alpha, True
         return _upright_rgb(image).convert("L"), False
@@ -135,9 +138,9 @@ def measure(source: Path | str | bytes | Image.Image, name: str | None = None) -
     """
     with _opened(source, name) as image:
         width, height = image.size
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)  # by 90 degrees one way or the other
         drafted = image.draft(None, (1, 1))  # JPEG only: reads all of the file but computes one pixel in 8 x 8
         image.load()
+        turned = _orientation(image) in (5, 6, 7, 8)  # by 90 degrees one way or the other
         upright = _upright_rgb(image)
         if drafted is None:  # read only now: Pillow rotates a TIFF when it loads; before that, its size is the unrotated one
             return upright.size
@@ -164,8 +167,22 @@ def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 (upright) if the EXIF data is damaged: the picture is not. Load the picture first."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _DECODER_ERRORS:
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As `PIL.ImageOps.exif_transpose`, which writes the EXIF data anew, too, and so fails at one odd tag; and copies upright pictures."""
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    kind, image = image.format, ImageOps.exif_transpose(image)
+    kind, image = image.format, _upright(image)
     if image.mode.startswith("I;16"):
         return _high_bytes(image).convert("RGB")
     if image.mode == "I":  # mode of a 16-bit PNG in older versions of Pillow

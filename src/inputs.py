@@ -432,8 +432,8 @@ def fingerprint(args: argparse.Namespace, *folders: str) -> str:
     return f"{path}@{Path(snapshot).name}"
 
 
-def _one_line_if_full(fill: Callable[..., cache.TensorCache]) -> Callable[..., cache.TensorCache]:
-    """If a cache cannot be written, the program ends with one line; entries written so far stay, and are not computed again."""
+def _one_line_if_it_fails(fill: Callable[..., cache.TensorCache]) -> Callable[..., cache.TensorCache]:
+    """If an entry cannot be written or is not finite, the program ends with one line; entries written so far are not computed again."""
 
     @functools.wraps(fill)
     def filled(run: runtime.Run, args: argparse.Namespace, *rest: Any) -> cache.TensorCache:
@@ -441,11 +441,13 @@ def _one_line_if_full(fill: Callable[..., cache.TensorCache]) -> Callable[..., c
             return fill(run, args, *rest)
         except cache.Unwritable as error:
             raise SystemExit(f"error: --cache_dir {args.cache_dir}: {error.strerror}; make room there, or choose another folder") from error
+        except cache.NotFinite as error:
+            raise SystemExit(f"error: {error}") from error
 
     return filled
 
 
-@_one_line_if_full
+@_one_line_if_it_fails
 def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, prompts: list[str]) -> cache.TensorCache:
     """Cache of embeds (L, D) and pooled (P,) by prompt; the encoders are loaded only if prompts are missing, then dropped."""
     length = sequence_length(args, family)
@@ -471,7 +473,7 @@ def _text_cache(run: runtime.Run, args: argparse.Namespace, family: ModuleType, 
     return store
 
 
-@_one_line_if_full
+@_one_line_if_it_fails
 def _latent_cache(
     run: runtime.Run, args: argparse.Namespace, family: ModuleType, parts: list[captions.CaptionedImages],
     sizes: list[list[tuple[int, int]]], model: Any,

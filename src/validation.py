@@ -208,18 +208,16 @@ def _curves(lines: list[dict], width: int, panels: dict[str, str] | None) -> Ima
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    supervised = panels is None
-    if panels is None:
-        panels = {"training loss": "loss"} | ({"validation loss, fixed noise": "val_loss"} if _points(lines, "val_loss") else {})
-    levels = supervised and len(panels) == 2
-    panels = {title: name for title, name in panels.items() if _points(lines, name)} or panels  # what was not measured has none
-    count = len(panels) + levels
+    wanted = panels or {"training loss": "loss", "validation loss, fixed noise": "val_loss"}
+    curves = {title: points for title, name in wanted.items() if (points := _points(lines, name))}  # what was not measured has none
+    levels = panels is None and "validation loss, fixed noise" in curves
+    count = max(1, len(curves) + levels)
     figure, axes = plt.subplots(1, count, figsize=(width / 100, 3.3), dpi=100, layout="constrained", squeeze=False)
     axes = list(axes[0])
-    for axis, (title, name) in zip(axes, panels.items(), strict=False):
-        _curve(axis, _points(lines, name), title)
+    for axis, (title, points) in zip(axes, curves.items(), strict=False):
+        _curve(axis, points, title)
     if levels:
-        _changes(axes[2], lines, plt.get_cmap("viridis"))
+        _changes(axes[-1], lines, plt.get_cmap("viridis"))
     for axis in axes:
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.25)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from src.data.cache import TensorCache, Unwritable, fill, fingerprint, folder_fingerprint
+from src.data.cache import NotFinite, TensorCache, Unwritable, fill, fingerprint, folder_fingerprint
 
 ROOT = Path(__file__).parent.parent
 
@@ -148,6 +148,13 @@ def test_the_folder_says_what_it_is(tmp_path):
     cache = make(tmp_path, resolution=512)
     assert cache.folder.name.startswith("latents-")
     assert json.loads((cache.folder / "fingerprint.json").read_text()) == {"vae": "abc", "resolution": 512}
+
+
+def test_an_empty_note_is_written_again(tmp_path):
+    """What a machine that lost its power can leave of a file that had just been renamed."""
+    (make(tmp_path, resolution=512).folder / "fingerprint.json").write_text("")
+    note = make(tmp_path, resolution=512).folder / "fingerprint.json"
+    assert json.loads(note.read_text()) == {"vae": "abc", "resolution": 512}
 
 
 def test_a_renamed_folder_is_refused(tmp_path):
@@ -319,8 +326,10 @@ def test_what_belongs_together_is_one_ranks_share(tmp_path):
 def test_nan_is_never_cached(tmp_path):
     """An fp16 VAE that overflows would otherwise poison every later run."""
     cache = make(tmp_path)
-    with pytest.raises(ValueError, match="NaN.*--mixed_precision"):
-        fill(cache, ["a"], lambda keys: [{"mean": torch.tensor([1.0, float("inf")])}], batch_size=1, description="x", progress=False)
+    for named, options in (("'a'", {}), ("cat.png", {"named": {"a": "cat.png"}.get})):
+        with pytest.raises(NotFinite, match=f"mean of {named} holds NaN.*--mixed_precision"):
+            poisoned = [{"mean": torch.tensor([1.0, float("inf")])}]
+            fill(cache, ["a"], lambda keys, p=poisoned: p, batch_size=1, description="x", progress=False, **options)
     assert cache.missing(["a"]) == ["a"]
 
 

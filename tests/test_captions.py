@@ -140,6 +140,23 @@ def test_other_files_are_ignored_with_a_count(tmp_path, capsys):
     assert "2 captioned picture(s), 4 other file(s) ignored" in capsys.readouterr().out
 
 
+def test_pictures_in_subfolders_are_not_read_but_counted(tmp_path, capsys):
+    for name in ("0", "more/1", "more/2"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / f"{name}.png").write_bytes(picture(0))
+        (tmp_path / "d" / f"{name}.txt").write_text("a caption")
+    assert len(load(tmp_path / "d", tmp_path, progress=True)) == 1
+    assert capsys.readouterr().out == f"{tmp_path / 'd'}: 1 captioned picture(s), 2 picture(s) in subfolders not read\n"
+
+
+def test_an_entry_without_a_file_name_is_named_by_its_number(tmp_path):
+    folder = make_folder(tmp_path / "d", ["zero"])
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('{"text": "no picture"}\n')
+    images = load(folder, tmp_path, default_prompt="a thing")
+    assert shown(images) == [("zero", 0)] and images.skipped == ["entry 2: no 'file_name' in it"]
+
+
 def test_duplicates_keep_their_own_captions(tmp_path):
     folder = make_folder(tmp_path / "d", ["zero", "one"])
     shutil.copy(folder / "0.png", folder / "again.png")
@@ -410,6 +427,15 @@ def test_webdataset_tars_in_order_with_txt_and_mixed_forms(tmp_path):
     assert images.skipped == [] and shown(pickle.loads(pickle.dumps(images)).subset([0])) == [("one", 1)]
 
 
+def test_a_caption_may_lie_far_from_its_picture(tmp_path):
+    """`tar cf d.tar -C folder .` packs a folder in the file system's order: here all pictures, then all captions the other way round."""
+    members = {f"./{i}.png": picture(i) for i in range(4)} | {f"./{i}.txt": f"number {i}".encode() for i in (3, 2, 1, 0)}
+    tar = make_tar(tmp_path / "d.tar", members)
+    expected = [(f"number {i}", i) for i in range(4)]
+    assert shown(load(tar, tmp_path)) == expected
+    assert shown(load(tar, tmp_path, default_prompt="a thing")) == expected  # as DreamBooth reads it
+
+
 def test_webdataset_json_and_a_named_member(tmp_path):
     members = {"a.png": picture(0), "a.json": b'{"caption": "from json", "width": 3}', "a.txt": b"from txt"}
     members |= {"b.png": picture(1), "b.json": b"{"}
@@ -473,6 +499,31 @@ def test_parquet(tmp_path, plain):
 
 
 @pytest.mark.slow
+def test_a_folder_of_parts_is_read_for_its_training_part(tmp_path):
+    """As the Hub converts data sets: default/train/0000.parquet."""
+    for part in ("test", "train"):
+        (tmp_path / "d" / "default" / part).mkdir(parents=True)
+        make_parquet(tmp_path / "d" / "default" / part / "0000.parquet", [f"for {part}"])
+    assert shown(load(tmp_path / "d", tmp_path)) == [("for train", 0)]
+
+
+def test_parquet_replaced_under_its_name_and_time_is_read_anew(tmp_path):
+    file = tmp_path / "d.parquet"
+    for captions_ in (["old"], ["new", "newer"]):
+        make_parquet(file, captions_)
+        os.utime(file, (1e9, 1e9))  # as archives with fixed times unpack
+        assert [prompt for prompt, _ in shown(load(file, tmp_path))] == captions_
+
+
+def test_a_table_names_the_file_that_is_gone(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["gone.png"], "text": ["a"]}), tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"none of its 1 picture\(s\) can be used; the first: row 0: gone.png: No such file"):
+        load(tmp_path / "d.parquet", tmp_path)
+
+
 def test_of_parquet_only_the_columns_in_use_are_copied(tmp_path):
     """`datasets` reads parquet from an Arrow file of its own in --cache_dir: here without 1 MB of masks, which nobody asked for."""
     import pyarrow
@@ -589,6 +640,10 @@ def wrong_sources(tmp: Path) -> dict[str, tuple[Path, str]]:
     made["empty"] = tmp / "empty", "--dataset_name .*has no pictures; expected"
     (tmp / "empty" / "readme.md").write_text("x")
     made["nested"] = make_folder(tmp / "nested" / "train", ["zero"]).parent, "has no pictures.*try --dataset_name .*train"
+    make_folder(tmp / "nested" / "test", ["zero"])  # comes first by name
+    (tmp / "phone").mkdir()
+    (tmp / "phone" / "IMG_1.HEIC").write_bytes(b"x")
+    made["phone"] = tmp / "phone", "has no pictures that can be read; convert IMG_1.HEIC and the rest to JPEG"
     (tmp / "uncaptioned" / "a.png").write_bytes(picture(0))
     made["uncaptioned"] = tmp / "uncaptioned", r"1 picture\(s\) but no captions.*a.txt for a.png"
     (tmp / "file" / "a.zip").write_bytes(b"x")

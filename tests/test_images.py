@@ -74,6 +74,24 @@ def test_exif_rotation_is_applied():
     assert upright.getpixel((15, 0)) == RED and upright.getpixel((0, 0)) == WHITE
 
 
+@pytest.mark.parametrize("entry", [(0x0128, 2, b"abc\0"), (0x0131, 5, b"\0\0\0\x08")], ids=["unit as text", "software as number"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_one_odd_tag_costs_neither_the_picture_nor_its_rotation(entry, form):
+    """EXIF by hand, orientation 6 beside a tag of another type than its own: cameras and editors write such."""
+    tag, kind, value = entry
+    entries = struct.pack(">HHI4s", 0x0112, 3, 1, b"\0\6\0\0") + struct.pack(">HHI4s", tag, kind, 4 if kind == 2 else 1, value)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)
+    odd = encoded(noise(61, 37), form, exif=exif)
+    plain = Image.Exif()
+    plain[0x0112] = 6
+    assert measure(odd) == (37, 61)
+    assert open_rgb(odd).tobytes() == open_rgb(encoded(noise(61, 37), form, exif=plain)).tobytes()
+
+
+def test_damaged_exif_leaves_an_upright_picture():
+    assert open_rgb(encoded(noise(61, 37), "PNG", exif=b"Exif\0\0MM\0*\xff\xff")).tobytes() == noise(61, 37).convert("RGB").tobytes()
+
+
 def test_alpha_lies_on_white():
     """Half transparent black over white: 255 * (1 - 128/255) = 127; wholly transparent red is white."""
     image = Image.new("RGBA", (3, 1))

@@ -323,6 +323,14 @@ def test_curves_take_gaps_of_non_finite_values_and_any_number_of_points(tmp_path
         assert validation.summary(folder, ["a"]).exists()
 
 
+def test_a_run_that_only_validates_has_the_curves_of_that(tmp_path):
+    """Resumed in another folder where nothing is left to train: no line of it has a training loss."""
+    folder = fake_run(tmp_path, [4])
+    lines = [line for line in metrics.read(folder / "metrics.jsonl") if "loss" not in line]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert validation.summary(folder, ["a", "b"]).exists()
+
+
 def test_the_running_mean_by_hand():
     """40 points 0..39: half a window is 2 points; the mean of i-2..i+2 is i, at the ends that of what there is."""
     smooth = validation._smoothed([(10 * i, float(i)) for i in range(40)])

@@ -80,6 +80,10 @@ class Unwritable(OSError):
     """An entry could not be written: the disk is full, or was disconnected."""
 
 
+class NotFinite(ValueError):
+    """A computed tensor holds NaN or infinity."""
+
+
 class TensorCache:
     """Named tensors by key, in root/KIND-FINGERPRINT; fingerprint.json there says what the fingerprint stands for.
 
@@ -101,10 +105,13 @@ class TensorCache:
                 continue  # its writer has just renamed it
         description = json.dumps(described_by, sort_keys=True, indent=1) + "\n"
         note = self.folder / "fingerprint.json"
-        if not note.exists():
+        try:
+            found = json.loads(note.read_text())
+        except (FileNotFoundError, ValueError):  # a machine that lost its power leaves an empty file; the folder's name says as much
             self._put(description.encode(), note)
-        elif json.loads(note.read_text()) != json.loads(description):
-            raise ValueError(f"the cache {self.folder} was made with other settings than its name says; delete it")
+        else:
+            if found != json.loads(description):
+                raise ValueError(f"the cache {self.folder} was made with other settings than its name says; delete it")
 
     def file(self, key: str) -> Path:
         name = hashlib.sha256(key.encode()).hexdigest()
@@ -148,8 +155,11 @@ class TensorCache:
         try:
             with self.file(key).open("rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
-                length = stream.read(8)
-                header = _header(length + stream.read(min(size, *struct.unpack("<Q", length))), size) if len(length) == 8 else None
+                start = stream.read(8)
+                if len(start) < 8:
+                    return False
+                (length,) = struct.unpack("<Q", start)
+                header = _header(start + stream.read(min(length, size)), size)
         except FileNotFoundError:
             return False
         return header is not None and header.get("__metadata__", {}).get("key") == key
@@ -198,6 +208,7 @@ def fill(
     world: int = 1,
     group: Callable[[str], Hashable] | None = None,
     together: Callable[[str], Hashable] | None = None,
+    named: Callable[[str], str] = repr,
     progress: bool = True,
 ) -> int:
     """Computes and writes the missing entries of `keys`; returns how many this process computed.
@@ -211,9 +222,10 @@ def fill(
         compute: up to `batch_size` keys -> as many entries.
         group: only keys with the same value may share a batch (the size of a picture); None: all may.
         together: keys with the same value go to the same process (both orientations of a picture); None: each on its own.
+        named: what an error calls a key.
 
     Raises:
-        ValueError: if a computed tensor holds NaN or infinity, which would otherwise come back in every epoch of every run.
+        NotFinite: a computed tensor holds NaN or infinity, which would otherwise come back in every epoch of every run.
     """
     from tqdm import tqdm
 
@@ -234,13 +246,13 @@ def fill(
                     continue
                 for key, tensors in zip(batch, compute(batch), strict=True):
                     if key in wanted:
-                        _check_finite(key, tensors)
+                        _check_finite(named(key), tensors)
                         cache.write(key, tensors)
                 bar.update(len(wanted))
     return len(missing)
 
 
-def _check_finite(key: str, tensors: dict[str, Tensor]) -> None:
+def _check_finite(entry: str, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} of {key!r} holds NaN or infinity and is not cached; try --mixed_precision bf16 or no")
+            raise NotFinite(f"{name} of {entry} holds NaN or infinity and is not cached; try --mixed_precision bf16 or no")

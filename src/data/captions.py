@@ -146,12 +146,14 @@ def open_captioned(
         raise ValueError(f"--dataset_name {dataset_name}: none of its {len(source.rows)} picture(s) can be used{first}")
     if progress:
         kind = "picture(s)" if default_prompt else "captioned picture(s)"
-        _report(f"{dataset_name}: {len(records)} {kind}", skipped, source.ignored)
+        _report(f"{dataset_name}: {len(records)} {kind}", skipped, source)
     return CaptionedImages(source, rows, records, skipped)
 
 
-def _report(usable: str, skipped: list[str], ignored: int) -> None:
-    print(printable(usable) + (f", {ignored} other file(s) ignored" if ignored else ""))
+def _report(usable: str, skipped: list[str], source: Source) -> None:
+    ignored = f", {source.ignored} other file(s) ignored" if source.ignored else ""
+    deeper = f", {source.deeper} picture(s) in subfolders not read" if source.deeper else ""
+    print(printable(usable) + ignored + deeper)
     if skipped:
         print(f"{len(skipped)} picture(s) skipped (--strict_data stops at the first):")
         for line in skipped[:10]:

@@ -142,6 +142,7 @@ class _Rows:
     column_names: list[str]
     table: Any = None  # a datasets.Dataset of the two picture columns, not decoded; None: files
     ignored: int = 0
+    deeper: int = 0
 
     def read(self, row: int) -> bytes:
         where = self.rows[row].where

@@ -205,7 +205,8 @@ def fill_latents(
 
         return fill(
             cache, list(jobs), compute, batch_size=batch_size, description="cache latents", rank=rank, world=world,
-            group=lambda key: jobs[key][1], together=lambda key: jobs[key][0], progress=progress,
+            group=lambda key: jobs[key][1], together=lambda key: jobs[key][0], named=lambda key: images.records[jobs[key][0]].name,
+            progress=progress,
         )  # fmt: skip
 
 

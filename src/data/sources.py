@@ -26,6 +26,7 @@ from src import hub
 from src.errors import first_line
 
 PICTURES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+_FOREIGN = {".heic", ".heif", ".jxl", ".jp2", ".cr2", ".nef", ".arw", ".dng", ".psd"}  # of cameras and phones, which Pillow cannot read
 METADATA = ("metadata.jsonl", "metadata.csv")
 _LOOKED_AT = 100  # parquet files whose footers are read before a run begins
 _LAYOUTS = (
@@ -58,6 +59,7 @@ class Source(Protocol):
     rows: list[Row]
     column_names: list[str]
     ignored: int  # files that are not part of the data set
+    deeper: int  # pictures in subfolders, which are not part of it either
 
     def read(self, row: int) -> bytes: ...
 
@@ -112,15 +114,21 @@ def locate(dataset_name: str, captioned: bool = True) -> Located:
     for kind in ("parquet", "tar"):
         files = sorted(file for file in path.rglob(f"*.{kind}") if not file.name.startswith("."))
         # A clone of a Hub data set holds the test and validation parts too: they are not for training.
-        files = [file for file in files if file.name.startswith("train")] or files
+        training = [file for file in files if any(part.startswith("train") for part in file.relative_to(path).parts)]  # train/0000.parquet
+        files = training or files
         if files:
             return Located(kind, path, tuple(files), len(pictures))  # the pictures are a banner, or examples
     if pictures:
         return Located("txt", path, tuple(pictures))
     folders = [sub for sub in sorted(path.iterdir()) if sub.is_dir()]
     inside = [sub for sub in folders if _pictures(sub) or any((sub / name).is_file() for name in METADATA)]
-    hint = f"; there are pictures in its subfolder: try --dataset_name {inside[0]}" if inside else f"; {_LAYOUTS}"
-    raise ValueError(f"--dataset_name {dataset_name} has no pictures{hint}")
+    inside.sort(key=lambda sub: not sub.name.startswith("train"))
+    if inside:
+        raise ValueError(f"--dataset_name {dataset_name} has no pictures; there are some in its subfolder: try --dataset_name {inside[0]}")
+    foreign = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _FOREIGN)
+    if foreign:
+        raise ValueError(f"--dataset_name {dataset_name} has no pictures that can be read; convert {foreign[0]} and the rest to JPEG")
+    raise ValueError(f"--dataset_name {dataset_name} has no pictures; {_LAYOUTS}")
 
 
 def _looks_local(name: str) -> bool:
@@ -144,6 +152,7 @@ class Folder:
     rows: list[Row]
     column_names: list[str]
     ignored: int
+    deeper: int = 0
 
     def read(self, row: int) -> bytes:
         return self.rows[row].where.read_bytes()
@@ -211,10 +220,12 @@ def _open_metadata(at: Located, image_column: str, caption_column: str, captione
     entries = list(metadata_lines(at.files[0]))
     columns = columns_of(entries)
     name_column = _check_columns(at.files[0], columns, image_column, caption_column, captioned)
-    rows = [
-        Row(str(entry.get(name_column)), at.path / str(entry.get(name_column) or "(no file name)"), entry.get(caption_column))
-        for entry in entries
-    ]
+    rows = []
+    for number, entry in enumerate(entries, start=1):
+        if name := entry.get(name_column):
+            rows.append(Row(str(name), at.path / str(name), entry.get(caption_column)))
+        else:
+            rows.append(Row(f"entry {number}", None, None, f"no {name_column!r} in it", unreadable=True))
     named = {row.where for row in rows}
     return Folder(rows, columns, sum(file.is_file() and file not in named for file in at.path.iterdir()) - 1)  # 1: the metadata itself
 
@@ -232,7 +243,9 @@ def _open_txt(at: Located) -> Folder:
         except OSError as error:
             rows.append(Row(picture.name, picture, None, f"{beside.name} cannot be read ({error.strerror})", unreadable=True))
     used = {file for picture in at.files for file in (picture, picture.with_suffix(".txt"))}
-    return Folder(rows, ["text"], sum(file.is_file() and file not in used for file in at.path.iterdir()))
+    ignored = sum(file.is_file() and file not in used for file in at.path.iterdir())
+    deeper = sum(len(_pictures(folder)) for folder in at.path.iterdir() if folder.is_dir())
+    return Folder(rows, ["text"], ignored, deeper)
 
 
 # --------------------------------------------------------------------------- tar files
@@ -243,6 +256,7 @@ class Tar:
     rows: list[Row]
     column_names: list[str]
     ignored: int
+    deeper: int = 0
 
     def read(self, row: int) -> bytes:
         path, offset, size = self.rows[row].where
@@ -255,7 +269,7 @@ class Tar:
 
 
 def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]], dict[str, bytes]]]:
-    """(key, {extension: (offset, size)}, {"txt": ..., "json": ...}) for each run of members that share a key.
+    """(key, {extension: (offset, size)}, {"txt": ..., "json": ...}) for all members that share a key, in the order of their first ones.
 
     WebDataset's rule: the key is the name up to the first dot of its last part, the rest is the extension.
     """
@@ -267,20 +281,22 @@ def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]], 
 
     try:
         with tarfile.open(path, "r:") as archive:
-            files = (member for member in archive if member.isfile() and not member.name.rpartition("/")[2].startswith("."))
-            for key, members in itertools.groupby(files, key=lambda member: split(member)[0]):
-                places, texts = {}, {}
-                for member in members:
-                    extension = split(member)[1]
-                    places[extension] = (member.offset_data, member.size)
-                    if f".{extension}" not in PICTURES and member.size < 2**20:  # captions; larger members are other data
-                        texts[extension] = archive.extractfile(member).read()
-                yield key, places, texts
+            # over the whole archive: `tar` packs a folder in the file system's order, and a caption may lie far from its picture
+            samples: dict[str, tuple[dict, dict]] = {}
+            for member in archive:
+                if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
+                    continue
+                key, extension = split(member)
+                places, texts = samples.setdefault(key, ({}, {}))
+                places[extension] = (member.offset_data, member.size)
+                if f".{extension}" not in PICTURES and member.size < 2**20:  # captions; larger members are other data
+                    texts[extension] = archive.extractfile(member).read()
             archive.fileobj.seek(archive.offset)  # tarfile silently takes a damaged later header for the end
             if archive.fileobj.read(2**16).strip(b"\0"):
                 raise ValueError(f"--dataset_name: {path} is damaged or cut short at byte {archive.offset} (or two archives in one file)")
     except tarfile.TarError as error:
         raise ValueError(f"--dataset_name: {path} is not a whole, uncompressed .tar file ({error})") from error
+    yield from ((key, places, texts) for key, (places, texts) in samples.items())
 
 
 def _tar_caption(texts: dict[str, bytes], caption_column: str) -> tuple[Any, list[str], str]:
@@ -345,6 +361,7 @@ class Table:
     table: Any  # a datasets.Dataset with the picture column only, not decoded
     image_column: str
     ignored: int = 0
+    deeper: int = 0
 
     def read(self, row: int) -> bytes:
         return encoded(self.table[row][self.image_column])
@@ -358,7 +375,12 @@ def encoded(value: dict[str, Any] | None) -> bytes:
     """
     if value is None or (value.get("bytes") is None and not value.get("path")):
         raise OSError("no picture in this row")
-    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    try:
+        return Path(value["path"]).read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, f"{value['path']}: {error.strerror}") from error
 
 
 def _check_table(name: str, schema: Any, image_column: str, caption_column: str, captioned: bool) -> str:
@@ -432,12 +454,17 @@ def load_table(at: Located, dataset_name: str, cache_dir: Path, revision: str | 
     """
     import datasets
 
-    where = str(cache_dir / "datasets")
+    from src.data.cache import fingerprint
+
+    where = cache_dir / "datasets"
     try:
         if at.kind == "parquet":
             files = [str(file) for file in with_rows(at.files)]
-            return datasets.load_dataset("parquet", data_files=files, columns=columns, split="train", cache_dir=where)
-        return datasets.load_dataset(dataset_name, split="train", cache_dir=where, revision=revision)
+            # `datasets` tells local files by path and time alone: a file replaced within its resolution would be read from the old copy
+            states = [os.stat(file) for file in files]
+            where /= fingerprint(files=[[file, s.st_size, s.st_mtime_ns] for file, s in zip(files, states, strict=True)])
+            return datasets.load_dataset("parquet", data_files=files, columns=columns, split="train", cache_dir=str(where))
+        return datasets.load_dataset(dataset_name, split="train", cache_dir=str(where), revision=revision)
     except (*hub.errors(), datasets.exceptions.DatasetsError) as error:
         if at.kind == "parquet":
             why = first_line(error.__cause__ or error)
