@@ -280,8 +280,8 @@ def main(args: argparse.Namespace) -> None:
             break
         # end twin
 
-    evaluator.evaluate_last(log.step)
     actor.save_result(average)
+    evaluator.evaluate_last(log.step)
     trained_on = f"DDPO on the reward `{args.scorer}`, {log.step // updates} epochs of {sampler.samples_per_epoch} pictures"
     card.write(run, args, kind=actor.kind, prompt=found.training[0].text, trained_on=trained_on)
     run.finish(f"done: {args.output_dir}")

@@ -250,9 +250,9 @@ def main(args: argparse.Namespace) -> None:
             saver.save(done)
             return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
 
-    validator.validate_last(args.max_train_steps)
     if run.is_main:
         unet.save_result(model, average, args)
+    validator.validate_last(args.max_train_steps)
     kind = ("SFT" if args.sft else "Diffusion-DPO") + (" LoRA" if args.use_lora else "")
     trained_on = f"{len(data.training)} preference pairs of `{args.dataset_name}`, {args.max_train_steps} optimizer steps"
     card.write(run, args, kind=kind, trained_on=trained_on, prompt=data.training.images.records[0].prompt)

@@ -215,12 +215,13 @@ def main(args: argparse.Namespace) -> None:
             return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
         # end twin
 
+    with checkpoint.writing_result(args.output_dir):
+        if run.is_main:
+            save_weights(modules, args.output_dir, average, args.export_format)
+            if args.export_merged:
+                with ema.applied(average):
+                    lora.export_merged(transformer, args.output_dir / "merged_transformer")
     validator.validate_last(args.max_train_steps)
-    if run.is_main:
-        save_weights(modules, args.output_dir, average, args.export_format)
-        if args.export_merged:
-            with ema.applied(average):
-                lora.export_merged(transformer, args.output_dir / "merged_transformer")
     pictures = len(data.training) // args.repeats
     card.write(run, args, kind="DreamBooth LoRA", images=pictures, prompt=data.training.images.records[0].prompt)
     run.finish(f"done: {args.output_dir}")

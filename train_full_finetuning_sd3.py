@@ -208,10 +208,11 @@ def main(args: argparse.Namespace) -> None:
             return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
         # end twin
 
+    with checkpoint.writing_result(args.output_dir):
+        save_weights(modules, args.output_dir, average, run.is_main)
+        if run.is_main and not args.save_transformer_only:
+            full.complete_pipeline(model.path, args.output_dir, trained=list(modules), revision=args.revision, variant=args.variant)
     validator.validate_last(args.max_train_steps)
-    save_weights(modules, args.output_dir, average, run.is_main)
-    if run.is_main and not args.save_transformer_only:
-        full.complete_pipeline(model.path, args.output_dir, trained=list(modules), revision=args.revision, variant=args.variant)
     kind = "Fine-tuned transformer" if args.save_transformer_only else "Full fine-tuning"
     card.write(run, args, kind=kind, images=len(data.training), prompt=data.training.images.records[0].prompt)
     run.finish(f"done: {args.output_dir}")

@@ -287,9 +287,9 @@ def main(args: argparse.Namespace) -> None:
             run.print(f"stopped after step {done}: {reason}")
             break
 
-    evaluator.evaluate_last(log.step)
     if run.is_main:
         unet.save_result(model, average, args)
+    evaluator.evaluate_last(log.step)
     kind = KINDS[args.method] + (" LoRA" if args.use_lora else "")
     trained_on = f"the gradient of the reward `{args.scorer}`, {log.step} optimizer steps of {sampler.samples_per_epoch} pictures"
     card.write(run, args, kind=kind, trained_on=trained_on, prompt=found.training[0].text)

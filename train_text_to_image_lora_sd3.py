@@ -190,12 +190,14 @@ def main(args: argparse.Namespace) -> None:
             return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
         # end twin
 
+    # The result comes first: nothing that the last validation may run into can cost it.
+    with checkpoint.writing_result(args.output_dir):
+        if run.is_main:
+            save_weights(transformer, args.output_dir, average, args.export_format)
+            if args.export_merged:
+                with ema.applied(average):
+                    lora.export_merged(transformer, args.output_dir / "merged_transformer")
     validator.validate_last(args.max_train_steps)
-    if run.is_main:
-        save_weights(transformer, args.output_dir, average, args.export_format)
-        if args.export_merged:
-            with ema.applied(average):
-                lora.export_merged(transformer, args.output_dir / "merged_transformer")
     card.write(run, args, kind="LoRA", images=len(data.training), prompt=data.training.images.records[0].prompt)
     run.finish(f"done: {args.output_dir}")
 

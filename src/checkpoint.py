@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -120,6 +121,24 @@ def _write_failures() -> tuple[type[BaseException], ...]:
     return OSError, SafetensorError
 
 
+@contextlib.contextmanager
+def writing_result(output_dir: Path) -> Iterator[None]:
+    """Inside, the result of a run is written to its folder: a full disk ends the program with one line.
+
+    Raises:
+        SystemExit: says which checkpoint is intact and what to do.
+    """
+    try:
+        yield
+    except _write_failures() as error:
+        latest = find_latest(output_dir)
+        again = "continue with --resume_from_checkpoint latest" if latest else "run again"
+        intact = f"; {latest.name} is intact" if latest else ""
+        raise SystemExit(
+            f"error: could not write the result to {output_dir} ({first_line(error)}){intact}. Free space there, then {again}"
+        ) from error
+
+
 def _difference(saved: dict, here: dict) -> str | None:
     """Why a flat dictionary of tensors, `saved`, cannot be loaded into another, `here`; None if no reason is found."""
     if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in (*saved.values(), *here.values())):
@@ -225,7 +244,7 @@ class Checkpointer:
         folder = output_dir / f"checkpoint-{step}"
         temporary = folder.with_name(folder.name + ".tmp")
         try:
-            self._write(temporary, {"step": step, "kinds": self._kinds(), **state})
+            self._write(temporary, {"step": step, "kinds": self._kinds(), "world": self.run.world, **state})
             if folder.exists():
                 _remove(folder)
             os.replace(temporary, folder)
@@ -281,7 +300,7 @@ class Checkpointer:
                 self.run.print(f"no checkpoint in {self.run.output_dir}: starting at step 0")
             return 0
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)  # processes of a machine share the pages
-        step, kinds = state.pop("step"), state.pop("kinds")
+        step, kinds, world = state.pop("step"), state.pop("kinds"), state.pop("world", self.run.world)
         state |= {name: part.read_files(folder) for name, part in self._with_files().items()}
         missing, extra = sorted(self.parts.keys() - state.keys()), sorted(state.keys() - self.parts.keys())
         if missing or extra:
@@ -300,6 +319,8 @@ class Checkpointer:
                 raise ValueError(f"{folder} does not fit this run: {name}: {difference}{self._other_flags(folder)}")
         self.saved = step if folder.parent.resolve() == self.run.output_dir.resolve() else None
         self.run.print(f"resuming from {folder}, step {step}")
+        if note := other_batch(saved_args(folder), world, vars(self.run.args), self.run.world):
+            self.run.print(note)
         return step
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -321,6 +342,25 @@ class Checkpointer:
         now = json.loads((self.run.output_dir / "args.json").read_text(encoding="utf-8"))
         changes = changed_flags(saved_args(folder), now)
         return f"; flags that differ: {', '.join(changes)}" if changes else "; pass the flags it was written with (its args.json)"
+
+
+def other_batch(before: dict[str, Any], world_before: int, now: dict[str, Any], world: int) -> str | None:
+    """A line if a step (where pictures are drawn: an epoch) has another number of pictures than in the run that wrote the checkpoint.
+
+    Args:
+        before, now: flags; world_before, world: number of processes.
+    """
+    drawn = "sample_batch_size" in now
+    batch, batches = ("sample_batch_size", "sample_num_batches_per_epoch") if drawn else ("train_batch_size", "gradient_accumulation_steps")
+    if batch not in now or batch not in before:
+        return None
+    old, new = (math.prod((flags[batch], flags[batches], size)) for flags, size in ((before, world_before), (now, world)))
+    if old == new:
+        return None
+    fitting, rest = divmod(old, now[batch] * world)
+    cure = f"; --{batches} {fitting} would keep them" if fitting and not rest else ""
+    what = "an epoch" if drawn else "a step"
+    return f"{what} has {new} samples on {world} process(es), {old} on {world_before} before, at the learning rate of the checkpoint{cure}"
 
 
 def changed_flags(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -322,7 +322,11 @@ def _prepare(
     run: runtime.Run, args: argparse.Namespace, family: ModuleType, kind: type[samples.Samples], parts: list[Any],
     pictures: list[captions.CaptionedImages], name: str,
 ) -> Inputs:  # fmt: skip
-    """Encode the prompts, load the parts that are needed after that, and `assemble`."""
+    """List what was left out, encode the prompts, load the parts that are needed after that, and `assemble`."""
+    if run.is_main and parts[0].skipped:
+        listed = run.output_dir / "skipped.txt"
+        listed.write_text("".join(f"{captions.printable(line)}\n" for line in parts[0].skipped), encoding="utf-8")
+        run.print(f"what was skipped is listed in {listed}")
     text = encode_texts(run, args, [record.prompt for part in parts for record in part.records], family)
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     model = family.load(path, **options, dtype=run.weight_dtype, device=run.device, parts=resident(args, text))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src import card, cli, ema, full, lora, optim, quantize, runtime, seeds, sharding, speed, transitions
+from src import card, checkpoint, cli, ema, full, lora, optim, quantize, runtime, seeds, sharding, speed, transitions
 from src.data import prompts
 from src.pipelines import sd3, sd3_rollout
 
@@ -272,13 +272,14 @@ class Policy:
 
     def save_result(self, average: ema.Ema | None) -> None:
         """Write the run's result to its folder, in every requested format; with --full_weights a complete pipeline."""
-        args = self.args
-        self.save(args.output_dir, average, args.export_format)
-        if args.full_weights and self.run.is_main:
-            full.complete_pipeline(self.model.path, args.output_dir, trained=["transformer"], revision=args.revision, variant=args.variant)
-        if args.export_merged and self.run.is_main:
-            with ema.applied(average):
-                lora.export_merged(self.transformer, args.output_dir / "merged_transformer")
+        args, path = self.args, self.model.path
+        with checkpoint.writing_result(args.output_dir):
+            self.save(args.output_dir, average, args.export_format)
+            if args.full_weights and self.run.is_main:
+                full.complete_pipeline(path, args.output_dir, trained=["transformer"], revision=args.revision, variant=args.variant)
+            if args.export_merged and self.run.is_main:
+                with ema.applied(average):
+                    lora.export_merged(self.transformer, args.output_dir / "merged_transformer")
 
 
 class Pace:

@@ -123,9 +123,10 @@ def save(unet: nn.Module, folder: Path, average: ema.Ema | None, args: argparse.
 
 def save_result(model: sd15.SD15, average: ema.Ema | None, args: argparse.Namespace) -> None:
     """Write the result of the run: a LoRA (and with --export_merged the merged UNet), or a complete pipeline folder."""
-    save(model.unet, args.output_dir, average, args)
-    if not args.use_lora:
-        full.complete_pipeline(model.path, args.output_dir, trained=["unet"], revision=args.revision, variant=args.variant)
-    elif args.export_merged:
-        with ema.applied(average):
-            lora.export_merged(model.unet, args.output_dir / "merged_unet")
+    with checkpoint.writing_result(args.output_dir):
+        save(model.unet, args.output_dir, average, args)
+        if not args.use_lora:
+            full.complete_pipeline(model.path, args.output_dir, trained=["unet"], revision=args.revision, variant=args.variant)
+        elif args.export_merged:
+            with ema.applied(average):
+                lora.export_merged(model.unet, args.output_dir / "merged_unet")

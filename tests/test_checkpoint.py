@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 class FakeRun:
     is_main = True
+    world = 1
     signals = SimpleNamespace(install=lambda: None)
 
     def __init__(self, folder: Path, **flags):
@@ -311,6 +312,43 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path):
     saver(tmp_path / "torch", parts={"optimizer": torch.optim.Adafactor(ps)}, optimizer="adafactor").save(1)
     with pytest.raises(ValueError, match="saved by Adafactor, this run uses Adafactor of transformers"):
         saver(tmp_path / "torch", parts={"optimizer": ours}, optimizer="adafactor").resume("latest")
+
+
+def test_a_step_of_other_size_is_named_with_what_would_keep_it(tmp_path):
+    """2 processes x 3 x 1 accumulated = 6 pictures; one process with 3 has half of them, and keeps them with 2 accumulated."""
+    run = FakeRun(tmp_path, train_batch_size=3, gradient_accumulation_steps=1)
+    run.world = 2
+    checkpoint.Checkpointer(run, every=1, keep=None, parts={"lora": Weights()}).save(1)
+
+    def said(**flags):
+        again = saver(tmp_path, **flags)
+        again.resume(tmp_path / "checkpoint-1")
+        return again.run.lines[1:]
+
+    assert said(train_batch_size=3, gradient_accumulation_steps=2) == []
+    line = "a step has {} samples on 1 process(es), 6 on 2 before, at the learning rate of the checkpoint"
+    assert said(train_batch_size=3, gradient_accumulation_steps=1) == [f"{line.format(3)}; --gradient_accumulation_steps 2 would keep them"]
+    assert said(train_batch_size=4, gradient_accumulation_steps=1) == [line.format(4)]  # no multiple of 4 is 6
+    assert said(train_batch_size=8, gradient_accumulation_steps=1) == [line.format(8)]
+
+
+def test_an_epoch_of_drawn_pictures_of_other_size_is_named(tmp_path):
+    flags = {"sample_batch_size": 4, "train_batch_size": 2, "gradient_accumulation_steps": 1}
+    before, now = ({**flags, "sample_num_batches_per_epoch": batches} for batches in (8, 4))
+    assert checkpoint.other_batch(before, 1, now, 2) is None
+    assert checkpoint.other_batch(before, 1, now, 1).startswith("an epoch has 16 samples on 1 process(es), 32 on 1 before")
+    assert checkpoint.other_batch(before, 1, now, 1).endswith("--sample_num_batches_per_epoch 8 would keep them")
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_full_disk_at_the_result_says_what_is_intact(tmp_path, earlier):
+    if earlier:
+        saver(tmp_path).save(5)
+    with pytest.raises(SystemExit) as stop, checkpoint.writing_result(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    intact = "; checkpoint-5 is intact. Free space there, then continue with --resume_from_checkpoint latest"
+    cure = intact if earlier else ". Free space there, then run again"
+    assert stop.value.code == f"error: could not write the result to {tmp_path} ([Errno 28] No space left on device){cure}"
 
 
 def test_the_gradient_scaler_is_saved_too(tmp_path):

@@ -287,6 +287,30 @@ def test_a_longer_run_continues_a_finished_one(train):
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+def test_the_result_does_not_wait_for_the_last_validation(train, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(script.validation, "summary", full_disk)
+    with pytest.raises(OSError):
+        train("run", max_train_steps=2, checkpointing_steps=1)
+    out = tmp_path / "run"
+    assert (out / runs.WEIGHTS).read_bytes() == (out / "checkpoint-2" / runs.WEIGHTS).read_bytes()
+
+
+def test_a_full_disk_at_the_result_is_one_line(train, tmp_path, monkeypatch):
+    written = []
+
+    def full_disk(*_):
+        written.append(1)
+        if len(written) > 1:  # the checkpoint's goes through
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(script.lora, "save", full_disk)
+    with pytest.raises(SystemExit, match="error: could not write the result to .*No space left on device.*; checkpoint-2 is intact"):
+        train("run", max_train_steps=2, checkpointing_steps=2)
+
+
 def poison(monkeypatch, step: int, break_loss) -> None:
     calls, healthy = [], script.flow_matching_loss
 
@@ -462,9 +486,10 @@ def test_adapters_and_optimizer_stay_fp32_under_bf16(train, live, tmp_path):
 def test_broken_pictures_are_named_and_skipped_or_stop_the_run(train, world, tmp_path, capsys):
     data = shutil.copytree(world.data, tmp_path / "data")
     (data / "3.png").write_bytes((data / "3.png").read_bytes()[:60])
-    train(dataset_name=data)
+    listed = train(dataset_name=data) / "skipped.txt"
     said = capsys.readouterr().out
-    assert "1 picture(s) skipped" in said and "3.png" in said
+    assert "1 picture(s) skipped" in said and f"what was skipped is listed in {listed}" in said
+    assert re.fullmatch("cannot read 3.png: .+\n", listed.read_text())
     with pytest.raises(SystemExit, match="error: --strict_data: cannot read 3.png"):
         train("strict", dataset_name=data, strict_data=True)
 
