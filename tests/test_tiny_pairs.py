@@ -50,7 +50,7 @@ def test_right_pictures_win_against_wrong_ones():
 
 
 def test_captions_are_those_of_training_and_all_different():
-    prompts = pairs.training_prompts(200, seed=2)
+    prompts = shapes.captions(200, seed=2)
     assert len(set(prompts)) == 200
     asked = [shapes.read_caption(prompt) for prompt in prompts]
     assert not any(shapes.is_held_out(one.shape, one.color, one.background) for one in asked)
@@ -71,7 +71,7 @@ def test_the_shipped_pairs_are_of_training_captions_and_ordered_by_the_verifier(
     columns = preferences.Columns("jpg_0", "jpg_1", "label_0", "caption")
     opened = preferences.open_preferences(str(runs.ROOT / "datas/pairs"), columns, cache_dir=tmp_path / "cache", progress=False)
     assert len(opened) == 1176 and opened.ties == 0
-    assert {record.prompt for record in opened.records} <= set(pairs.training_prompts(1280, seed=2))
+    assert {record.prompt for record in opened.records} <= set(shapes.captions(1280, seed=2))
     chosen = range(0, 1176, 40)
     both = torch.stack([images.from_pil(image) for index in chosen for image in opened.images(index)])
     prompts = [opened.records[index].prompt for index in chosen for _ in range(2)]

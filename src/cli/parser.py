@@ -5,20 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from src.cli.types import (
-    decay,
-    fraction,
-    multiple_of_16,
-    non_negative_float,
-    non_negative_int,
-    number,
-    path,
-    positive_float,
-    positive_fraction,
-    positive_int,
-    seed,
-    t5_length,
-)
+from src.cli.types import Number, multiple_of_16, path
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -36,10 +23,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.type in (positive_int, non_negative_int, t5_length, seed, multiple_of_16):
+        if isinstance(action.type, Number):
+            return "N" if action.type.whole else "X"
+        if action.type is multiple_of_16:
             return "N"
-        if action.type in (number, positive_float, non_negative_float, fraction, positive_fraction, decay):
-            return "X"
         return "PATH" if action.type is path else "TEXT"
 
 

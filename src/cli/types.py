@@ -6,94 +6,46 @@ import argparse
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def _whole(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-    return value
+@dataclass(frozen=True)
+class Number:
+    """The type of a flag: numbers of a range.
+
+    Attributes:
+        least, most: bounds, allowed themselves unless named in `but`. whole: whole numbers only. wrong: what an error says of the range.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    whole: bool = False
+    but: tuple[float, ...] = ()
+    wrong: str = ""
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' * self.whole}number, got {text!r}") from None
+        if not (self.whole or math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+        if not self.least <= value <= self.most or value in self.but:
+            raise argparse.ArgumentTypeError(f"{self.wrong or f'must be at least {self.least:g}'}, got {text}")
+        return value
 
 
-def positive_int(text: str) -> int:
-    """1, 2, 3, ..."""
-    return _whole(text, 1)
-
-
-def non_negative_int(text: str) -> int:
-    """0, 1, 2, ..."""
-    return _whole(text, 0)
-
-
-def t5_length(text: str) -> int:
-    """1 to 512 tokens of T5, what diffusers' pipeline takes; the model was trained with 256."""
-    value = _whole(text, 1)
-    if value > 512:
-        raise argparse.ArgumentTypeError(f"is more than the pipeline takes, got {text}; try 512 or less")
-    return value
-
-
-def seed(text: str) -> int:
-    """0 to 2**63 - 1: what a random generator takes, with room for the consecutive seeds of further pictures."""
-    value = _whole(text, 0)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"must be below 2**63, got {text}; try 0")
-    return value
-
-
-def number(text: str) -> float:
-    """A finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    value = number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    value = number(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A number in [0, 1]."""
-    value = number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
-    return value
-
-
-def positive_fraction(text: str) -> float:
-    """A number in (0, 1]."""
-    value = fraction(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be greater than 0, at most 1")
-    return value
-
-
-def decay(text: str) -> float:
-    """A number in [0, 1): a decay of 1 would never forget its first value."""
-    value = fraction(text)
-    if value == 1:
-        raise argparse.ArgumentTypeError("must be less than 1, got 1; try 0.999")
-    return value
+positive_int = Number(1, whole=True)
+non_negative_int = Number(0, whole=True)
+t5_length = Number(1, 512, whole=True, wrong="must lie in 1 .. 512")  # what diffusers' pipeline takes; the model was trained with 256
+seed = Number(0, 2**63 - 1, whole=True, wrong="must lie in 0 .. 2**63 - 1")  # what a random generator takes, with room for more pictures
+number = Number()
+positive_float = Number(0, but=(0,), wrong="must be greater than 0")
+non_negative_float = Number(0)
+fraction = Number(0, 1, wrong="must lie in [0, 1]")
+positive_fraction = Number(0, 1, but=(0,), wrong="must be greater than 0, at most 1")
+decay = Number(0, 1, but=(1,), wrong="must lie in [0, 1)")  # a decay of 1 would never forget its first value
 
 
 def multiple_of_16(text: str) -> int:

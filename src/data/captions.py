@@ -125,15 +125,31 @@ def open_captioned(
     check_source(dataset_name, **columns)
     source = open_source(dataset_name, **columns, cache_dir=cache_dir, revision=revision)
     memo = Memo.of(dataset_name, cache_dir)
-    rows: list[int] = []
-    records: list[Record] = []
-    skipped: list[str] = []
+    found, skipped = keep(scan(source, memo, progress, default_prompt), memo, most=max_train_samples, strict=strict)
+    if not found:
+        raise ValueError(f"--dataset_name {dataset_name}: none of its {len(source.rows)} picture(s) can be used{first_of(skipped)}")
+    if progress:
+        usable = f"{dataset_name}: {len(found)} {'picture(s)' if default_prompt else 'captioned picture(s)'}"
+        usable += f", {source.ignored} other file(s) ignored" if source.ignored else ""
+        usable += f", {source.deeper} picture(s) in subfolders not read" if source.deeper else ""
+        report(usable, skipped, "picture(s)")
+    return CaptionedImages(source, [row for row, _ in found], [record for _, record in found], skipped)
+
+
+def keep(
+    scanned: Iterator[tuple[int, Any]], memo: Memo, *, most: int | None, strict: bool
+) -> tuple[list[tuple[int, Any]], list[str]]:  # fmt: skip
+    """(row, what was found) of the first `most` usable rows, and what is wrong with the others; the memo is saved in any case.
+
+    Raises:
+        ValueError: for the first fault if `strict`.
+    """
+    kept, skipped = [], []
     try:
-        for row, found in scan(source, memo, progress, default_prompt):
-            if isinstance(found, Record):
-                rows.append(row)
-                records.append(found)
-                if len(records) == max_train_samples:
+        for row, found in scanned:
+            if not isinstance(found, str):
+                kept.append((row, found))
+                if len(kept) == most:
                     break
             elif strict:
                 raise ValueError(f"--strict_data: {found}")
@@ -141,23 +157,20 @@ def open_captioned(
                 skipped.append(found)
     finally:
         memo.save()
-    if not records:
-        first = f"; the first: {skipped[0]}" if skipped else ""
-        raise ValueError(f"--dataset_name {dataset_name}: none of its {len(source.rows)} picture(s) can be used{first}")
-    if progress:
-        kind = "picture(s)" if default_prompt else "captioned picture(s)"
-        _report(f"{dataset_name}: {len(records)} {kind}", skipped, source)
-    return CaptionedImages(source, rows, records, skipped)
+    return kept, skipped
 
 
-def _report(usable: str, skipped: list[str], source: Source) -> None:
-    ignored = f", {source.ignored} other file(s) ignored" if source.ignored else ""
-    deeper = f", {source.deeper} picture(s) in subfolders not read" if source.deeper else ""
-    print(printable(usable) + ignored + deeper)
+def first_of(skipped: list[str]) -> str:
+    """How an error goes on that says that nothing can be used."""
+    return f"; the first: {skipped[0]}" if skipped else ""
+
+
+def report(usable: str, skipped: list[str], what: str) -> None:
+    """Print what can be used and, of what was left out, the first ten."""
+    print(printable(usable))
     if skipped:
-        print(f"{len(skipped)} picture(s) skipped (--strict_data stops at the first):")
-        for line in skipped[:10]:
-            print(f"  {printable(line)}")
+        print(f"{len(skipped)} {what} skipped (--strict_data stops at the first):")
+        print("\n".join(f"  {printable(line)}" for line in skipped[:10]))
         if len(skipped) > 10:
             print(f"  and {len(skipped) - 10} more")
 

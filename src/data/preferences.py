@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from src.data import sources
-from src.data.captions import CaptionedImages, Memo, Record, caption_problem, printable, scan
+from src.data.captions import CaptionedImages, Memo, Record, caption_problem, first_of, keep, report, scan
 from src.data.samples import Samples, look
 
 if TYPE_CHECKING:
@@ -275,33 +275,12 @@ def open_preferences(
     if strict and skipped:
         raise ValueError(f"--strict_data: {skipped[0]}")
     memo = Memo.of(dataset_name, cache_dir)
-    rows: list[int] = []
-    records: list[Record] = []
-    try:
-        for row, found in _pairs(source, memo, progress):
-            if not isinstance(found, str):
-                rows += [row, row + 1]
-                records += found
-                if len(records) == 2 * (max_train_samples or 0):
-                    break
-            elif strict:
-                raise ValueError(f"--strict_data: {found}")
-            else:
-                skipped.append(found)
-    finally:
-        memo.save()
-    if not records:
-        first = f"; the first: {skipped[0]}" if skipped else ""
-        raise ValueError(f"--dataset_name {dataset_name}: no pair can be used: {ties} tie(s), {len(skipped)} broken row(s){first}")
+    found, broken = keep(_pairs(source, memo, progress), memo, most=max_train_samples, strict=strict)
+    skipped += broken
+    if not found:
+        what = f"{ties} tie(s), {len(skipped)} broken row(s){first_of(skipped)}"
+        raise ValueError(f"--dataset_name {dataset_name}: no pair can be used: {what}")
     if progress:
-        _report(dataset_name, len(records) // 2, ties, skipped)
-    return PreferencePairs(CaptionedImages(source, rows, records, skipped), ties, skipped)
-
-
-def _report(dataset_name: str, usable: int, ties: int, skipped: list[str]) -> None:
-    print(f"{printable(dataset_name)}: {usable} pair(s)" + (f", {ties} tie(s) dropped" if ties else ""))
-    if skipped:
-        print(f"{len(skipped)} row(s) skipped (--strict_data stops at the first):")
-        print("\n".join(f"  {printable(line)}" for line in skipped[:10]))
-        if len(skipped) > 10:
-            print(f"  and {len(skipped) - 10} more")
+        report(f"{dataset_name}: {len(found)} pair(s)" + (f", {ties} tie(s) dropped" if ties else ""), skipped, "row(s)")
+    rows = [side for row, _ in found for side in (row, row + 1)]
+    return PreferencePairs(CaptionedImages(source, rows, [record for _, pair in found for record in pair], skipped), ties, skipped)

@@ -8,13 +8,11 @@ state.
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,11 +69,7 @@ def shapes() -> list[str]:
     """512 different captions of drawings that models/tiny-sd3 was trained on; none names a held-out triple."""
     from src.tiny import shapes as world
 
-    captions: dict[str, None] = {}
-    for index in itertools.count():
-        captions[world.drawing(index, seed=0).caption] = None
-        if len(captions) == _SHAPES:
-            return list(captions)
+    return world.captions(_SHAPES, seed=0)
 
 
 def shapes_held_out() -> list[str]:
@@ -125,7 +119,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     elif kind == "rows":
         file = Path(source).expanduser()
         file = next(file / name for name in _METADATA if (file / name).is_file()) if file.is_dir() else file
-        rows = {".csv": _csv_rows, ".json": _json_list}.get(file.suffix.lower(), _json_rows)(file, where)
+        rows = _json_list(file, where) if file.suffix.lower() == ".json" else list(sources.text_rows(file, where))
         found = _from_rows(rows, column, where)
     else:
         found = _from_table(source, kind, column, cache_dir, revision, where)
@@ -178,21 +172,6 @@ def _text(file: Path, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
 
 
-def _json_rows(file: Path, where: str) -> Rows:
-    rows = []
-    for number, line in enumerate(_text(file, where).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: line {number} is not JSON ({error.msg}); one object a line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: line {number} must be an object like {{"prompt": "a fox"}}')
-        rows.append((f"line {number}", row))
-    return rows
-
-
 def _json_list(file: Path, where: str) -> Rows:
     """Rows of one JSON list of objects, or of texts."""
     try:
@@ -206,17 +185,6 @@ def _json_list(file: Path, where: str) -> Rows:
         if not isinstance(row, dict):
             raise ValueError(f'{where}: {place} must be a text or an object like {{"prompt": "a fox"}}, got {row!r}')
     return rows
-
-
-def _csv_rows(file: Path, where: str) -> Rows:
-    try:
-        return _numbered(sources.csv_rows(io.StringIO(_text(file, where))))  # as one text: a quoted field may hold several lines
-    except csv.Error as error:
-        raise ValueError(f"{where} cannot be read as CSV ({error})") from error
-
-
-def _numbered(rows: Iterable[dict[str, Any]]) -> Rows:
-    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _column(names: Sequence[str], column: str | None, where: str) -> str:
@@ -254,7 +222,7 @@ def _from_table(source: str, kind: str, column: str | None, cache_dir: Path, rev
             raise ValueError(f"{where} cannot be read as parquet: {first_line(error)}") from error
     else:
         name, values = _from_hub(source, column, cache_dir / "datasets", revision, where)
-    return _from_rows(_numbered({name: value} for value in values), name, where)
+    return _from_rows([(f"row {number}", {name: value}) for number, value in enumerate(values, start=1)], name, where)
 
 
 def _from_hub(source: str, column: str | None, folder: Path, revision: str | None, where: str) -> tuple[str, list[Any]]:

@@ -174,30 +174,35 @@ def csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str | None]]:
         raise csv.Error(f"line {reader.reader.line_num}: {error}") from error  # the DictReader's own count stops at the last good row
 
 
-def metadata_lines(file: Path) -> Iterator[dict]:
-    """The rows of metadata.jsonl or metadata.csv.
+def text_rows(file: Path, where: str) -> Iterator[tuple[str, dict]]:
+    """The rows of a .csv file, else of JSON lines, and what to call each: row 1, row 2 of CSV; line 1, line 4 of JSON.
 
     Raises:
-        ValueError: naming the file and the line that cannot be read.
+        ValueError: beginning with `where`, naming the line that cannot be read.
     """
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:  # -sig: Windows editors put a byte order mark first
-            if file.suffix == ".csv":
-                yield from csv_rows(lines)
+            if file.suffix.lower() == ".csv":
+                yield from ((f"row {number}", row) for number, row in enumerate(csv_rows(lines), start=1))
                 return
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     try:
-                        entry = json.loads(line)
+                        row = json.loads(line)
                     except json.JSONDecodeError as error:
-                        raise ValueError(f"--dataset_name: {file} line {number} is not JSON ({error.msg})") from error
-                    if not isinstance(entry, dict):
-                        raise ValueError(f"--dataset_name: {file} line {number} must be an object like {{'file_name': ..., 'text': ...}}")
-                    yield entry
+                        raise ValueError(f"{where}: line {number} is not JSON ({error.msg}); one object a line") from error
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{where}: line {number} must be an object like {{'text': 'a fox'}}")
+                    yield f"line {number}", row
     except UnicodeDecodeError as error:
-        raise ValueError(f"--dataset_name: {file} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+        raise ValueError(f"{where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
     except csv.Error as error:
-        raise ValueError(f"--dataset_name: {file} cannot be read as CSV ({error})") from error
+        raise ValueError(f"{where} cannot be read as CSV ({error})") from error
+
+
+def metadata_lines(file: Path) -> Iterator[dict]:
+    """The rows of metadata.jsonl or metadata.csv; raises as `text_rows`."""
+    return (row for _, row in text_rows(file, f"--dataset_name: {file}"))
 
 
 def columns_of(entries: list[dict]) -> list[str]:

@@ -3,7 +3,7 @@
 import gc
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,3 +164,43 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+@torch.no_grad()
+def render(
+    pipe: Any, denoiser: nn.Module, decode: Callable[[Tensor, int], Tensor], condition: Conditioning, *, negative: Conditioning | None,
+    seeds: Sequence[int], height: int, width: int, num_inference_steps: int, guidance_scale: float, batch_size: int = 4,
+    decode_batch_size: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Images (b, 3, H, W) float32 in [0, 1] by a stock pipeline, picture i from CPU noise of seeds[i].
+
+    A picture depends on its seed and not on the batch or device (but for rounding). The denoiser is in eval mode meanwhile.
+
+    Args:
+        decode: latents, pictures at once -> images.
+        condition: b prompts, where the denoiser is, in its dtype. negative: b or 1 negative prompts of the same L; needed when
+            guidance_scale > 1, else unused.
+        height, width: multiples of 16, for a UNet of 8.
+        batch_size: pictures denoised at once. decode_batch_size: pictures decoded at once; None: batch_size.
+
+    Raises:
+        ValueError: missing negative prompt.
+    """
+    assert len(seeds) == len(condition), f"{len(condition)} prompts but {len(seeds)} seeds"
+    if guidance_scale > 1 and negative is None:
+        raise ValueError(f"guidance scale {guidance_scale} needs a negative prompt's embeddings (those of '' by default)")
+    pipe.set_progress_bar_config(disable=True)
+    texts = {"": condition} | ({"negative_": negative.to(condition.embeds).expand(len(condition))} if guidance_scale > 1 else {})
+    images = []
+    with evaluating(denoiser):
+        for start in range(0, len(condition), batch_size):
+            rows = slice(start, start + batch_size)
+            text = {f"{prefix}prompt_embeds": part.embeds[rows] for prefix, part in texts.items()}
+            if condition.pooled.shape[-1]:
+                text |= {f"{prefix}pooled_prompt_embeds": part.pooled[rows] for prefix, part in texts.items()}
+            latents = pipe(
+                height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="latent",
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]], **text,
+            ).images  # fmt: skip
+            images.append(decode(latents, decode_batch_size or batch_size))
+    return torch.cat(images)

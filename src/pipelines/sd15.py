@@ -7,6 +7,7 @@ D cross_attention_dim, P pooled width (1280 in XL, 0 in the others, which have n
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from src import ddpm, seeds
 from src.lora import unwrap
 from src.pipelines import common
-from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
+from src.pipelines.common import Conditioning, has_part, is_hub_id, read_config, token_ids
 from src.pipelines.common import encode_images as encode_images  # every family offers these under its own name
 from src.pipelines.common import sample_posterior as sample_posterior
 from src.pipelines.common import unload_text_encoders as unload_text_encoders
@@ -268,53 +269,14 @@ def _stock_pipeline(model: SD15, unet: nn.Module) -> Any:
     scheduler = type(model.scheduler).from_config(model.scheduler.config)
     parts = dict(vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler)
     if model.xl:
-        pipe = diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None, add_watermarker=False)
-    else:
-        absent = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        pipe = diffusers.StableDiffusionPipeline(**parts, **absent)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+        return diffusers.StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None, add_watermarker=False)
+    return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
-@torch.no_grad()
-def render(
-    model: SD15, unet: nn.Module, condition: Conditioning, *, negative: Conditioning | None, seeds: Sequence[int],
-    height: int, width: int, num_inference_steps: int, guidance_scale: float, batch_size: int = 4, decode_batch_size: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Images (b, 3, H, W) float32 in [0, 1] by the stock pipeline and the model's own sampler, picture i from CPU noise of seeds[i].
-
-    A picture depends on its seed and not on the batch or device (but for rounding). The UNet is in eval mode meanwhile.
-
-    Args:
-        condition: b prompts. negative: b or 1 negative prompts of the same L; needed when guidance_scale > 1, else unused.
-        height, width: multiples of 8.
-        batch_size: pictures denoised at once. decode_batch_size: pictures decoded at once; None: batch_size.
-
-    Raises:
-        ValueError: missing negative prompt.
-    """
-    assert len(seeds) == len(condition), f"{len(condition)} prompts but {len(seeds)} seeds"
-    if guidance_scale > 1 and negative is None:
-        raise ValueError(f"guidance scale {guidance_scale} needs a negative prompt's embeddings (those of '' by default)")
-    bare = unwrap(unet)
-    pipe = _stock_pipeline(model, bare)
-    device, dtype = _device_and_dtype(bare)
-    images = []
-    with evaluating(unet):
-        for start in range(0, len(condition), batch_size):
-            rows = slice(start, start + batch_size)
-            options = {"": condition[rows].to(device, dtype)}
-            if guidance_scale > 1:
-                options["negative_"] = negative.expand(len(condition))[rows].to(device, dtype)
-            text = {f"{prefix}prompt_embeds": part.embeds for prefix, part in options.items()}
-            if model.xl:
-                text |= {f"{prefix}pooled_prompt_embeds": part.pooled for prefix, part in options.items()}
-            latents = pipe(
-                height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="latent",
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]], **text,
-            ).images  # fmt: skip
-            images.append(decode_latents(model, latents, decode_batch_size or batch_size))
-    return torch.cat(images)
+def render(model: SD15, unet: nn.Module, condition: Conditioning, **options: Any) -> Tensor:
+    """Images (b, 3, H, W) float32 in [0, 1] by the stock pipeline and the model's own sampler; options of `common.render`."""
+    pipe, condition = _stock_pipeline(model, unwrap(unet)), condition.to(*_device_and_dtype(unet))
+    return common.render(pipe, unet, partial(decode_latents, model), condition, **options)
 
 
 # --------------------------------------------------------------------------- planning, from the configs alone

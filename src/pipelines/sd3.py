@@ -6,6 +6,7 @@ Shapes: b batch, h w latent side (pixels / 8), H W pixels, L text tokens (CLIP's
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from src import flow, quantize
 from src.lora import unwrap
 from src.pipelines import common
-from src.pipelines.common import Conditioning, evaluating, has_part, is_hub_id, read_config, token_ids
+from src.pipelines.common import Conditioning, has_part, is_hub_id, read_config, token_ids
 from src.pipelines.common import encode_images as encode_images  # every family offers these under its own name
 from src.pipelines.common import sample_posterior as sample_posterior
 from src.pipelines.common import unload_text_encoders as unload_text_encoders
@@ -273,50 +274,16 @@ def timestep_shift(model: SD3, shift: float | str, height: int, width: int) -> f
     return model.shift if shift == "model" else float(shift)
 
 
-@torch.no_grad()
-def render(
-    model: SD3, transformer: nn.Module, condition: Conditioning, *, negative: Conditioning | None, seeds: Sequence[int],
-    height: int, width: int, num_inference_steps: int, guidance_scale: float, batch_size: int = 4, decode_batch_size: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Images (b, 3, H, W) float32 in [0, 1] by the stock StableDiffusion3Pipeline, picture i from CPU noise of seeds[i].
-
-    A picture depends on its seed and not on the batch or device (but for rounding). The transformer is in eval mode meanwhile.
-
-    Args:
-        condition: b prompts. negative: b or 1 negative prompts of the same L; needed when guidance_scale > 1, else unused.
-        height, width: multiples of 16.
-        batch_size: pictures denoised at once. decode_batch_size: pictures decoded at once; None: batch_size.
-
-    Raises:
-        ValueError: missing negative prompt.
-    """
+def render(model: SD3, transformer: nn.Module, condition: Conditioning, **options: Any) -> Tensor:
+    """Images (b, 3, H, W) float32 in [0, 1] by the stock StableDiffusion3Pipeline; options of `common.render`."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    assert len(seeds) == len(condition), f"{len(condition)} prompts but {len(seeds)} seeds"
-    bare = unwrap(transformer)
-    if guidance_scale > 1 and negative is None:
-        raise ValueError(f"guidance scale {guidance_scale} needs a negative prompt's embeddings (those of '' by default)")
     pipe = StableDiffusion3Pipeline(
-        transformer=bare, scheduler=FlowMatchEulerDiscreteScheduler.from_config(model.scheduler.config), vae=None,
+        transformer=unwrap(transformer), scheduler=FlowMatchEulerDiscreteScheduler.from_config(model.scheduler.config), vae=None,
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    device, dtype = _device_and_dtype(bare)
-    images = []
-    with evaluating(transformer):
-        for start in range(0, len(condition), batch_size):
-            rows = slice(start, start + batch_size)
-            part, options = condition[rows].to(device, dtype), {}
-            if guidance_scale > 1:
-                against = negative.expand(len(condition))[rows].to(device, dtype)
-                options = dict(negative_prompt_embeds=against.embeds, negative_pooled_prompt_embeds=against.pooled)
-            latents = pipe(
-                prompt_embeds=part.embeds, pooled_prompt_embeds=part.pooled, height=height, width=width,
-                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, output_type="latent",
-                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]], **options,
-            ).images  # fmt: skip
-            images.append(decode_latents(model, latents, decode_batch_size or batch_size))
-    return torch.cat(images)
+    condition = condition.to(*_device_and_dtype(transformer))
+    return common.render(pipe, transformer, partial(decode_latents, model), condition, **options)
 
 
 # --------------------------------------------------------------------------- planning, from the configs alone

@@ -16,7 +16,6 @@ and the autoencoder's loss has neither LPIPS nor an adversary. Classes, conventi
 """
 
 import argparse
-import json
 import logging
 import os
 import time
@@ -30,7 +29,7 @@ import torch.distributed as dist
 from src.tiny import build_sd3, build_sd15
 from src.tiny.autoencoder import load_vae, measure_latents, train_vae, vae_ceiling
 from src.tiny.denoiser import evaluate, load_average, train_denoiser
-from src.tiny.loop import count, rank_and_processes
+from src.tiny.loop import count, load_as_fp32, rank_and_processes
 
 FAMILIES = {"sd3": build_sd3, "sd15": build_sd15}
 STAGES = ("vae", "decoder", "transformer", "unet", "save")
@@ -48,22 +47,14 @@ def print_evaluation(family: ModuleType, path: str, guidance_scale: float, n: in
     print(f"folder: {sum(file.stat().st_size for file in Path(path).rglob('*') if file.is_file()) / 1e6:.2f} MB")
     print("read right after encode and decode:", {name: f"{100 * share:.1f} %" for name, share in vae_ceiling(pipe.vae).items()})
     for scale in (guidance_scale, 1.0):
-        scores = {name: f"{100 * share:.1f} %" for name, share in evaluate(family, pipe, n, scale).items()}
+        scores = {name: f"{100 * share:.1f} %" for name, share in evaluate(pipe, n, scale).items()}
         print(f"{n} held-out prompts, 20 steps, guidance {scale:g}: {scores}")
 
 
 def save_half(pipe, folder: str) -> None:
-    """Write a pipeline folder of fp16 safetensors that loads as fp32 unless a `torch_dtype` is given.
-
-    transformers 5 takes the type from the config, diffusers takes fp32: text encoders in fp16 beside a transformer in fp32 would crash.
-    """
+    """Write a pipeline folder of fp16 safetensors that loads as fp32 unless a `torch_dtype` is given."""
     pipe.to(torch.float16).save_pretrained(folder)
-    for file in Path(folder).glob("text_encoder*/config.json"):
-        config = json.loads(file.read_text())
-        config["dtype"] = "float32"
-        file.write_text(json.dumps(config, indent=2) + "\n")
-    for file in Path(folder).rglob("*.safetensors"):
-        file.chmod(0o644)  # safetensors writes 0600, which other users of a shared checkout could not read
+    load_as_fp32(folder, "text_encoder*/config.json")
 
 
 def stages(family: ModuleType) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ from src.tiny.denoiser import Batch, Text
 from src.tiny.loop import RESOLUTION
 
 DENOISER = "unet"
-PIPELINE_OPTIONS = {}
 # Defaults of flags that both models have. Four latent channels hold a quarter of what tiny-sd3's sixteen do: no room for random blots.
 AUTOENCODER = {"vae_steps": 10000, "decoder_steps": 4000, "vae_blots": 0}
 DEFAULTS = {"unet_steps": 5000, "unet_channels": [64, 64, 96]}  # defaults of flags that only this model has

@@ -10,7 +10,6 @@ from src.tiny.loop import RESOLUTION
 
 DENOISER = "transformer"
 SHIFT = 3.0  # of the timestep schedule, as in Stable Diffusion 3.5
-PIPELINE_OPTIONS = {"max_sequence_length": 16}  # T5 tokens: the default, 256, is more than its tokenizer here has
 AUTOENCODER = {"vae_steps": 4000, "decoder_steps": 14000, "vae_blots": 4}  # defaults of flags that both models have
 DEFAULTS = {"transformer_steps": 10000, "layers": 6, "heads": 4}  # defaults of flags that only this model has
 

@@ -16,7 +16,6 @@ right one in exactly one attribute.
 """
 
 import argparse
-import json
 import logging
 import random
 import time
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from src import seeds
 from src.tiny import shapes
 from src.tiny.build import start_log
-from src.tiny.loop import Progress, count, resume, save, warmup_cosine
+from src.tiny.loop import Progress, count, load_as_fp32, resume, save, warmup_cosine
 
 RESOLUTION = 64  # pixels: 8 x 8 patches of 8 x 8
 MAX_SCALE = 16.0  # of the cosines in the loss
@@ -301,14 +300,7 @@ def save_folder(model, tokenizer, folder: str) -> None:
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     make_processor().save_pretrained(folder)
-    file = Path(folder) / "config.json"
-    config = json.loads(file.read_text())
-    config["dtype"] = "float32"
-    for part in ("text_config", "vision_config"):
-        config[part]["dtype"] = "float32"
-    file.write_text(json.dumps(config, indent=2) + "\n")
-    for weights in Path(folder).glob("*.safetensors"):
-        weights.chmod(0o644)  # safetensors writes 0600, which other users of a shared checkout could not read
+    load_as_fp32(folder, "config.json")
 
 
 def load_vae(path: str):

@@ -15,7 +15,8 @@ import torch
 
 from src.tiny import shapes
 from src.tiny.autoencoder import encode_latents, load_vae, measure_latents
-from src.tiny.loop import RESOLUTION, Progress, average_gradients, rank_and_processes, resume, save, warmup_cosine
+from src.tiny.evaluate import draw
+from src.tiny.loop import Progress, average_gradients, rank_and_processes, resume, save, warmup_cosine
 
 Text = tuple[torch.Tensor, ...]  # token ids (b, 16) of some prompts, for every text encoder
 logger = logging.getLogger("build")
@@ -112,43 +113,18 @@ def held_out_score(family: ModuleType, pipe, parameters: list, average: list, ar
     for parameter, value in zip(parameters, average, strict=True):
         parameter.data.copy_(value)
     load_vae(pipe.vae, args)  # another process may be training the decoder
-    score = evaluate(family, pipe, args.evaluation_prompts, args.guidance_scale)["correct"]
+    score = evaluate(pipe, args.evaluation_prompts, args.guidance_scale)["correct"]
     logger.info("%s step %d: %.1f %% of %d held-out prompts right", family.DENOISER, step, 100 * score, args.evaluation_prompts)
     for parameter, value in zip(parameters, kept, strict=True):
         parameter.data.copy_(value)
     return score
 
 
-@torch.no_grad()
-def generate(family: ModuleType, pipe, prompts: list[str], guidance_scale: float, batch_size: int = 64) -> torch.Tensor:
-    """Generate with the stock pipeline at 20 steps; picture i starts from the noise of seed i.
-
-    Returns:
-        Pictures (b, 3, H, W), float in [0, 1].
-    """
-    pipe.set_progress_bar_config(disable=True)
-    images = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        images.append(
-            pipe(
-                chunk,
-                height=RESOLUTION,
-                width=RESOLUTION,
-                num_inference_steps=20,
-                guidance_scale=guidance_scale,
-                **family.PIPELINE_OPTIONS,
-                generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
-                output_type="pt",
-            ).images.float()
-        )
-    return torch.cat(images)
-
-
-def evaluate(family: ModuleType, pipe, n: int, guidance_scale: float, seed: int = 0) -> dict[str, float]:
+def evaluate(pipe, n: int, guidance_scale: float, seed: int = 0) -> dict[str, float]:
     """Return the shares of `n` held-out prompts whose picture is wholly right, and right in shape, colour and background."""
     prompts = shapes.held_out_prompts(n, seed)
-    readings = shapes.verify(generate(family, pipe, prompts, guidance_scale))
+    pipe.set_progress_bar_config(disable=True)
+    readings = shapes.verify(draw(pipe, prompts, num_inference_steps=20, guidance_scale=guidance_scale))
     asked = [shapes.read_caption(prompt) for prompt in prompts]
     result = {"correct": shapes.correct(readings, prompts).float().mean().item()}
     for name in ("shape", "color", "background"):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -47,22 +47,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def draw(pipeline, prompts: list[str], *, num_inference_steps: int, guidance_scale: float) -> Tensor:
-    """Pictures (n, 3, H, W) in [0, 1]. Prompt i is drawn from seed i, in batches of 64: two models are compared on the same noise."""
-    rendered, t5 = [], getattr(pipeline, "tokenizer_3", None)
+def draw(
+    pipeline,
+    prompts: list[str],
+    seeds: Sequence[int] | None = None,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch_size: int = 64,
+) -> Tensor:
+    """Pictures (n, 3, H, W) in [0, 1]. Prompt i is drawn from seed i unless others are given: two models are compared on the same noise."""
+    rendered, t5, seeds = [], getattr(pipeline, "tokenizer_3", None), seeds or range(len(prompts))
     options = {"max_sequence_length": t5.model_max_length} if t5 else {}  # SD3 alone has one
-    for start in range(0, len(prompts), 64):
-        part = prompts[start : start + 64]
-        rendered.append(
-            pipeline(
-                prompt=part,
-                generator=[torch.Generator("cpu").manual_seed(start + i) for i in range(len(part))],
-                output_type="pt",
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                **options,
-            ).images.float()
-        )
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[rows]]
+        drawn = pipeline(prompt=prompts[rows], generator=generators, output_type="pt", num_inference_steps=num_inference_steps,
+                         guidance_scale=guidance_scale, **options)  # fmt: skip
+        rendered.append(drawn.images.float())
     return torch.cat(rendered)
 
 

@@ -1,6 +1,7 @@
 """The plumbing of the builders: progress, checkpoints, averaged gradients."""
 
 import argparse
+import json
 import logging
 import math
 import time
@@ -91,3 +92,17 @@ def resume(args: argparse.Namespace, name: str, **state) -> int:
             value.load_state_dict(saved[key])
     logger.info("%s: resumed after step %d", name, saved["step"])
     return saved["step"]
+
+
+def load_as_fp32(folder: str, configs: str) -> None:
+    """Make a folder of fp16 weights load as fp32 unless a dtype is given, and readable for other users of a shared checkout.
+
+    transformers 5 takes the type from the config, diffusers takes fp32: text encoders in fp16 beside a transformer in fp32 would crash.
+    """
+    for file in Path(folder).glob(configs):
+        config = json.loads(file.read_text())
+        for part in (config, *(config[name] for name in ("text_config", "vision_config") if name in config)):
+            part["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    for file in Path(folder).rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes 0600

@@ -38,29 +38,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def training_prompts(count: int, seed: int) -> list[str]:
-    """`count` different captions of the training split, in the order of the series that `seed` names."""
-    prompts: dict[str, None] = {}
-    index = 0
-    while len(prompts) < count:
-        prompts[shapes.drawing(index, seed).caption] = None
-        index += 1
-    return list(prompts)
-
-
 def draw(pipeline, prompts: list[str], guidance_scales: list[float], *, batch_size: int, num_inference_steps: int) -> Tensor:
     """One picture for each prompt, (n, 3, H, W) in [0, 1]: picture i from the noise of seed i, with guidance_scales[i]."""
-    rendered: list[Tensor | None] = [None] * len(prompts)
+    rendered = {}
     for scale in sorted(set(guidance_scales)):  # a pipeline draws a batch with one weight
         chosen = [i for i, own in enumerate(guidance_scales) if own == scale]
-        for start in range(0, len(chosen), batch_size):
-            part = chosen[start : start + batch_size]
-            generators = [torch.Generator("cpu").manual_seed(i) for i in part]
-            drawn = pipeline(prompt=[prompts[i] for i in part], generator=generators, guidance_scale=scale, output_type="pt",
-                             num_inference_steps=num_inference_steps)  # fmt: skip
-            for i, picture in zip(part, drawn.images.float(), strict=True):
-                rendered[i] = picture
-    return torch.stack(rendered)
+        drawn = evaluate.draw(pipeline, [prompts[i] for i in chosen], chosen, batch_size=batch_size, guidance_scale=scale,
+                              num_inference_steps=num_inference_steps)  # fmt: skip
+        rendered |= zip(chosen, drawn, strict=True)
+    return torch.stack([rendered[i] for i in range(len(prompts))])
 
 
 def pair_up(right: list[bool], pairs_per_prompt: int) -> list[tuple[int, int]]:
@@ -111,7 +97,7 @@ def check(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> int:
     """Draws, reads, writes; returns the number of pairs."""
     pipeline = evaluate.load(args.pretrained_model_name_or_path)
-    prompts = training_prompts(args.num_prompts, args.seed)
+    prompts = shapes.captions(args.num_prompts, args.seed)
     repeated = [prompt for prompt in prompts for _ in range(args.num_images)]
     weights = [args.guidance_scale[i % args.num_images % len(args.guidance_scale)] for i in range(len(repeated))]
     pictures = draw(pipeline, repeated, weights, batch_size=args.batch_size, num_inference_steps=args.num_inference_steps)

@@ -8,6 +8,7 @@ follows a held-out prompt was composed, not remembered.
 Coordinates are fractions of the picture's side, x to the right, y downwards, (0, 0) the top left corner.
 """
 
+import itertools
 import math
 import random
 import re
@@ -128,14 +129,18 @@ def drawings(n: int, seed: int, split: str = "train", shapes: tuple[str, ...] = 
 
 def held_out_prompts(n: int, seed: int = 0, shapes: tuple[str, ...] = SHAPES) -> list[str]:
     """Return `n` captions of held-out triples, all distinct while there are any left (126 for each shape), then repeated."""
-    distinct: dict[str, None] = {}
     possible = len(shapes) * 7 * (len(SIZES) + 1) * (len(POSITIONS) + 1)  # triples x sizes x positions, each or unmentioned
-    index = 0
-    while len(distinct) < min(n, possible):
-        distinct[drawing(index, seed, "held_out", shapes).caption] = None
-        index += 1
-    prompts = list(distinct)
+    prompts = captions(min(n, possible), seed, "held_out", shapes)
     return [prompts[i % len(prompts)] for i in range(n)]
+
+
+def captions(n: int, seed: int, split: str = "train", shapes: tuple[str, ...] = SHAPES) -> list[str]:
+    """Return the first `n` different captions of the series that `seed` names."""
+    distinct: dict[str, None] = {}
+    for index in itertools.count():
+        if len(distinct) == n:
+            return list(distinct)
+        distinct[drawing(index, seed, split, shapes).caption] = None
 
 
 def draw(drawing: Drawing, resolution: int) -> torch.Tensor:

@@ -58,12 +58,6 @@ def clip_merges(words: list[str], vocabulary_file: str | None = None) -> list[tu
     return [merges[rank] for rank in sorted(used)]
 
 
-def _byte_characters() -> list[str]:
-    """Return the printable characters that byte-level BPE writes for the 256 bytes, in CLIP's order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-
-
 def clip_tokenizer(pad_token: str = "<|endoftext|>"):
     """Return a `CLIPTokenizer`: bytes, bytes that end a word, merges, start, end.
 
@@ -71,9 +65,10 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>"):
         pad_token: as in Stable Diffusion 3, "<|endoftext|>" for CLIP-L and "!" for CLIP-G.
     """
     from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     merges = clip_merges(vocabulary_words())
-    characters = _byte_characters()
+    characters = list(bytes_to_unicode().values())
     tokens = [*characters, *(character + "</w>" for character in characters), *("".join(merge) for merge in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: index for index, token in enumerate(tokens)}
