@@ -47,7 +47,7 @@ SD15: Rows = (
     ("ReFL, full, AdamW, checkpointed", "refl", CHECKPOINTED),
     ("ReFL, full, 8-bit Adam, checkpointed", "refl", ("--optimizer", "adamw8bit", *CHECKPOINTED)),
 )
-TABLES = (("SD3.5-medium", SD3, (512, 1024), True), ("SD1.5", SD15, (512,), False))  # the last: with a prediction for compiled blocks
+TABLES = (("SD3.5-medium", SD3, (512, 1024)), ("SD1.5", SD15, (512,)))
 
 
 def build_parser() -> cli.Parser:
@@ -69,12 +69,10 @@ def measured(results: list[dict], trainer: str, resolution: int, flags: tuple[st
     return found[max(found)] if found else None
 
 
-def line(name: str, trainer: str, resolution: int, flags: tuple[str, ...], results: list[dict], *, compiled: bool) -> str:
+def line(name: str, trainer: str, resolution: int, flags: tuple[str, ...], results: list[dict]) -> str:
     setting = loops.Setting(trainer, resolution, flags)
     one, two, three = (trainers.planned(setting, batch).peak for batch in (1, 2, 3))
     cells = [f"{one / 2**30:.1f}", f"{(three - two) / 2**30:.2f}"]
-    if compiled:
-        cells.append(f"{trainers.planned(loops.Setting(trainer, resolution, (*flags, '--compile')), 1).peak / 2**30:.1f}")
     seen = measured(results, trainer, resolution, flags)
     cells.append("not measured" if seen is None else f"{seen / 2**30:.1f} ({100 * (seen / one - 1):+.0f} %)")
     return f"| {name} | {resolution}² | {' | '.join(cells)} |"
@@ -86,10 +84,9 @@ def read_results() -> list[dict]:
 
 def table() -> str:
     results, blocks = read_results(), []
-    for model, rows, sides, compiled in TABLES:
-        columns = ["predicted", "each more", *["compiled"] * compiled, "measured"]
-        head = [f"| {model} | px | {' | '.join(columns)} |", "|---|---|" + "---:|" * len(columns)]
-        lines = [line(name, trainer, side, flags, results, compiled=compiled) for side in sides for name, trainer, flags in rows]
+    for model, rows, sides in TABLES:
+        head = [f"| {model} | px | predicted | each more | measured |", "|---|---|---:|---:|---:|"]
+        lines = [line(name, trainer, side, flags, results) for side in sides for name, trainer, flags in rows]
         blocks.append("\n".join([*head, *lines]))
     return "\n\n".join(blocks) + "\n"
 

@@ -21,7 +21,7 @@ import train_text_to_image_lora_sd3
 from benchmarks import aligned, geometry, loops
 from benchmarks.loops import Loop, Setting, arguments
 from src import full, lora, plan, policy, unet
-from src.pipelines import sd15
+from src.pipelines import sd3, sd15
 
 Planned = Callable[[Setting, argparse.Namespace], plan.StepMemory]
 
@@ -56,7 +56,8 @@ def planned_lora_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMem
     train_text_to_image_lora_sd3.add_lora(transformer, args)
     trained = sum(p.numel() for p in lora.parameters(transformer))
     twice = True if getattr(args, "with_prior_preservation", False) else None  # the subject's gradients stay until the class's are added
-    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, accumulated=twice)
+    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=None, family=sd3,
+                               batch=args.train_batch_size, accumulated=twice)  # fmt: skip
 
 
 def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
@@ -66,7 +67,8 @@ def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMem
     weights = plan.weight_bytes({"transformer": sum(p.numel() for p in transformer.parameters())}, transformer, whole.weight)
     train_full_finetuning_sd3.select(transformer, args)
     trained = sum(p.numel() for p in full.parameters(transformer))
-    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=whole)
+    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=whole, family=sd3,
+                               batch=args.train_batch_size)  # fmt: skip
 
 
 def planned_rollouts(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
@@ -78,12 +80,12 @@ def planned_rollouts(setting: Setting, args: argparse.Namespace) -> plan.StepMem
     policy.adapt(transformer, args)
     trained = sum(p.numel() for p in lora.parameters(transformer))
     passes = 2 if args.guidance_scale > 1 else 1
-    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, batch=passes * plan.rollout_batch(args),
-                            accumulated=True)  # fmt: skip
+    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=None, family=sd3,
+                               batch=passes * plan.rollout_batch(args), accumulated=True)  # fmt: skip
 
 
 def planned_unet(setting: Setting, args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
-    """The UNet on the meta device, with its adapter, and the arguments of `plan.counted_memory` for it."""
+    """The UNet on the meta device, with its adapter, and the arguments of `plan.step_memory` for it."""
     module = geometry.build(setting.config("sd1.5", "unet"))
     whole = None if args.use_lora else plan.Whole(("unet",), weight=4, gradient=4)
     number = whole.weight if whole else plan.BYTES[args.mixed_precision]
@@ -96,7 +98,7 @@ def planned_unet(setting: Setting, args: argparse.Namespace) -> tuple[torch.nn.M
 def planned_pairs(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
     module, known = planned_unet(setting, args)
     pictures = args.train_batch_size * (1 if args.sft else 2)
-    return plan.counted_memory(args, module, **known, batch=pictures, frozen_copy=not (args.use_lora or args.sft))
+    return plan.step_memory(args, module, **known, batch=pictures, frozen_copy=not (args.use_lora or args.sft))
 
 
 def planned_reward_gradient(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:

@@ -1,7 +1,6 @@
 """Bytes that a forward pass of any model saves for the backward pass: counted in a pass on fake CUDA tensors, which have no memory.
 
-`src/memory.py` computes the same for SD3's transformer by arithmetic, compiled blocks included. Not counted here: tensors that compiled
-code saves, and the workspace of kernels.
+Not counted: tensors that compiled code saves, and the workspace of kernels.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import activations, inputs, lora, memory, optim, policy, quantize, rewards, rounding, runtime, speed
+from src import activations, inputs, lora, norms, optim, policy, quantize, rewards, rounding, runtime, speed
 from src.data import buckets, captions, prompts
 from src.pipelines import sd3, sd15
 
@@ -107,12 +107,9 @@ def show(
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     flops = sample_flops(family, denoiser, args, tokens, preference) * batch * (2 if subject and subject.class_images else 1)
     twice = True if subject and subject.class_images else None  # gradients of the subject wait for those of the class
-    if family is sd3:
-        step = step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, accumulated=twice)
-    else:
-        together = args.train_batch_size * (2 if preference and preference.reference else 1)
-        step = counted_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
-                              frozen_copy=reference > 0)  # fmt: skip
+    together = args.train_batch_size * (2 if preference and preference.reference else 1)
+    step = step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
+                          frozen_copy=reference > 0, accumulated=twice)  # fmt: skip
 
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
     if reference:
@@ -161,8 +158,8 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     extra = reference + other_passes
     pictures, passes = args.sample_batch_size * args.sample_num_batches_per_epoch, 2 if args.guidance_scale > 1 else 1
     together = passes * rollout_batch(args)
-    peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, batch=together, accumulated=True,
-                       averages=2 * other_passes)  # fmt: skip  # itself, and what it takes the place of while it is asked
+    peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, family=sd3, batch=together,
+                          accumulated=True, averages=2 * other_passes)  # fmt: skip  # itself, and what it takes the place of while asked
     decoding = drawing_bytes(args, sd15.vae_from_config(path, args.revision))
     peak = replace(peak, peak=max(peak.peak, peak.resident + decoding))  # no gradient is there meanwhile
     forward, step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
@@ -321,47 +318,16 @@ class StepMemory:
 
 
 def step_memory(
-    args: argparse.Namespace, transformer: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None = None,
-    batch: int | None = None, accumulated: bool | None = None, averages: int = 0,
-) -> StepMemory:  # fmt: skip
-    """What a step of SD3 will hold, by the arithmetic of `src/memory.py`; with DoRA, of which that knows nothing, counted.
-
-    Args:
-        transformer: on the meta device, with adapters or selected weights; weights: bytes of the parts; trained: number of parameters;
-            tokens: L.
-        batch: of a forward pass, None: --train_batch_size; accumulated: over several of them, None: as --gradient_accumulation_steps says.
-        averages: of what is trained, besides --use_ema.
-    """
-    accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
-    if vars(args).get("use_dora"):
-        return counted_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, family=sd3, averages=averages,
-                              batch=batch or args.train_batch_size, accumulated=accumulated)  # fmt: skip
-    step = memory.Step(
-        batch=batch or args.train_batch_size, image_tokens=(args.resolution // (sd3.VAE_SCALE * sd3.PATCH)) ** 2, text_tokens=tokens,
-        autocast=args.mixed_precision != "no", wide=(whole.weight if whole else BYTES[args.mixed_precision]) == 4,
-        checkpoint_every=checkpoint_every(args), compiled=args.compile,
-        packed=bool(vars(args).get("quantize_base")),
-    )  # fmt: skip
-    kept, working = memory.activation_bytes(transformer, step)
-    gradient = whole.gradient if whole else 4
-    resident = _resident(args, weights, trained, whole) + trained * EMA_BYTES * averages
-    peak = memory.peak_bytes(
-        resident=resident, gradients=trained * gradient, kept=kept, working=working, forward=memory.forward_bytes(transformer, step),
-        updating=_updating(transformer, trained, whole), accumulated=accumulated,
-    )  # fmt: skip
-    return StepMemory(resident, kept, working, peak)
-
-
-def counted_memory(
     args: argparse.Namespace, denoiser: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None,
     family: ModuleType, batch: int, frozen_copy: bool = False, after: int = 0, chained: bool = False,
     accumulated: bool | None = None, averages: int = 0,
 ) -> StepMemory:  # fmt: skip
-    """What a step will hold of a model other than SD3, or with DoRA, from a forward pass without memory (`src/activations.py`).
+    """What a step will hold, from a forward pass without memory (`src/activations.py`), in which nothing is compiled.
 
     Args:
-        denoiser: on the meta device, with adapters or selected weights; weights, trained, tokens, accumulated, averages: as
-            above.
+        denoiser: on the meta device, with adapters or selected weights; weights: bytes of the parts; trained: number of parameters;
+            tokens: L; accumulated: over several passes, None: as --gradient_accumulation_steps says; averages: of what is trained,
+            besides --use_ema.
         batch: pictures in a forward pass with gradient; frozen_copy: of the weights, which is asked afterwards, without gradient;
             after: bytes that are needed for a moment between that pass and its backward pass; chained: several such passes follow each
             other, of which all but the last are computed again, when the others have left gradients.
@@ -372,7 +338,7 @@ def counted_memory(
     for weight in denoiser.parameters():
         if not weight.requires_grad or (whole and whole.weight == 2):
             weight.data = weight.data.to(frozen)
-    speed.fewer_passes(denoiser)
+    norms.lean(denoiser) if vars(args).get("quantize_base") else speed.fewer_passes(denoiser)  # packed projections are not stacked
 
     def forward(module: nn.Module) -> Any:
         given = family.example_inputs(denoiser.config, side, tokens, batch)
@@ -386,10 +352,11 @@ def counted_memory(
     resident += trained * EMA_BYTES * averages
     gradients, working = trained * (whole.gradient if whole else 4), found.again + found.largest
     accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
-    peak = memory.peak_bytes(
-        resident=resident, gradients=gradients, kept=found.total, working=working, forward=max(found.copies, after),
-        updating=_updating(denoiser, trained, whole), accumulated=accumulated,
-    )  # fmt: skip
+    # The highest point: when the forward pass ends, when the backward pass begins or ends, or while the weights are updated. Gradients grow
+    # while what was kept shrinks, so the two are not there together, unless earlier micro-batches left gradients.
+    earlier = gradients if accumulated else 0
+    peak = resident + max(earlier + found.total + max(found.copies, after), max(gradients, earlier + found.total) + working,
+                          gradients + _updating(denoiser, trained, whole))  # fmt: skip
     if chained:
         peak = max(peak, resident + gradients + found.total + working)
     return StepMemory(resident, found.total, working, peak, uncompiled=args.compile)
@@ -418,10 +385,10 @@ def reward_gradient_memory(
     known = dict(weights=weights, trained=trained, tokens=tokens, whole=whole, family=family)
     decoding, passes = decoding_bytes(args, vae, family), 2 if args.guidance_scale > 1 else 1
     several = args.gradient_accumulation_steps > 1 or (args.method == "draft_lv" and args.num_renoised > 0)
-    found = counted_memory(args, unet, **known, batch=passes * args.train_batch_size, after=decoding,
+    found = step_memory(args, unet, **known, batch=passes * args.train_batch_size, after=decoding,
                            chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
     if args.pretrain_dataset_name:  # its pass comes after the reward's, unguided
-        after = counted_memory(args, unet, **known, batch=args.train_batch_size, accumulated=True)
+        after = step_memory(args, unet, **known, batch=args.train_batch_size, accumulated=True)
         found = replace(found, peak=max(found.peak, after.peak))
     return found, decoding
 

@@ -22,19 +22,19 @@ def test_the_newest_measurement_of_the_same_flags_counts():
 
 
 def test_a_line_by_hand(monkeypatch):
-    """10 GiB for one picture, 13 for two, 8 compiled; 9 were measured, a tenth less."""
+    """10 GiB for one picture, 13 for two, 16 for three; 9 were measured, a tenth less."""
 
     class Plan:
         def __init__(self, peak):
             self.peak = peak * 2**30
 
-    monkeypatch.setattr(trainers, "planned", lambda setting, batch: Plan(8 if "--compile" in setting.flags else 7 + 3 * batch))
-    line = memory_table.line("LoRA", "lora", 1024, (), [result("2026-01-01", 9 * 2**30)], compiled=True)
-    assert line == "| LoRA | 1024² | 10.0 | 3.00 | 8.0 | 9.0 (-10 %) |"
-    assert memory_table.line("LoRA", "lora", 512, (), [], compiled=False) == "| LoRA | 512² | 10.0 | 3.00 | not measured |"
+    monkeypatch.setattr(trainers, "planned", lambda setting, batch: Plan(7 + 3 * batch))
+    line = memory_table.line("LoRA", "lora", 1024, (), [result("2026-01-01", 9 * 2**30)])
+    assert line == "| LoRA | 1024² | 10.0 | 3.00 | 9.0 (-10 %) |"
+    assert memory_table.line("LoRA", "lora", 512, (), []) == "| LoRA | 512² | 10.0 | 3.00 | not measured |"
 
 
-ROWS = [(model, row, side, compiled) for model, rows, sides, compiled in memory_table.TABLES for side in sides for row in rows]
+ROWS = [(row, side) for _, rows, sides in memory_table.TABLES for side in sides for row in rows]
 TOO_LONG = {  # rows take seconds each: the other size of SD3 adds nothing that a row of the first does not show, nor do all ways of SD1.5
     *((row[0], 512) for row in memory_table.SD3[1:]), *((row[0], 512) for row in memory_table.SD15)
 } - {("DPO, LoRA of rank 16, checkpointed", 512), ("ReFL, full, AdamW, checkpointed", 512)}  # fmt: skip
@@ -48,15 +48,14 @@ def shown():
 
 def test_the_page_has_every_row_of_the_table_in_its_order(shown):
     first = [line.split(" | ")[0].removeprefix("| ") for line in shown]
-    assert first == [name for model, rows, sides, _ in memory_table.TABLES for name in (model, *(row[0] for _ in sides for row in rows))]
+    assert first == [name for model, rows, sides in memory_table.TABLES for name in (model, *(row[0] for _ in sides for row in rows))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "row", "side", "compiled"), [
-    pytest.param(*each, id=f"{each[1][0]}, {each[2]}", marks=pytest.mark.long if (each[1][0], each[2]) in TOO_LONG else ())
-    for each in ROWS
+@pytest.mark.parametrize(("row", "side"), [
+    pytest.param(row, side, id=f"{row[0]}, {side}", marks=pytest.mark.long if (row[0], side) in TOO_LONG else ()) for row, side in ROWS
 ])  # fmt: skip
-def test_the_page_shows_the_table_of_today(shown, model, row, side, compiled):
+def test_the_page_shows_the_table_of_today(shown, row, side):
     """If not: python benchmarks/memory_table.py --write"""
     name, trainer, flags = row
-    assert memory_table.line(name, trainer, side, flags, memory_table.read_results(), compiled=compiled) in shown
+    assert memory_table.line(name, trainer, side, flags, memory_table.read_results()) in shown

@@ -106,12 +106,12 @@ def test_memory_counts_what_stays(arguments, monkeypatch):
     Without a text cache the encoders stay while training. Gradients and what was kept are there at different times, unless micro-batches
     are accumulated.
     """
-    monkeypatch.setattr(plan.memory, "activation_bytes", lambda *_: (3_000_000_000, 1_000_000_000))
+    monkeypatch.setattr(plan.activations, "count", lambda *_, **__: activations.Kept(3 * 10**9, 8 * 10**8, 0, 2 * 10**8))
     weights = {"transformer": 4_000_000_000, "vae": 500_000_000, "text_encoder": 1_000_000_000, "text_encoder_3": 9_000_000_000}
 
     def planned(**changes):
         args = argparse.Namespace(**(vars(arguments(use_ema=True, rank=2)) | changes))
-        step = plan.step_memory(args, torch.nn.Identity(), weights, trained=100_000_000, tokens=32)
+        step = plan.step_memory(args, torch.nn.Identity(), weights, trained=100_000_000, tokens=32, whole=None, family=sd3, batch=1)
         return step.resident / 1e9, step.peak / 1e9, plan._memory(args, weights, step), plan._residence(args, "text_encoder_3")
 
     assert plan.per_trained_parameter(arguments(use_ema=True, rank=2)) == 20
@@ -140,7 +140,7 @@ def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
     def peak(weights=4, **options):
         whole = plan.Whole(("unet",), weight=4, gradient=4)
         weights = {"unet": 850_000_000 * weights, "text_encoder": 10**9}  # gone when training begins
-        found = plan.counted_memory(args, unet, weights, trained=850_000_000, tokens=77, whole=whole, family=sd15, batch=4,
+        found = plan.step_memory(args, unet, weights, trained=850_000_000, tokens=77, whole=whole, family=sd15, batch=4,
                                     **options)  # fmt: skip
         assert (found.kept, found.working, found.uncompiled) == (2 * 10**9, 6 * 10**8, args.compile)
         return found.peak / 1e9

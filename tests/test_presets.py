@@ -26,6 +26,7 @@ def wrapper_flags(program):
     return shlex.split(subprocess.run(command, cwd=runs.ROOT, env=environment, check=True, capture_output=True, text=True).stdout)[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_fits_its_card_and_says_so(path):
     text, size = path.read_text(), int(re.search(r"(\d+)gb", path.stem)[1])
