@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src import card, checkpoint, cli, ddpm, ema, inputs, lora, metrics, optim, plan, runtime, seeds, speed, unet, validation
+from src import card, checkpoint, cli, ddpm, ema, inputs, lora, metrics, optim, plan, runtime, seeds, speed, tuned, unet, validation
 from src.data import buckets, samples
 from src.pipelines import sd15
 
@@ -191,17 +191,18 @@ def main(args: argparse.Namespace) -> None:
     settings = dict(beta=args.beta_dpo, loss_type=args.loss_type, label_smoothing=args.label_smoothing)
 
     # Optimizer
-    weights = unet.parameters(policy, args)
+    trained = tuned.Tuned(run, args, policy, whole=not args.use_lora)
+    weights = trained.parameters
     optimizer, schedule = unet.optimizer(weights, run, args, data.plan.global_batch)
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
     wrapped, optimizer = run.accelerator.prepare(policy, optimizer)
 
     # What a checkpoint holds, and where the run stands
     log = metrics.Log(run, every=args.logging_steps)
-    parts = unet.checkpoint_parts(policy, args) | {"optimizer": optimizer, "schedule": schedule, "log": log, "data": data.identity}
+    parts = trained.parts | {"optimizer": optimizer, "schedule": schedule, "log": log, "data": data.identity}
     parts |= {"ema": average} if average else {}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
-                                    write_weights=unet.checkpoint_files(policy, average, args))  # fmt: skip
+                                    write_weights=trained.writer(average))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)
 
     def measure(x0: Tensor, noise: Tensor, timestep: Tensor, condition: sd15.Conditioning) -> dict[str, Tensor]:
@@ -250,8 +251,7 @@ def main(args: argparse.Namespace) -> None:
             saver.save(done)
             return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
 
-    if run.is_main:
-        unet.save_result(model, average, args)
+    trained.save_result(model.path, average)
     validator.validate_last(args.max_train_steps)
     kind = ("SFT" if args.sft else "Diffusion-DPO") + (" LoRA" if args.use_lora else "")
     trained_on = f"{len(data.training)} preference pairs of `{args.dataset_name}`, {args.max_train_steps} optimizer steps"

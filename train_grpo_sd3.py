@@ -204,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
     parts = actor.parts(updates) | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator}
     parts |= {name: part for name, part in (("ema", average), ("old", old_policy)) if part}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_epochs * updates, keep=args.checkpoints_total_limit,
-                                    parts=parts, write_weights=actor.writer(average))  # fmt: skip
+                                    parts=parts, write_weights=actor.tuned.writer(average))  # fmt: skip
     first_epoch = saver.resume(args.resume_from_checkpoint) // updates
     if first_epoch == 0:
         evaluator.evaluate(0)
@@ -281,7 +281,7 @@ def main(args: argparse.Namespace) -> None:
             break
         # end twin
 
-    actor.save_result(average)
+    actor.tuned.save_result(actor.model.path, average)
     evaluator.evaluate_last(log.step)
     trained_on = f"GRPO on the reward `{args.scorer}`, {log.step // updates} epochs of {sampler.samples_per_epoch} pictures"
     card.write(run, args, kind=actor.kind, prompt=found.training[0].text, trained_on=trained_on)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from src import card, checkpoint, cli, ddpm, ema, inputs, metrics, optim, plan, rewards, runtime, seeds, speed, unet
+from src import card, checkpoint, cli, ddpm, ema, inputs, metrics, optim, plan, rewards, runtime, seeds, speed, tuned, unet
 from src.data import prompts
 from src.pipelines import sd15, sd15_rollout
 from src.pipelines.common import evaluating
@@ -214,7 +214,8 @@ def main(args: argparse.Namespace) -> None:
     latent_shape = (sd15.LATENT_CHANNELS, args.resolution // sd15.VAE_SCALE, args.resolution // sd15.VAE_SCALE)
 
     # Optimizer; the policy is not wrapped for several processes, since a step runs it many times: gradients are averaged below
-    weights = unet.parameters(policy, args)
+    trained = tuned.Tuned(run, args, policy, whole=not args.use_lora)
+    weights = trained.parameters
     optimizer, schedule = unet.optimizer(weights, run, args, sampler.samples_per_epoch)
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
     optimizer = run.accelerator.prepare(optimizer)
@@ -223,10 +224,10 @@ def main(args: argparse.Namespace) -> None:
     log = metrics.Log(run, every=args.logging_steps)
     scorer = rewards.build(run, args, args.scorer)
     evaluator = rewards.Evaluator(run, args, model, texts, found.evaluation, log, scorer, average=average)
-    parts = unet.checkpoint_parts(policy, args) | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator}
+    parts = trained.parts | {"optimizer": optimizer, "schedule": schedule, "log": log, "evaluator": evaluator}
     parts |= {"ema": average} if average else {}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
-                                    write_weights=unet.checkpoint_files(policy, average, args))  # fmt: skip
+                                    write_weights=trained.writer(average))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)
     if first_step == 0:
         evaluator.evaluate(0)
@@ -287,8 +288,7 @@ def main(args: argparse.Namespace) -> None:
             run.print(f"stopped after step {done}: {reason}")
             break
 
-    if run.is_main:
-        unet.save_result(model, average, args)
+    trained.save_result(model.path, average)
     evaluator.evaluate_last(log.step)
     kind = KINDS[args.method] + (" LoRA" if args.use_lora else "")
     trained_on = f"the gradient of the reward `{args.scorer}`, {log.step} optimizer steps of {sampler.samples_per_epoch} pictures"

@@ -15,12 +15,11 @@ the timestep densities of section 3.1 are densities here, never loss weights, so
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from src import card, checkpoint, cli, ema, flow, inputs, lora, metrics, optim, plan, quantize, runtime, seeds, speed, validation
+from src import card, checkpoint, cli, ema, flow, inputs, lora, metrics, optim, plan, quantize, runtime, seeds, speed, tuned, validation
 from src.pipelines import sd3
 
 
@@ -96,11 +95,6 @@ def add_lora(transformer: torch.nn.Module, args: argparse.Namespace) -> None:
 # end twin
 
 
-def save_weights(transformer: torch.nn.Module, folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
-    """Write the LoRA to `folder`; with a moving average, the average goes there and the trained weights to `folder`/raw."""
-    ema.save(folder, average, lambda place: lora.save(transformer, place, export_format))
-
-
 # --------------------------------------------------------------------------- training
 
 
@@ -127,7 +121,8 @@ def main(args: argparse.Namespace) -> None:
     speed.apply(transformer, args)
 
     # Optimizer
-    weights = lora.parameters(transformer)
+    trained = tuned.Tuned(run, args, transformer, whole=False)
+    weights = trained.parameters
     learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.plan.global_batch)
     optimizer = optim.build(weights, name=args.optimizer, learning_rate=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                             weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
@@ -140,10 +135,10 @@ def main(args: argparse.Namespace) -> None:
 
     # What a checkpoint holds, and where the run stands
     log = metrics.Log(run, every=args.logging_steps)
-    parts = {"lora": lora.State(transformer), "optimizer": optimizer, "schedule": schedule, "log": log, "data": data.identity}
+    parts = trained.parts | {"optimizer": optimizer, "schedule": schedule, "log": log, "data": data.identity}
     parts |= {"ema": average} if average else {}
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
-                                    write_weights=lambda to: save_weights(transformer, to, average, args.export_format))  # fmt: skip
+                                    write_weights=trained.writer(average))  # fmt: skip
     first_step = saver.resume(args.resume_from_checkpoint)
     validator = validation.Validator(run, args, data, model, log, loss=flow_matching_loss, average=average)
     if first_step == 0:
@@ -191,12 +186,7 @@ def main(args: argparse.Namespace) -> None:
         # end twin
 
     # The result comes first: nothing that the last validation may run into can cost it.
-    with checkpoint.writing_result(args.output_dir):
-        if run.is_main:
-            save_weights(transformer, args.output_dir, average, args.export_format)
-            if args.export_merged:
-                with ema.applied(average):
-                    lora.export_merged(transformer, args.output_dir / "merged_transformer")
+    trained.save_result(model.path, average)
     validator.validate_last(args.max_train_steps)
     card.write(run, args, kind="LoRA", images=len(data.training), prompt=data.training.images.records[0].prompt)
     run.finish(f"done: {args.output_dir}")

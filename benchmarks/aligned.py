@@ -135,7 +135,7 @@ class UNetLoop(Loop):
         with random_weights(setting) as built, contextlib.redirect_stdout(sys.stderr):
             self.parts = unet.load(run, args)
             self.beside(run, args)
-            weights = unet.parameters(self.parts.unet, args)
+            weights = [p for p in self.parts.unet.parameters() if p.requires_grad]
             self.optimizer, self.learning_rate = unet.optimizer(weights, run, args, 1)
         self.alphas_cumprod = self.parts.alphas_cumprod.to(run.device)  # (1000,)
         super().__init__(setting, run, self.parts.unet, weights, tuple(module for module in built if module is not self.parts.unet))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from src import card, checkpoint, cli, ema, full, lora, optim, quantize, runtime, seeds, sharding, speed, transitions
+from src import card, cli, ema, full, lora, optim, quantize, runtime, seeds, sharding, speed, transitions, tuned
 from src.data import prompts
 from src.pipelines import sd3, sd3_rollout
 
@@ -181,13 +180,13 @@ class Policy:
         needs_reference: `reference` will be called; with --full_weights this keeps a frozen copy of all weights.
 
     Attributes:
-        model: transformer (bare) and VAE.
+        model: transformer (bare) and VAE. tuned: what is trained of the transformer, and its files.
         network: to be called for a gradient: the transformer, or after `prepare` its wrapper for several processes.
     """
 
     def __init__(self, run: runtime.Run, args: argparse.Namespace, *, needs_reference: bool):
         self.run, self.args = run, args
-        if args.full_weights:  # files for `save_result`: a failed download ends the run before it begins
+        if args.full_weights:  # files for the result: a failed download ends the run before it begins
             path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
             run.require(lambda: full.fetch(path, trained=["transformer"], **options))
         if args.lora_layers or args.lora_blocks:  # refuses a name that does not exist before anything is loaded
@@ -197,6 +196,7 @@ class Policy:
         self.network: nn.Module = self.transformer
         seeds.seed_everything(args.seed, "lora")
         adapt(self.transformer, args)
+        self.tuned = tuned.Tuned(run, args, self.transformer, whole=args.full_weights)
         self._copy, self._start = None, None
         if args.init_lora:
             fresh = lora.load(self.transformer, args.init_lora)
@@ -221,7 +221,7 @@ class Policy:
     @property
     def weights(self) -> list[nn.Parameter]:
         """The trainable parameters, in the model's order; after `prepare` the sharded ones."""
-        return full.parameters(self.transformer) if self.args.full_weights else lora.parameters(self.transformer)
+        return self.tuned.parameters
 
     @property
     def kind(self) -> str:
@@ -251,35 +251,7 @@ class Policy:
 
     def parts(self, updates: int) -> dict[str, Any]:
         """Its parts of a checkpoint, and the number of `updates` per epoch."""
-        weights = full.State({"transformer": self.transformer}) if self.args.full_weights else lora.State(self.transformer)
-        parts = {"weights" if self.args.full_weights else "lora": weights, "pace": Pace(updates)}
-        return parts | ({"reference": self._start} if self._start else {})
-
-    def save(self, folder: Path, average: ema.Ema | None, export_format: str = "diffusers") -> None:
-        """Write the weights to `folder`; with a moving average, that goes there, the weights to `folder`/raw. Every process calls it."""
-
-        def write(where: Path) -> None:
-            if self.args.full_weights:
-                full.save({"transformer": self.transformer}, where, write=self.run.is_main)
-            elif self.run.is_main:
-                lora.save(self.transformer, where, export_format)
-
-        ema.save(folder, average, write)
-
-    def writer(self, average: ema.Ema | None) -> Callable[[Path], None] | None:
-        """Adds the LoRA to a checkpoint in the format of other programs; None with --full_weights: a checkpoint has them in that format."""
-        return None if self.args.full_weights else lambda folder: self.save(folder, average, self.args.export_format)
-
-    def save_result(self, average: ema.Ema | None) -> None:
-        """Write the run's result to its folder, in every requested format; with --full_weights a complete pipeline."""
-        args, path = self.args, self.model.path
-        with checkpoint.writing_result(args.output_dir):
-            self.save(args.output_dir, average, args.export_format)
-            if args.full_weights and self.run.is_main:
-                full.complete_pipeline(path, args.output_dir, trained=["transformer"], revision=args.revision, variant=args.variant)
-            if args.export_merged and self.run.is_main:
-                with ema.applied(average):
-                    lora.export_merged(self.transformer, args.output_dir / "merged_transformer")
+        return self.tuned.parts | {"pace": Pace(updates)} | ({"reference": self._start} if self._start else {})
 
 
 class Pace:

@@ -1,16 +1,14 @@
-"""The UNet that the SD1.5 scripts train, from their arguments: all weights or a LoRA; loading, checkpoints and saving."""
+"""The UNet that the SD1.5 scripts train, from their arguments, all weights or a LoRA: refusals, loading, optimizer."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from src import card, checkpoint, cli, ema, full, lora, optim, runtime, seeds, speed
+from src import card, checkpoint, cli, full, lora, optim, runtime, seeds, speed
 from src.pipelines import sd15
 
 
@@ -54,7 +52,7 @@ def load(run: runtime.Run, args: argparse.Namespace) -> sd15.SD15:
 
     Raises:
         ValueError: a layer that does not exist, before anything is loaded; a LoRA that does not fit.
-        SystemExit: the rest of the pipeline, which `save_result` will need, cannot be downloaded.
+        SystemExit: the rest of the pipeline, which the result will need, cannot be downloaded.
     """
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     if not args.use_lora:
@@ -86,11 +84,6 @@ def load_frozen(run: runtime.Run, args: argparse.Namespace, source: str | None) 
     return unet
 
 
-def parameters(unet: nn.Module, args: argparse.Namespace) -> list[nn.Parameter]:
-    """The trainable parameters."""
-    return lora.parameters(unet) if args.use_lora else full.parameters(unet)
-
-
 def optimizer(weights: list[nn.Parameter], run: runtime.Run, args: argparse.Namespace, global_batch: int) -> tuple[Any, Any]:
     """The optimizer and its schedule; prints the resulting learning rate."""
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, global_batch)
@@ -100,33 +93,3 @@ def optimizer(weights: list[nn.Parameter], run: runtime.Run, args: argparse.Name
                         weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
     return built, optim.schedule(built, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
                                  cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
-
-
-def checkpoint_parts(unet: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
-    """The weights as a part of a checkpoint: a LoRA in state.pt, all weights of a UNet in a folder in diffusers' format."""
-    return {"lora": lora.State(unet)} if args.use_lora else {"weights": full.State({"unet": unet})}
-
-
-def checkpoint_files(unet: nn.Module, average: ema.Ema | None, args: argparse.Namespace) -> Callable[[Path], None] | None:
-    """Adds the LoRA file to a checkpoint, for other programs; None if all weights are trained: these lie there already."""
-    return (lambda folder: save(unet, folder, average, args)) if args.use_lora else None
-
-
-def save(unet: nn.Module, folder: Path, average: ema.Ema | None, args: argparse.Namespace) -> None:
-    """Write the LoRA, or the UNet as part of a pipeline, to `folder`; an average, if any, goes there, trained weights to `folder`/raw."""
-
-    def write(place: Path) -> None:
-        lora.save(unet, place) if args.use_lora else full.save({"unet": unet}, place)
-
-    ema.save(folder, average, write)
-
-
-def save_result(model: sd15.SD15, average: ema.Ema | None, args: argparse.Namespace) -> None:
-    """Write the result of the run: a LoRA (and with --export_merged the merged UNet), or a complete pipeline folder."""
-    with checkpoint.writing_result(args.output_dir):
-        save(model.unet, args.output_dir, average, args)
-        if not args.use_lora:
-            full.complete_pipeline(model.path, args.output_dir, trained=["unet"], revision=args.revision, variant=args.variant)
-        elif args.export_merged:
-            with ema.applied(average):
-                lora.export_merged(model.unet, args.output_dir / "merged_unet")

@@ -17,11 +17,12 @@ MODULES = sorted((ROOT / "src").rglob("*.py"))
 # layer -> the src layers that it may import. Trainers and the demo may import all of them, and are imported by tests only.
 MATHS = {"flow", "transitions", "ddpm"}
 RUN_LAYER = {
-    "runtime", "checkpoint", "metrics", "validation", "inputs", "subject", "plan", "card", "policy", "rewards", "unet", "speed", "ui",
+    "runtime", "checkpoint", "metrics", "validation", "inputs", "subject", "plan", "card", "policy", "rewards", "tuned", "unet", "speed",
+    "ui",
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": set(),
-    "cli": {"cli"}, "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(), "memory": {"lora"},
+    "cli": {"cli"}, "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(),
     "activations": set(), "hub": {"errors"}, "errors": set(),
     "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"},
     "norms": {"lora"}, "attention": {"lora"}, "quantize": {"lora"},
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     "data": {"data", "images", "seeds", "hub", "errors", "tiny"},
     "tiny": {"tiny", "cli", "images", "flow", "seeds", "scorers"},  # scorers: the tour measures by them
     "grpo_variants": MATHS,
-    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize", "memory",
+    **{name: {*RUN_LAYER, "cli", "seeds", "images", "ema", "optim", "data", "pipelines", "scorers", "lora", "full", "quantize",
               "rounding", "sharding", "gallery", "norms", "attention", "activations", "errors", *MATHS} - {name} for name in RUN_LAYER},
 }  # fmt: skip
 TAKES_ARGS = RUN_LAYER | {"cli"}

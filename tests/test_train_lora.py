@@ -294,8 +294,7 @@ def test_the_result_does_not_wait_for_the_last_validation(train, tmp_path, monke
     monkeypatch.setattr(script.validation, "summary", full_disk)
     with pytest.raises(OSError):
         train("run", max_train_steps=2, checkpointing_steps=1)
-    out = tmp_path / "run"
-    assert (out / runs.WEIGHTS).read_bytes() == (out / "checkpoint-2" / runs.WEIGHTS).read_bytes()
+    runs.assert_identical(runs.weights(tmp_path / "run"), runs.weights(tmp_path / "run/checkpoint-2"))
 
 
 def test_a_full_disk_at_the_result_is_one_line(train, tmp_path, monkeypatch):

@@ -1,0 +1,63 @@
+"""What is trained of a denoiser, a LoRA on frozen weights or all weights: its parameters, its part of a checkpoint, its files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from src import checkpoint, ema, full, lora, runtime
+
+
+class Tuned:
+    """A denoiser in training. Every process calls what writes; the main one does.
+
+    Args:
+        module: SD3's transformer or a UNet, bare; whole: all its weights are trained, not a LoRA.
+    """
+
+    def __init__(self, run: runtime.Run, args: argparse.Namespace, module: nn.Module, *, whole: bool):
+        self.run, self.args, self.module, self.whole, self.name = run, args, module, whole, lora.part_of(module)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable ones, in the model's order."""
+        return full.parameters(self.module) if self.whole else lora.parameters(self.module)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Of a checkpoint: a LoRA in state.pt, all weights in a folder in diffusers' format."""
+        return {"weights": full.State({self.name: self.module})} if self.whole else {"lora": lora.State(self.module)}
+
+    def save(self, folder: Path, average: ema.Ema | None) -> None:
+        """Write the weights to `folder`; with a moving average, that goes there, the weights to `folder`/raw."""
+
+        def write(place: Path) -> None:
+            if self.whole:
+                full.save({self.name: self.module}, place, write=self.run.is_main)
+            elif self.run.is_main:
+                lora.save(self.module, place, vars(self.args).get("export_format", "diffusers"))
+
+        ema.save(folder, average, write)
+
+    def writer(self, average: ema.Ema | None) -> Callable[[Path], None] | None:
+        """Adds the LoRA to a checkpoint for other programs; None with all weights: a checkpoint has them in that format."""
+        return None if self.whole else lambda folder: self.save(folder, average)
+
+    def save_result(self, source: str, average: ema.Ema | None) -> None:
+        """Write the run's result in every requested format; all weights as a complete pipeline with the other parts of `source`.
+
+        Raises:
+            SystemExit: the disk is full.
+        """
+        args = self.args
+        with checkpoint.writing_result(args.output_dir):
+            self.save(args.output_dir, average)
+            if self.run.is_main and self.whole:
+                full.complete_pipeline(source, args.output_dir, trained=[self.name], revision=args.revision, variant=args.variant)
+            elif self.run.is_main and args.export_merged:
+                with ema.applied(average):
+                    lora.export_merged(self.module, args.output_dir / f"merged_{self.name}")
