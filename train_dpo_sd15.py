@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer
     trained = tuned.Tuned(run, args, policy, whole=not args.use_lora)
     weights = trained.parameters
-    optimizer, schedule = unet.optimizer(weights, run, args, data.plan.global_batch)
+    optimizer, schedule = unet.optimizer(weights, run, args, data.order.global_batch)
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
     wrapped, optimizer = run.accelerator.prepare(policy, optimizer)
 
@@ -244,7 +244,7 @@ def main(args: argparse.Namespace) -> None:
         done = step + 1
         # end twin
         log.add(grad_norm=grad_norm, **{name: torch.stack([measures[name] for measures in found]).mean() for name in found[0]})
-        log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
+        log.write(done, lr=optim.rate(schedule), epoch=done / data.order.steps_per_epoch)
         validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():

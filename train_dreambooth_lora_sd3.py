@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
     transformer = model.transformer
     seeds.seed_everything(args.seed, "lora")
     add_lora(transformer, args)
-    encoders = dict(zip(lora.TEXT_PARTS, data.model.text_encoders, strict=False)) if args.train_text_encoder else {}
+    encoders = dict(zip(lora.TEXT_PARTS, data.encoders.text_encoders, strict=False)) if args.train_text_encoder else {}
     for encoder in encoders.values():
         add_text_lora(encoder, args)
     modules = {"transformer": transformer, **encoders}
@@ -143,8 +143,8 @@ def main(args: argparse.Namespace) -> None:
 
     # Optimizer
     weights = [weight for module in modules.values() for weight in lora.parameters(module)]
-    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.plan.global_batch)
-    text_rate = optim.learning_rate(args.text_encoder_learning_rate or args.learning_rate, args.scale_lr, data.plan.global_batch)
+    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.order.global_batch)
+    text_rate = optim.learning_rate(args.text_encoder_learning_rate or args.learning_rate, args.scale_lr, data.order.global_batch)
     groups = [{"params": lora.parameters(transformer), "lr": learning_rate}]
     groups += [{"params": lora.parameters(encoder), "lr": text_rate} for encoder in encoders.values()]
     optimizer = optim.build(groups, name=args.optimizer, learning_rate=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
     run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
-    log = metrics.Log(run, every=args.logging_steps, images_per_add=data.plan.global_batch * (2 if prior else 1))
+    log = metrics.Log(run, every=args.logging_steps, images_per_add=data.order.global_batch * (2 if prior else 1))
     parts = {name: lora.State(module) for name, module in modules.items()} | {"optimizer": optimizer, "schedule": schedule, "log": log}
     parts |= {"data": data.identity} | ({"ema": average} if average else {})
     saver = checkpoint.Checkpointer(run, every=args.checkpointing_steps, keep=args.checkpoints_total_limit, parts=parts,
@@ -207,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
         log.add(loss=total, grad_norm=grad_norm, **({f"{kind}_loss": mean for kind, mean in means.items()} if prior else {}))
         # twin: tail
         done = step + 1
-        log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
+        log.write(done, lr=optim.rate(schedule), epoch=done / data.order.steps_per_epoch)
         validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():

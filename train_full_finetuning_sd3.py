@@ -137,13 +137,13 @@ def main(args: argparse.Namespace) -> None:
     select(transformer, args)
     encoders = {}
     if args.train_text_encoder:
-        encoders = sd3.reload_clips(data.model, revision=args.revision, variant=args.variant, dtype=dtype)
+        encoders = sd3.reload_clips(data.encoders, revision=args.revision, variant=args.variant, dtype=dtype)
     modules = {"transformer": transformer, **encoders}
     speed.apply(transformer, args)
 
     # Optimizer
-    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.plan.global_batch)
-    text_rate = optim.learning_rate(args.text_encoder_learning_rate or args.learning_rate, args.scale_lr, data.plan.global_batch)
+    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.order.global_batch)
+    text_rate = optim.learning_rate(args.text_encoder_learning_rate or args.learning_rate, args.scale_lr, data.order.global_batch)
     groups = [{"params": full.parameters(transformer), "lr": learning_rate}]
     groups += [{"params": full.parameters(encoder), "lr": text_rate} for encoder in encoders.values()]
     optimizer = make_optimizer(groups, args, run.device)
@@ -200,7 +200,7 @@ def main(args: argparse.Namespace) -> None:
         log.add(loss=torch.stack(losses).mean(), grad_norm=grad_norm)
         # twin: tail
         done = step + 1
-        log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
+        log.write(done, lr=optim.rate(schedule), epoch=done / data.order.steps_per_epoch)
         validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():

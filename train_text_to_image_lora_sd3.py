@@ -123,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer
     trained = tuned.Tuned(run, args, transformer, whole=False)
     weights = trained.parameters
-    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.plan.global_batch)
+    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.order.global_batch)
     optimizer = optim.build(weights, name=args.optimizer, learning_rate=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
                             weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
     schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
         log.add(loss=torch.stack(losses).mean(), grad_norm=grad_norm)
         # twin: tail
         done = step + 1
-        log.write(done, lr=optim.rate(schedule), epoch=done / data.plan.steps_per_epoch)
+        log.write(done, lr=optim.rate(schedule), epoch=done / data.order.steps_per_epoch)
         validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():

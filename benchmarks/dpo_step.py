@@ -69,7 +69,7 @@ class Loop:
             sd15.unload_text_encoders(self.model)
             samples.fill_latents(latents, pairs.pictures, sizes * 2, flip=False, encode=self.encode_images, batch_size=16, progress=False)
         self.samples = preferences.PairSamples(pairs, sizes, seed=0, caption_dropout=0.1, latents=latents, text=text)
-        self.plan = buckets.Plan(sizes, args.train_batch_size, seed=0)
+        self.order = buckets.Order(sizes, args.train_batch_size, seed=0)
         self.alphas = self.model.alphas_cumprod.to(self.device)
         unet = sd15.load(path, parts=("unet",), device=self.device, dtype=torch.float32 if args.full else DTYPES[args.dtype]).unet
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ class Loop:
 
     def batch(self) -> tuple[torch.Tensor, sd15.Conditioning, list[int]]:
         """Scaled latents (b, 2, 4, h, w), conditioning and positions of one step."""
-        keys = [buckets.Key(index, self.step, i) for i, index in enumerate(self.plan.batch(self.step))]
+        keys = [buckets.Key(index, self.step, i) for i, index in enumerate(self.order.batch(self.step))]
         batch = samples.collate([self.samples[key] for key in keys]).to(self.device)
         if self.cached:
             mean, std, embeds, pooled = batch.latent_mean, batch.latent_std, batch.embeds, batch.pooled

@@ -74,7 +74,7 @@ class Loop:
         if cached:
             samples.fill_latents(latents, images, sizes, flip=False, encode=self.encode_images, batch_size=16, progress=False)
         self.samples = samples.Samples(images, sizes, seed=0, caption_dropout=0.1, latents=latents, text=text)
-        self.plan = buckets.Plan(sizes, args.train_batch_size, seed=0)
+        self.order = buckets.Order(sizes, args.train_batch_size, seed=0)
         torch.manual_seed(0)
         lora.add(self.model.transformer, rank=16)
         weights = lora.parameters(self.model.transformer)
@@ -91,7 +91,7 @@ class Loop:
 
     def batch(self) -> tuple[torch.Tensor, sd3.Conditioning, list[int]]:
         """Scaled latents (b, 16, h, w), conditioning and positions of one step."""
-        keys = [buckets.Key(index, self.step, i) for i, index in enumerate(self.plan.batch(self.step))]
+        keys = [buckets.Key(index, self.step, i) for i, index in enumerate(self.order.batch(self.step))]
         batch = samples.collate([self.samples[key] for key in keys]).to(self.device)
         if self.cached:
             mean, std, embeds, pooled = batch.latent_mean, batch.latent_std, batch.embeds, batch.pooled

@@ -350,7 +350,7 @@ def other_batch(before: dict[str, Any], world_before: int, now: dict[str, Any], 
     Args:
         before, now: flags; world_before, world: number of processes.
     """
-    drawn = "sample_batch_size" in now
+    drawn = "sample_num_batches_per_epoch" in now
     batch, batches = ("sample_batch_size", "sample_num_batches_per_epoch") if drawn else ("train_batch_size", "gradient_accumulation_steps")
     if batch not in now or batch not in before:
         return None

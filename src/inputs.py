@@ -34,23 +34,23 @@ PREFETCHED = 2  # batches that a worker holds ready, torch's default
 
 @dataclass(frozen=True)
 class Inputs:
-    """The opened data set with its plan and caches.
+    """The opened data set with its order and caches.
 
     Attributes:
         family: module of the model's family.
-        model: parts that the run needs besides the denoiser: the VAE, and text encoders that the text cache does not replace.
+        encoders: the model without its denoiser: the VAE, and those text encoders that the text cache does not replace.
         training, held_out: samples to train on, and those kept for the validation loss (never flipped, caption never dropped).
-        plan: which samples make up which optimizer step.
+        order: which samples make up which optimizer step.
         sequence_length: tokens of SD3's T5, or of SD1.5's CLIP; the same in training and validation.
         first_position: position of a step's first sample; above 0 in a second data set of the run.
     """
 
     run: runtime.Run
     family: ModuleType
-    model: Any
+    encoders: Any
     training: samples.Samples
     held_out: samples.Samples
-    plan: buckets.Plan
+    order: buckets.Order
     text: cache.TensorCache | None
     sequence_length: int
     first_position: int = 0
@@ -64,7 +64,7 @@ class Inputs:
         """This process's micro-batches from optimizer step `first_step` on, `gradient_accumulation_steps` of them per step."""
         args, run = self.run.args, self.run
         sampler = buckets.StepSampler(
-            self.plan, batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
+            self.order, batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
             rank=run.rank, world=run.world, start_step=first_step, max_steps=args.max_train_steps, first_position=self.first_position,
         )  # fmt: skip
         return iter(samples.loader(self.training, sampler, num_workers=args.dataloader_num_workers, pin_memory=run.device.type == "cuda"))
@@ -82,7 +82,7 @@ class Inputs:
         batch, family = batch.to(self.run.device), self.family
         mean, std = (batch.latent_mean, batch.latent_std) if batch.pixels is None else self._posterior(batch.pixels)
         noise = seeds.normal(seed, step, batch.positions, "posterior", mean.shape[1:], mean.device)
-        x0 = family.scale_latents(self.model, family.sample_posterior(mean, std, noise))  # (b, C, h, w)
+        x0 = family.scale_latents(self.encoders, family.sample_posterior(mean, std, noise))  # (b, C, h, w)
         cached = None if batch.embeds is None else family.Conditioning(batch.embeds, batch.pooled)
         if train_text:
             with torch.enable_grad(), self.run.accelerator.autocast():
@@ -91,7 +91,7 @@ class Inputs:
 
     def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of pictures (b, 3, H, W) or pairs (b, 2, 3, H, W), in the same order."""
-        encoded = self.family.encode_images(self.model, pixels.flatten(0, -4))
+        encoded = self.family.encode_images(self.encoders, pixels.flatten(0, -4))
         return tuple(part.unflatten(0, pixels.shape[:-3]) for part in encoded)
 
     @torch.no_grad()
@@ -102,10 +102,10 @@ class Inputs:
 
     def _by_residents(self, prompts: list[str], cached: sd3.Conditioning | None) -> sd3.Conditioning:
         """Conditioning by the resident text encoders, T5's tokens from `cached` if given; `cached` itself if none is resident."""
-        if not self.model.text_encoders:
+        if not self.encoders.text_encoders:
             return cached
-        known = {} if cached is None else {"t5_tokens": cached.embeds[:, self.family.clip_length(self.model) :]}
-        return self.family.encode_prompts(self.model, prompts, self.sequence_length, **known)
+        known = {} if cached is None else {"t5_tokens": cached.embeds[:, self.family.clip_length(self.encoders) :]}
+        return self.family.encode_prompts(self.encoders, prompts, self.sequence_length, **known)
 
 
 class Identity:
@@ -358,18 +358,18 @@ def assemble(
     each = len(pictures[0]) // len(parts[0])  # pictures of a sample
     sizes = [[buckets.assign(one.width, one.height, shapes) for one in part.records[::each]] for part in pictures]
     loss_masks = [masks(part, part_sizes) if masks else None for part, part_sizes in zip(pictures, sizes, strict=True)]
-    order = "order" if first_position == 0 else "second order"
-    plan = buckets.Plan(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed, order)
+    stream = "order" if first_position == 0 else "second order"
+    order = buckets.Order(sizes[0], args.train_batch_size * run.world * args.gradient_accumulation_steps, args.seed, stream)
     run.print(
-        f"{len(parts[0])} {name} to train on in {len(plan.members)} bucket(s), {len(parts[1])} held out; "
-        f"an epoch is {plan.steps_per_epoch} step(s) of {plan.global_batch}"
-        + (f", which shows {plan.repeated} of them again to fill its buckets' last batches" if plan.repeated else "")
+        f"{len(parts[0])} {name} to train on in {len(order.members)} bucket(s), {len(parts[1])} held out; "
+        f"an epoch is {order.steps_per_epoch} step(s) of {order.global_batch}"
+        + (f", which shows {order.repeated} of them again to fill its buckets' last batches" if order.repeated else "")
     )
     picture_sizes = [[size for size in part for _ in range(each)] for part in sizes]
     latents = _latent_cache(run, args, family, pictures, picture_sizes, model) if args.cache_latents else None
     common = {"seed": args.seed, "latents": latents, "text": text}
     return Inputs(
-        run=run, family=family, model=model, plan=plan, text=text, sequence_length=sequence_length(args, family),
+        run=run, family=family, encoders=model, order=order, text=text, sequence_length=sequence_length(args, family),
         first_position=first_position,
         training=kind(
             parts[0], sizes[0], caption_dropout=args.caption_dropout, random_crop=args.random_crop, flip=not args.no_hflip,

@@ -116,7 +116,7 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
     data = assemble(train, held_out or train.subset([]), name="pictures", masks=masks if masked else None)
     if there is None:
         return data, None
-    return data, assemble(pictures, pictures.subset([]), name="class pictures", first_position=data.plan.global_batch)
+    return data, assemble(pictures, pictures.subset([]), name="class pictures", first_position=data.order.global_batch)
 
 
 def planned(args: argparse.Namespace, *, adapt_text: Callable[[nn.Module], None]) -> plan.Subject:

@@ -106,7 +106,7 @@ class Validator:
             part = mine[start : start + args.train_batch_size]
             with run.accelerator.autocast():
                 pictures = self.data.family.render(
-                    self.data.model, self.denoiser, self.data.condition([prompt for prompt, _ in part]),
+                    self.data.encoders, self.denoiser, self.data.condition([prompt for prompt, _ in part]),
                     negative=negative, seeds=[seed for _, seed in part], height=args.resolution, width=args.resolution,
                     num_inference_steps=args.validation_inference_steps, guidance_scale=args.validation_guidance_scale,
                 )  # fmt: skip

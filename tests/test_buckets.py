@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from src.data.buckets import Key, Plan, StepSampler, assign, buckets, fit
+from src.data.buckets import Key, Order, StepSampler, assign, buckets, fit
 
 # --------------------------------------------------------------------------- sizes
 
@@ -117,44 +117,44 @@ ORDER = [SIZES[(7 * i) % 16] for i in range(16)]  # mixed
 
 def test_steps_per_epoch_by_hand():
     """Global batch 4: ceil(10/4) + ceil(5/4) + ceil(1/4) = 3 + 2 + 1 = 6 steps, 24 places for 16 samples."""
-    plan = Plan(ORDER, 4, seed=0)
-    assert plan.steps_per_epoch == 6 and plan.repeated == 8
+    order = Order(ORDER, 4, seed=0)
+    assert order.steps_per_epoch == 6 and order.repeated == 8
 
 
 @pytest.mark.parametrize("global_batch", [1, 2, 3, 4, 7, 16, 40])
 def test_every_epoch_shows_every_sample_and_a_step_is_one_bucket(global_batch):
-    plan = Plan(ORDER, global_batch, seed=3)
+    order = Order(ORDER, global_batch, seed=3)
     for epoch in range(3):
-        steps = [plan.batch(epoch * plan.steps_per_epoch + i) for i in range(plan.steps_per_epoch)]
+        steps = [order.batch(epoch * order.steps_per_epoch + i) for i in range(order.steps_per_epoch)]
         assert all(len(step) == global_batch for step in steps)
         assert all(len({ORDER[index] for index in step}) == 1 for step in steps)
         counts = Counter(index for step in steps for index in step)
         assert set(counts) == set(range(16))
-        assert sum(counts.values()) - 16 == plan.repeated
+        assert sum(counts.values()) - 16 == order.repeated
         for size in set(SIZES):  # who is shown again is spread evenly inside a bucket
             times = [counts[i] for i in range(16) if ORDER[i] == size]
             assert max(times) - min(times) <= 1
 
 
 def test_one_bucket_and_a_dividing_batch_repeat_nothing():
-    plan = Plan([(64, 64)] * 12, 4, seed=0)
-    assert plan.repeated == 0 and sorted(i for step in range(3) for i in plan.batch(step)) == list(range(12))
+    order = Order([(64, 64)] * 12, 4, seed=0)
+    assert order.repeated == 0 and sorted(i for step in range(3) for i in order.batch(step)) == list(range(12))
 
 
 def test_the_plan_is_a_pure_function_of_seed_and_step():
-    plan, again, other = Plan(ORDER, 4, seed=5), Plan(ORDER, 4, seed=5), Plan(ORDER, 4, seed=6)
+    order, again, other = Order(ORDER, 4, seed=5), Order(ORDER, 4, seed=5), Order(ORDER, 4, seed=6)
     steps = list(range(30))
-    forward = [plan.batch(step) for step in steps]
+    forward = [order.batch(step) for step in steps]
     assert [again.batch(step) for step in reversed(steps)] == forward[::-1]  # asked in any order
     assert [other.batch(step) for step in steps] != forward
     assert forward[:6] != forward[6:12]  # each epoch has its own order
     forward[0].clear()
-    assert plan.batch(0)  # the caller's list is its own
+    assert order.batch(0)  # the caller's list is its own
 
 
 def test_nothing_to_plan_is_refused():
-    with pytest.raises(ValueError, match="plan needs"):
-        Plan([], 4, seed=0)
+    with pytest.raises(ValueError, match="order needs"):
+        Order([], 4, seed=0)
 
 
 # --------------------------------------------------------------------------- who loads what
@@ -162,47 +162,47 @@ def test_nothing_to_plan_is_refused():
 
 def test_positions_by_hand():
     """Batch 2, accumulation 2, 2 processes: rank 1 has positions 2, 3 of micro-batch 0 and 6, 7 of micro-batch 1."""
-    plan = Plan([(64, 64)] * 16, 8, seed=0)
-    sampler = StepSampler(plan, batch_size=2, accumulation=2, rank=1, world=2, max_steps=1)
-    whole = plan.batch(0)
+    order = Order([(64, 64)] * 16, 8, seed=0)
+    sampler = StepSampler(order, batch_size=2, accumulation=2, rank=1, world=2, max_steps=1)
+    whole = order.batch(0)
     assert list(sampler) == [[Key(whole[2], 0, 2), Key(whole[3], 0, 3)], [Key(whole[6], 0, 6), Key(whole[7], 0, 7)]]
 
 
 @pytest.mark.parametrize("batch_size, world, accumulation", [(4, 1, 1), (2, 2, 1), (1, 1, 4), (1, 4, 1), (1, 2, 2), (2, 1, 2)])
 def test_every_way_to_spread_a_global_batch_of_4_loads_the_same(batch_size, world, accumulation):
-    plan = Plan(ORDER, 4, seed=1)
+    order = Order(ORDER, 4, seed=1)
     loaded: dict[int, list[Key]] = {}
     for rank in range(world):
-        for keys in StepSampler(plan, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world, max_steps=13):
+        for keys in StepSampler(order, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world, max_steps=13):
             assert len(keys) == batch_size
             loaded.setdefault(keys[0].step, []).extend(keys)
     for step in range(13):
         keys = sorted(loaded[step], key=lambda key: key.position)
         assert [key.position for key in keys] == [0, 1, 2, 3]  # each once: no two ranks share a position
-        assert [key.index for key in keys] == plan.batch(step)
+        assert [key.index for key in keys] == order.batch(step)
 
 
 @pytest.mark.parametrize("stop", [1, 5, 6, 11])
 def test_resumed_at_any_step_is_the_rest_of_an_uninterrupted_run(stop):
     """Facts, defect 9: the public scripts restart the epoch and overshoot."""
-    whole = list(StepSampler(Plan(ORDER, 4, seed=1), batch_size=2, accumulation=2, max_steps=13))
-    first = StepSampler(Plan(ORDER, 4, seed=1), batch_size=2, accumulation=2, max_steps=stop)
-    rest = StepSampler(Plan(ORDER, 4, seed=1), batch_size=2, accumulation=2, start_step=stop, max_steps=13)
+    whole = list(StepSampler(Order(ORDER, 4, seed=1), batch_size=2, accumulation=2, max_steps=13))
+    first = StepSampler(Order(ORDER, 4, seed=1), batch_size=2, accumulation=2, max_steps=stop)
+    rest = StepSampler(Order(ORDER, 4, seed=1), batch_size=2, accumulation=2, start_step=stop, max_steps=13)
     assert list(first) + list(rest) == whole
     assert len(whole) == 26 and (len(first), len(rest)) == (2 * stop, 2 * (13 - stop))
 
 
 def test_a_batch_that_does_not_make_up_the_plan_is_refused():
     with pytest.raises(ValueError, match=r"4.*3 x accumulation 1 x 1 process\(es\) = 3"):
-        StepSampler(Plan(ORDER, 4, seed=0), batch_size=3, max_steps=1)
+        StepSampler(Order(ORDER, 4, seed=0), batch_size=3, max_steps=1)
 
 
 def test_it_is_a_batch_sampler():
-    plan = Plan(ORDER, 4, seed=0)
+    order = Order(ORDER, 4, seed=0)
 
     class Echo(torch.utils.data.Dataset):
         def __getitem__(self, key):
             return key
 
-    loader = DataLoader(Echo(), batch_sampler=StepSampler(plan, batch_size=4, max_steps=7), collate_fn=list)
-    assert [[key.index for key in keys] for keys in loader] == [plan.batch(step) for step in range(7)] and len(loader) == 7
+    loader = DataLoader(Echo(), batch_sampler=StepSampler(order, batch_size=4, max_steps=7), collate_fn=list)
+    assert [[key.index for key in keys] for keys in loader] == [order.batch(step) for step in range(7)] and len(loader) == 7

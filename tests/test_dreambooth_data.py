@@ -419,7 +419,7 @@ def test_outside_the_mask_no_gradient_flows():
 
 def test_two_data_sets_of_a_run_share_no_random_number():
     sizes = [(16, 16)] * 12
-    first, second = buckets.Plan(sizes, 4, seed=0), buckets.Plan(sizes, 4, 0, "second order")
+    first, second = buckets.Order(sizes, 4, seed=0), buckets.Order(sizes, 4, 0, "second order")
     assert [first.batch(step) for step in range(3)] != [second.batch(step) for step in range(3)]
     positions = []
     for rank in range(2):

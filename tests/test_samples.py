@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from src import seeds
-from src.data.buckets import Key, Plan, StepSampler, assign, buckets, fit
+from src.data.buckets import Key, Order, StepSampler, assign, buckets, fit
 from src.data.cache import TensorCache
 from src.data.captions import CaptionedImages, open_captioned
 from src.data.samples import Samples, collate, fill_latents, fill_text, latent_key, loader
@@ -60,11 +60,11 @@ def make_caches(root: Path, images, sizes, flip=True, **described) -> tuple[Tens
     return latents, text
 
 
-def run(samples: Samples, plan: Plan, steps: int, *, batch_size: int, accumulation: int = 1, world: int = 1, workers: int = 0) -> dict:
+def run(samples: Samples, order: Order, steps: int, *, batch_size: int, accumulation: int = 1, world: int = 1, workers: int = 0) -> dict:
     """(step, position) -> what was loaded there, over all ranks."""
     loaded = {}
     for rank in range(world):
-        sampler = StepSampler(plan, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world, max_steps=steps)
+        sampler = StepSampler(order, batch_size=batch_size, accumulation=accumulation, rank=rank, world=world, max_steps=steps)
         for number, batch in enumerate(loader(samples, sampler, num_workers=workers)):
             for i, position in enumerate(batch.positions):
                 image = batch.pixels if batch.pixels is not None else batch.latent_mean
@@ -190,19 +190,19 @@ def test_two_positions_of_one_step_do_not_share_their_chance(images, sizes):
 def test_the_spread_over_processes_changes_nothing(images, sizes, tmp_path, cached):
     latents, text = make_caches(tmp_path, images, sizes) if cached else (None, None)
     samples = Samples(images, sizes, seed=4, caption_dropout=0.3, flip=True, random_crop=not cached, latents=latents, text=text)
-    plan = Plan(sizes, 4, seed=4)
-    whole = run(samples, plan, 9, batch_size=4)
+    order = Order(sizes, 4, seed=4)
+    whole = run(samples, order, 9, batch_size=4)
     assert len(whole) == 36 and len({prompt for _, prompt, _ in whole.values()}) > 5
-    assert same(run(samples, plan, 9, batch_size=2, world=2), whole)
-    assert same(run(samples, plan, 9, batch_size=1, accumulation=4), whole)
-    assert same(run(samples, plan, 9, batch_size=1, accumulation=2, world=2), whole)
+    assert same(run(samples, order, 9, batch_size=2, world=2), whole)
+    assert same(run(samples, order, 9, batch_size=1, accumulation=4), whole)
+    assert same(run(samples, order, 9, batch_size=1, accumulation=2, world=2), whole)
 
 
 @pytest.mark.slow
 def test_workers_change_nothing(images, sizes):
     samples = Samples(images, sizes, seed=4, caption_dropout=0.3, flip=True, random_crop=True)
-    plan = Plan(sizes, 4, seed=4)
-    assert same(run(samples, plan, 8, batch_size=4, workers=2), run(samples, plan, 8, batch_size=4))
+    order = Order(sizes, 4, seed=4)
+    assert same(run(samples, order, 8, batch_size=4, workers=2), run(samples, order, 8, batch_size=4))
 
 
 @pytest.mark.slow
@@ -210,7 +210,7 @@ def test_ctrl_c_is_for_the_main_process_to_answer(images, sizes, capfd):
     """A terminal sends it to the workers as well, which have the main process's handler: each would announce that it stops."""
     before = signal.signal(signal.SIGINT, lambda number, frame: os.write(2, b"stopping"))
     try:
-        sampler = StepSampler(Plan(sizes, 2, seed=4), batch_size=2, max_steps=8)
+        sampler = StepSampler(Order(sizes, 2, seed=4), batch_size=2, max_steps=8)
         batches = iter(loader(Samples(images, sizes, seed=4), sampler, num_workers=1))
         next(batches)
         os.kill(batches._workers[0].pid, signal.SIGINT)
@@ -232,17 +232,17 @@ def test_loading_leaves_the_global_generator_alone(images, sizes):
     """The training loop seeds it at each step, for LoRA dropout."""
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    run(Samples(images, sizes, seed=4, flip=True, random_crop=True), Plan(sizes, 2, seed=4), 3, batch_size=2)
+    run(Samples(images, sizes, seed=4, flip=True, random_crop=True), Order(sizes, 2, seed=4), 3, batch_size=2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_cached_is_uncached_encoded(images, sizes, tmp_path):
     """The same flips and prompts; the latent of a flipped sample is that of the mirrored picture."""
     latents, text = make_caches(tmp_path, images, sizes)
-    plan = Plan(sizes, 4, seed=2)
+    order = Order(sizes, 4, seed=2)
     options = {"seed": 2, "caption_dropout": 0.3, "flip": True}
-    plain = run(Samples(images, sizes, **options), plan, 12, batch_size=4)
-    cached = run(Samples(images, sizes, latents=latents, text=text, **options), plan, 12, batch_size=4)
+    plain = run(Samples(images, sizes, **options), order, 12, batch_size=4)
+    cached = run(Samples(images, sizes, latents=latents, text=text, **options), order, 12, batch_size=4)
     assert plain.keys() == cached.keys()
     mirrored = 0
     for at, (index, prompt, pixels) in plain.items():
@@ -254,10 +254,10 @@ def test_cached_is_uncached_encoded(images, sizes, tmp_path):
 def test_captions_stay_with_their_pictures_in_every_epoch(images, sizes, tmp_path):
     """Facts, defect 2: a cache indexed by loader step gives latents other pictures' captions as soon as the loader shuffles."""
     latents, text = make_caches(tmp_path, images, sizes)
-    plan = Plan(sizes, 3, seed=11)
+    order = Order(sizes, 3, seed=11)
     samples = Samples(images, sizes, seed=11, flip=True, latents=latents, text=text)
     seen = set()
-    for index, prompt, mean in run(samples, plan, 4 * plan.steps_per_epoch, batch_size=3).values():
+    for index, prompt, mean in run(samples, order, 4 * order.steps_per_epoch, batch_size=3).values():
         number = round((mean[0].mean().item() + 1) * 127.5 / 20)  # red says which picture this is
         assert prompt in ({f"picture number {number}", "number 3 by another name"} if number == 3 else {f"picture number {number}"})
         assert images.records[index].prompt == prompt
@@ -368,7 +368,7 @@ def test_photographs_from_folder_to_batch(tmp_path):
     sizes = [assign(record.width, record.height, shapes) for record in images.records]
     assert len(set(sizes)) >= 3
     latents, text = make_caches(tmp_path, images, sizes)
-    plan = Plan(sizes, 2, seed=0)
+    order = Order(sizes, 2, seed=0)
     samples = Samples(images, sizes, seed=0, flip=True, latents=latents, text=text)
-    loaded = run(samples, plan, plan.steps_per_epoch, batch_size=2)
+    loaded = run(samples, order, order.steps_per_epoch, batch_size=2)
     assert {prompt for _, prompt, _ in loaded.values()} == {record.prompt for record in images.records}

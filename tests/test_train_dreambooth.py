@@ -256,7 +256,7 @@ def test_t5_is_read_from_the_cache_where_clip_is_trained(train, monkeypatch):
 
     def spy(run, args):
         data, prior = prepare(run, args)
-        resident[run.output_dir.name] = len(data.model.text_encoders)
+        resident[run.output_dir.name] = len(data.encoders.text_encoders)
         return data, prior
 
     monkeypatch.setattr(script.subject, "prepare", spy)
@@ -404,7 +404,7 @@ def test_resumed_equals_uninterrupted(train, monkeypatch):
         train("parts", **LONG)
     parts = train("parts", **LONG, resume_from_checkpoint="latest")
     ended = runs.state(whole / "checkpoint-4")
-    assert ended.keys() == {"step", "kinds", "transformer", "text_encoder", "text_encoder_2", "optimizer", "ema", "schedule", "log"}
+    assert ended.keys() == {"step", "kinds", "world", "transformer", "text_encoder", "text_encoder_2", "optimizer", "ema", "schedule", "log"}
     runs.assert_identical(ended, runs.state(parts / "checkpoint-4"))
     for folder in (".", "raw", "checkpoint-4", "checkpoint-4/raw"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))

@@ -128,7 +128,7 @@ def test_text_encoders_are_gone_while_training(train, monkeypatch):
     seen, validator = [], script.validation.Validator
 
     def spy(run, args, data, model, *rest, **named):
-        seen.extend(data.model.text_encoders + model.text_encoders + ["called"])
+        seen.extend(data.encoders.text_encoders + model.text_encoders + ["called"])
         return validator(run, args, data, model, *rest, **named)
 
     monkeypatch.setattr(script.validation, "Validator", spy)
@@ -231,7 +231,7 @@ def test_resumed_equals_uninterrupted(train, whole, monkeypatch, step):
         train("parts", **LONG)
     parts = train("parts", **LONG, resume_from_checkpoint="latest")
     ended = runs.state(whole / "checkpoint-8")
-    assert ended.keys() == {"step", "kinds", "lora", "optimizer", "ema", "schedule", "log"}
+    assert ended.keys() == {"step", "kinds", "world", "lora", "optimizer", "ema", "schedule", "log"}
     runs.assert_identical(ended, runs.state(parts / "checkpoint-8"))
     for folder in (".", "raw", "checkpoint-8", "checkpoint-8/raw"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))

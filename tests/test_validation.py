@@ -180,7 +180,8 @@ def test_pictures_are_those_of_their_prompt_and_seed(parts, validator, tmp_path)
     written = sorted(path.name for path in (tmp_path / "samples" / "step-000004").iterdir())
     assert written == ["00-5.png", "00-6.png", "01-5.png", "01-6.png"]
     args = one.args
-    alone = sd3.render(parts.data.model, parts.model.transformer, parts.data.condition([PROMPTS[1]]), negative=parts.data.condition([""]),
+    text, negative = parts.data.condition([PROMPTS[1]]), parts.data.condition([""])
+    alone = sd3.render(parts.data.encoders, parts.model.transformer, text, negative=negative,
                        seeds=[6], height=32, width=32, num_inference_steps=args.validation_inference_steps,
                        guidance_scale=args.validation_guidance_scale)  # fmt: skip
     picture = Image.open(tmp_path / "samples" / "step-000004" / "01-6.png")

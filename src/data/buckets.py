@@ -75,7 +75,7 @@ def fit(image: Image.Image, size: tuple[int, int], *, crop: tuple[float, float] 
 # --------------------------------------------------------------------------- order
 
 
-class Plan:
+class Order:
     """Which samples make up each optimizer step.
 
     Every epoch shuffles each bucket and cuts it into global batches. The last one of a bucket is filled up from the bucket's
@@ -89,7 +89,7 @@ class Plan:
 
     def __init__(self, buckets_of: Sequence[tuple[int, int]], global_batch: int, seed: int, stream: str = "order"):
         if not buckets_of or global_batch < 1:
-            raise ValueError(f"a plan needs samples and a batch, got {len(buckets_of)} sample(s) and a global batch of {global_batch}")
+            raise ValueError(f"an order needs samples and a batch, got {len(buckets_of)} sample(s) and a global batch of {global_batch}")
         self.global_batch, self.seed, self.stream = global_batch, seed, stream
         members: dict[tuple[int, int], list[int]] = {}
         for index, size in enumerate(buckets_of):
@@ -135,15 +135,15 @@ class StepSampler:
     """
 
     def __init__(
-        self, plan: Plan, *, batch_size: int, accumulation: int = 1, rank: int = 0, world: int = 1, start_step: int = 0, max_steps: int,
+        self, order: Order, *, batch_size: int, accumulation: int = 1, rank: int = 0, world: int = 1, start_step: int = 0, max_steps: int,
         first_position: int = 0,
     ):  # fmt: skip
-        if batch_size * accumulation * world != plan.global_batch:
+        if batch_size * accumulation * world != order.global_batch:
             raise ValueError(
-                f"the plan was made for a global batch of {plan.global_batch}, but batch size {batch_size} x accumulation {accumulation} "
+                f"the order was made for a global batch of {order.global_batch}, but batch size {batch_size} x accumulation {accumulation} "
                 f"x {world} process(es) = {batch_size * accumulation * world}"
             )
-        self.plan, self.batch_size, self.accumulation = plan, batch_size, accumulation
+        self.order, self.batch_size, self.accumulation = order, batch_size, accumulation
         self.rank, self.world = rank, world
         self.start_step, self.max_steps, self.first_position = start_step, max_steps, first_position
 
@@ -152,7 +152,7 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.start_step, self.max_steps):
-            samples = self.plan.batch(step)
+            samples = self.order.batch(step)
             for micro in range(self.accumulation):
                 first = (micro * self.world + self.rank) * self.batch_size
                 yield [Key(samples[p], step, self.first_position + p) for p in range(first, first + self.batch_size)]
