@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from benchmarks import geometry, loops, trainers
-from src import cli, full, plan, runtime
+from src import cli, full, memory, runtime
 from src.pipelines import sd3
 
 WAYS = {  # name: weights, optimizer, fused backward
@@ -88,7 +88,7 @@ def state_bytes(args: argparse.Namespace, way: str) -> int:
     dtype, optimizer, fused = WAYS[way]
     weight = full.DTYPES[dtype].itemsize
     count = sum(p.numel() for p in sd3.transformer_from_config(config_of(args.pretrained_model_name_or_path)).parameters())
-    return count * (weight + (0 if fused else weight) + plan.STATE_BYTES[optimizer])
+    return count * (weight + (0 if fused else weight) + memory.STATE_BYTES[optimizer])
 
 
 def main(args: argparse.Namespace) -> dict:

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from src import checkpoint, cli, metrics, plan, policy, rewards, runtime
+from src import checkpoint, cli, memory, metrics, plan, policy, rewards, runtime
 from src.pipelines import sd3, sd3_rollout
 
 STAGES = ("sample", "decode", "score", "train", "hold")
@@ -150,7 +150,7 @@ def step_cost(args: argparse.Namespace) -> float:
     transformer = sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision)
     policy.adapt(transformer, args)
     tokens = plan.text_tokens(args)
-    forward, step = plan.step_flops(transformer, args.resolution, tokens, checkpointing=plan.checkpoint_every(args))
+    forward, step = plan.step_flops(transformer, args.resolution, tokens, checkpointing=memory.checkpoint_every(args))
     return step / forward
 
 

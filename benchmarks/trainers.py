@@ -20,10 +20,10 @@ import train_refl_sd15
 import train_text_to_image_lora_sd3
 from benchmarks import aligned, geometry, loops
 from benchmarks.loops import Loop, Setting, arguments
-from src import full, lora, plan, policy, unet
+from src import full, lora, memory, policy, unet
 from src.pipelines import sd3, sd15
 
-Planned = Callable[[Setting, argparse.Namespace], plan.StepMemory]
+Planned = Callable[[Setting, argparse.Namespace], memory.StepMemory]
 
 
 @dataclass(frozen=True)
@@ -47,65 +47,65 @@ class Trainer:
 # --------------------------------------------------------------------------- what they should need
 
 
-def planned_lora_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+def planned_lora_sd3(setting: Setting, args: argparse.Namespace) -> memory.StepMemory:
     """As --dry_run plans it, for the parts that the loop holds."""
     transformer = geometry.build(setting.config("sd3.5-medium", "transformer"))
-    number = plan.BYTES[args.mixed_precision]
+    number = memory.BYTES[args.mixed_precision]
     counts = {"transformer": sum(p.numel() for p in transformer.parameters())}
-    weights = plan.weight_bytes(counts, transformer, number, quantized=args.quantize_base)
+    weights = memory.weight_bytes(counts, transformer, number, quantized=args.quantize_base)
     train_text_to_image_lora_sd3.add_lora(transformer, args)
     trained = sum(p.numel() for p in lora.parameters(transformer))
     twice = True if getattr(args, "with_prior_preservation", False) else None  # the subject's gradients stay until the class's are added
-    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=None, family=sd3,
+    return memory.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=None, family=sd3,
                                batch=args.train_batch_size, accumulated=twice)  # fmt: skip
 
 
-def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> memory.StepMemory:
     """As --dry_run plans it, for the parts that the loop holds."""
     transformer = geometry.build(setting.config("sd3.5-medium", "transformer"))
     whole = train_full_finetuning_sd3.full_plan(args)
-    weights = plan.weight_bytes({"transformer": sum(p.numel() for p in transformer.parameters())}, transformer, whole.weight)
+    weights = memory.weight_bytes({"transformer": sum(p.numel() for p in transformer.parameters())}, transformer, whole.weight)
     train_full_finetuning_sd3.select(transformer, args)
     trained = sum(p.numel() for p in full.parameters(transformer))
-    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=whole, family=sd3,
+    return memory.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=whole, family=sd3,
                                batch=args.train_batch_size)  # fmt: skip
 
 
-def planned_rollouts(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+def planned_rollouts(setting: Setting, args: argparse.Namespace) -> memory.StepMemory:
     """As --dry_run plans it, for the parts that the loop holds: the VAE, too."""
     transformer = geometry.build(setting.config("sd3.5-medium", "transformer"))
     vae = geometry.build(setting.config("sd3.5-medium", "vae"))
     counts = {"transformer": sum(p.numel() for p in transformer.parameters()), "vae": sum(p.numel() for p in vae.parameters())}
-    weights = plan.weight_bytes(counts, transformer, plan.BYTES[args.mixed_precision], quantized=args.quantize_base)
+    weights = memory.weight_bytes(counts, transformer, memory.BYTES[args.mixed_precision], quantized=args.quantize_base)
     policy.adapt(transformer, args)
     trained = sum(p.numel() for p in lora.parameters(transformer))
     passes = 2 if args.guidance_scale > 1 else 1
-    return plan.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=None, family=sd3,
-                               batch=passes * plan.rollout_batch(args), accumulated=True)  # fmt: skip
+    return memory.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=None, family=sd3,
+                               batch=passes * memory.rollout_batch(args), accumulated=True)  # fmt: skip
 
 
 def planned_unet(setting: Setting, args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:
-    """The UNet on the meta device, with its adapter, and the arguments of `plan.step_memory` for it."""
+    """The UNet on the meta device, with its adapter, and the arguments of `memory.step_memory` for it."""
     module = geometry.build(setting.config("sd1.5", "unet"))
-    whole = None if args.use_lora else plan.Whole(("unet",), weight=4, gradient=4)
-    number = whole.weight if whole else plan.BYTES[args.mixed_precision]
-    weights = plan.weight_bytes({"unet": sum(p.numel() for p in module.parameters())}, module, number, "unet")
+    whole = None if args.use_lora else memory.Whole(("unet",), weight=4, gradient=4)
+    number = whole.weight if whole else memory.BYTES[args.mixed_precision]
+    weights = memory.weight_bytes({"unet": sum(p.numel() for p in module.parameters())}, module, number, "unet")
     unet.adapt(module, args)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return module, dict(weights=weights, trained=trained, tokens=aligned.CLIP_TOKENS, whole=whole, family=sd15)
 
 
-def planned_pairs(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+def planned_pairs(setting: Setting, args: argparse.Namespace) -> memory.StepMemory:
     module, known = planned_unet(setting, args)
     pictures = args.train_batch_size * (1 if args.sft else 2)
-    return plan.step_memory(args, module, **known, batch=pictures, frozen_copy=not (args.use_lora or args.sft))
+    return memory.step_memory(args, module, **known, batch=pictures, frozen_copy=not (args.use_lora or args.sft))
 
 
-def planned_reward_gradient(setting: Setting, args: argparse.Namespace) -> plan.StepMemory:
+def planned_reward_gradient(setting: Setting, args: argparse.Namespace) -> memory.StepMemory:
     module, known = planned_unet(setting, args)
     vae = geometry.build(setting.config("sd1.5", "vae"))
     known["weights"]["vae"] = 4 * sum(p.numel() for p in vae.parameters())
-    return plan.reward_gradient_memory(args, module, vae, **known)[0]
+    return memory.reward_gradient_memory(args, module, vae, **known)[0]
 
 
 # --------------------------------------------------------------------------- the list
@@ -126,7 +126,7 @@ def make(setting: Setting) -> Loop:
     return TRAINERS[setting.trainer].loop(setting)
 
 
-def planned(setting: Setting, batch: int | None = None) -> plan.StepMemory:
+def planned(setting: Setting, batch: int | None = None) -> memory.StepMemory:
     """The memory of a step of `batch` samples, None: as the flags say. Modules are built on the meta device only."""
     trainer = TRAINERS[setting.trainer]
     with tempfile.TemporaryDirectory() as folder:

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from src import activations, inputs, lora, norms, optim, policy, quantize, rewards, rounding, runtime, speed
+from src import inputs, memory, optim, policy, rewards, runtime, speed
 from src.data import buckets, captions, prompts
+from src.memory import BYTES, EMA_BYTES, STATE_BYTES, StepMemory, Whole
 from src.pipelines import sd3, sd15
 
-BYTES = {"no": 4, "fp16": 2, "bf16": 2}  # of a frozen weight or a cached number, by --mixed_precision
-# Bytes of optimizer state per trained parameter. AdamW keeps two fp32 moments, 8-bit AdamW two of one byte, Prodigy four fp32 tensors;
-# Adafactor's row and column of moments come to about 1 byte for a matrix of rank 16.
-STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 1}
-EMA_BYTES = 4  # per trained parameter with --use_ema
 RATE = 300e12  # FLOP/s: about half of what an H100's matrix multiplications reach in bf16, a good training step on it
-UPDATE_BYTES = 8  # per bf16 weight of a piece that is being updated: fp32 copies of it and of its gradient
-ROUNDING_BYTES = 10  # per bf16 weight of the tensor that is being rounded: random bits, which become the result, a copy, and that in bf16
 ENTRY_BYTES = 256  # of a cache file besides its tensors: names, shapes and key
-
-
-@dataclass(frozen=True)
-class Whole:
-    """Parts of the pipeline that are trained themselves, not through an adapter: their names, bytes of a weight and of its gradient."""
-
-    parts: tuple[str, ...]
-    weight: int
-    gradient: int
 
 
 @dataclass(frozen=True)
@@ -93,22 +77,22 @@ def show(
             samples, held_out = inputs.open_pairs(args) if preference else inputs.open_images(args)
     denoiser = family.denoiser_from_config(args.pretrained_model_name_or_path, args.revision)
     counts = family.parameter_counts(args.pretrained_model_name_or_path, args.revision)
-    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER, vars(args).get("quantize_base"))
+    weights = memory.weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER, vars(args).get("quantize_base"))
     if whole:
         trainable = {part: counts[part] for part in whole.parts}
-        weights |= weight_bytes(trainable, denoiser, whole.weight, family.DENOISER)
+        weights |= memory.weight_bytes(trainable, denoiser, whole.weight, family.DENOISER)
     adapt(denoiser)
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
     trained += subject.adapters if subject else 0
     tokens, batch = text_tokens(args, family), args.train_batch_size * args.gradient_accumulation_steps
-    reference = frozen_copy_bytes(args, denoiser) if preference and preference.copy else 0
-    trained_bytes = trained * per_trained_parameter(args, whole)
+    reference = memory.frozen_copy_bytes(args, denoiser) if preference and preference.copy else 0
+    trained_bytes = trained * memory.per_trained_parameter(args, whole)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     flops = sample_flops(family, denoiser, args, tokens, preference) * batch * (2 if subject and subject.class_images else 1)
     twice = True if subject and subject.class_images else None  # gradients of the subject wait for those of the class
     together = args.train_batch_size * (2 if preference and preference.reference else 1)
-    step = step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
+    step = memory.step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
                           frozen_copy=reference > 0, accumulated=twice)  # fmt: skip
 
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
@@ -145,24 +129,24 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
         path, found = args.pretrained_model_name_or_path, rewards.read_prompts(args)
     transformer, counts = sd3.transformer_from_config(path, args.revision), sd3.parameter_counts(path, args.revision)
     whole = Whole(("transformer",), weight=4, gradient=4) if args.full_weights else None
-    weights = weight_bytes(counts, transformer, BYTES[args.mixed_precision], quantized=args.quantize_base)
+    weights = memory.weight_bytes(counts, transformer, BYTES[args.mixed_precision], quantized=args.quantize_base)
     if whole:
-        weights["transformer"] = weight_bytes(counts, transformer, whole.weight)["transformer"]
+        weights["transformer"] = memory.weight_bytes(counts, transformer, whole.weight)["transformer"]
     written = _written(weights, whole)
     if whole and reference:
-        weights["transformer"] += frozen_copy_bytes(args, transformer)
+        weights["transformer"] += memory.frozen_copy_bytes(args, transformer)
     policy.adapt(transformer, args)
     trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
-    trained_bytes = trained * (per_trained_parameter(args, whole) + EMA_BYTES * other_passes)
+    trained_bytes = trained * (memory.per_trained_parameter(args, whole) + EMA_BYTES * other_passes)
 
     extra = reference + other_passes
     pictures, passes = args.sample_batch_size * args.sample_num_batches_per_epoch, 2 if args.guidance_scale > 1 else 1
-    together = passes * rollout_batch(args)
-    peak = step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, family=sd3, batch=together,
+    together = passes * memory.rollout_batch(args)
+    peak = memory.step_memory(args, transformer, weights, trained=trained, tokens=tokens, whole=whole, family=sd3, batch=together,
                           accumulated=True, averages=2 * other_passes)  # fmt: skip  # itself, and what it takes the place of while asked
-    decoding = drawing_bytes(args, sd15.vae_from_config(path, args.revision))
+    decoding = memory.drawing_bytes(args, sd15.vae_from_config(path, args.revision))
     peak = replace(peak, peak=max(peak.peak, peak.resident + decoding))  # no gradient is there meanwhile
-    forward, step = step_flops(transformer, args.resolution, tokens, checkpointing=checkpoint_every(args))
+    forward, step = step_flops(transformer, args.resolution, tokens, checkpointing=memory.checkpoint_every(args))
     each = passes * (args.num_inference_steps * forward + trained_steps * (step + extra * forward))  # FLOP per picture
     sampler = prompts.GroupSampler(found.training, group_size=vars(args).get("group_size", 1), batch_size=args.sample_batch_size,
                                    batches_per_epoch=args.sample_num_batches_per_epoch, seed=args.seed or 0,
@@ -171,7 +155,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     entry = (tokens * transformer.config.joint_attention_dim + transformer.config.pooled_projection_dim) * BYTES[args.mixed_precision]
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole) + [
         _activation_row(args, peak, f"{together} picture(s)"),
-        ("  decoding", f"{_size(decoding)}, {min(args.decode_batch_size, rollout_batch(args))} picture(s) at a time"),
+        ("  decoding", f"{_size(decoding)}, {min(args.decode_batch_size, memory.rollout_batch(args))} picture(s) at a time"),
         ("memory", _memory(args, weights, peak) + "; scorers come on top"),
         ("prompts", f"{len(found.training):,} of {args.prompts}, {len(found.evaluation):,} evaluated every {args.eval_epochs} epochs"),
         ("an epoch", f"{pictures:,} pictures on one process, in batches of {args.sample_batch_size}; {updates} update(s)"),
@@ -206,15 +190,15 @@ def show_reward_gradient(
     adapt(denoiser)
     trained, tokens = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), text_tokens(args, family)
     counts, batch = family.parameter_counts(path, args.revision), args.train_batch_size * args.gradient_accumulation_steps
-    weights = weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER) | {"vae": counts["vae"] * 4}
+    weights = memory.weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER) | {"vae": counts["vae"] * 4}
     if whole:
-        weights |= weight_bytes({part: counts[part] for part in whole.parts}, denoiser, whole.weight, family.DENOISER)
-    trained_bytes = trained * per_trained_parameter(args, whole)
+        weights |= memory.weight_bytes({part: counts[part] for part in whole.parts}, denoiser, whole.weight, family.DENOISER)
+    trained_bytes = trained * memory.per_trained_parameter(args, whole)
 
     passes = 2 if args.guidance_scale > 1 else 1
     known = dict(weights=weights, trained=trained, tokens=tokens, whole=whole, family=family)
-    peak, decoding = reward_gradient_memory(args, denoiser, sd15.vae_from_config(path, args.revision), **known)
-    forward, step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
+    peak, decoding = memory.reward_gradient_memory(args, denoiser, sd15.vae_from_config(path, args.revision), **known)
+    forward, step = step_flops(denoiser, args.resolution, tokens, checkpointing=memory.checkpoint_every(args), family=family)
     each = passes * (rollout_steps * forward + trained_steps * (step + recomputed * forward)) + (step if pretraining else 0)
     rate = optim.learning_rate(args.learning_rate, args.scale_lr, batch)
     sampler = prompts.GroupSampler(found.training, group_size=1, batch_size=args.train_batch_size, seed=args.seed or 0,
@@ -262,167 +246,7 @@ def _samples(samples: Any, held_out: Any) -> str:
     return f"{len(samples):,} to train on, {len(held_out or [])} held out, {len(samples.skipped)} skipped{ties}"
 
 
-# --------------------------------------------------------------------------- what it holds
-
-
-def weight_bytes(
-    counts: dict[str, int], denoiser: nn.Module, number: int, name: str = "transformer", quantized: str | None = None
-) -> dict[str, int]:
-    """Bytes of each frozen part at `number` bytes a weight; the position embeddings of SD3's transformer, a buffer, included.
-
-    Args:
-        counts: parameters of each part; denoiser: on the meta device (without adapters, if quantized); name: its own among them;
-            quantized: --quantize_base.
-    """
-    buffers = sum(buffer.numel() for buffer in denoiser.buffers())
-    found = {part: (count + (buffers if part == name else 0)) * number for part, count in counts.items()}
-    if quantized:
-        packed = quantize.quantizable(denoiser).values()
-        saved = sum(layer.weight.numel() for layer in packed) * (number - quantize.BYTES[quantized])
-        scales = sum(4 * layer.out_features for layer in packed) if quantized == "int8" else 0
-        found[name] -= round(saved - scales)
-    return found
-
-
-def per_trained_parameter(args: argparse.Namespace, whole: Whole | None = None) -> int:
-    """Bytes of an fp32 adapter's parameter with its gradient, the optimizer's state and its moving average; of a part that is trained as
-    a whole, without the parameter, which is counted with the part."""
-    average = EMA_BYTES if args.use_ema and vars(args).get("ema_device") != "cpu" else 0
-    return STATE_BYTES[args.optimizer] + average + (whole.gradient if whole else 8)  # 8: an fp32 parameter and its gradient
-
-
-def rollout_batch(args: argparse.Namespace) -> int:
-    """Pictures that a policy draws and learns from in one forward pass, guidance not counted."""
-    return vars(args).get("train_batch_size") or args.sample_batch_size
-
-
-def checkpoint_every(args: argparse.Namespace) -> int:
-    """Every how many blocks one is computed again in the backward pass; 0: none."""
-    return args.checkpoint_every if args.gradient_checkpointing else 0
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes of a training step on one GPU.
-
-    Attributes:
-        resident: weights, optimizer state and average; kept: activations when the backward pass begins; working: what that pass needs
-            besides; peak: the most of all at any time; uncompiled: though the run compiles.
-    """
-
-    resident: float
-    kept: int
-    working: int
-    peak: float
-    uncompiled: bool = False
-
-
-def step_memory(
-    args: argparse.Namespace, denoiser: nn.Module, weights: dict[str, int], *, trained: int, tokens: int, whole: Whole | None,
-    family: ModuleType, batch: int, frozen_copy: bool = False, after: int = 0, chained: bool = False,
-    accumulated: bool | None = None, averages: int = 0,
-) -> StepMemory:  # fmt: skip
-    """What a step will hold, from a forward pass without memory (`src/activations.py`), in which nothing is compiled.
-
-    Args:
-        denoiser: on the meta device, with adapters or selected weights; weights: bytes of the parts; trained: number of parameters;
-            tokens: L; accumulated: over several passes, None: as --gradient_accumulation_steps says; averages: of what is trained,
-            besides --use_ema.
-        batch: pictures in a forward pass with gradient; frozen_copy: of the weights, which is asked afterwards, without gradient;
-            after: bytes that are needed for a moment between that pass and its backward pass; chained: several such passes follow each
-            other, of which all but the last are computed again, when the others have left gradients.
-    """
-    frozen, side = runtime.WEIGHT_DTYPES[args.mixed_precision], args.resolution // family.VAE_SCALE
-    autocast = None if args.mixed_precision == "no" else frozen
-    denoiser = copy.deepcopy(denoiser).train()
-    for weight in denoiser.parameters():
-        if not weight.requires_grad or (whole and whole.weight == 2):
-            weight.data = weight.data.to(frozen)
-    norms.lean(denoiser) if vars(args).get("quantize_base") else speed.fewer_passes(denoiser)  # packed projections are not stacked
-
-    def forward(module: nn.Module) -> Any:
-        given = family.example_inputs(denoiser.config, side, tokens, batch)
-        return module(**given | {"encoder_hidden_states": given["encoder_hidden_states"].to(frozen)}, return_dict=False)[0]
-
-    def recomputed(module: nn.Module) -> list[nn.Module]:
-        return speed.blocks(module)[:: args.checkpoint_every] if args.gradient_checkpointing else []
-
-    found = activations.count(denoiser, forward, autocast=autocast, units=recomputed)
-    resident = _resident(args, weights, trained, whole) + (frozen_copy_bytes(args, denoiser) if frozen_copy else 0)
-    resident += trained * EMA_BYTES * averages
-    gradients, working = trained * (whole.gradient if whole else 4), found.again + found.largest
-    accumulated = args.gradient_accumulation_steps > 1 if accumulated is None else accumulated
-    # The highest point: when the forward pass ends, when the backward pass begins or ends, or while the weights are updated. Gradients grow
-    # while what was kept shrinks, so the two are not there together, unless earlier micro-batches left gradients.
-    earlier = gradients if accumulated else 0
-    peak = resident + max(earlier + found.total + max(found.copies, after), max(gradients, earlier + found.total) + working,
-                          gradients + _updating(denoiser, trained, whole))  # fmt: skip
-    if chained:
-        peak = max(peak, resident + gradients + found.total + working)
-    return StepMemory(resident, found.total, working, peak, uncompiled=args.compile)
-
-
-def frozen_copy_bytes(args: argparse.Namespace, denoiser: nn.Module) -> int:
-    """Of a second denoiser that is only asked; denoiser: the trained one, in fp32 on the meta device."""
-    frozen = copy.deepcopy(denoiser)
-    speed.narrow_frozen(frozen, runtime.WEIGHT_DTYPES[args.mixed_precision])
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*frozen.parameters(), *frozen.buffers()))
-
-
-def _updating(denoiser: nn.Module, trained: int, whole: Whole | None) -> int:
-    """Bytes that an optimizer step needs for a moment: for weights in bf16, which are updated in fp32."""
-    if whole is None or whole.weight != 2:
-        return 0
-    largest = max(p.numel() for p in denoiser.parameters() if p.requires_grad)
-    return UPDATE_BYTES * (largest if whole.gradient == 0 else min(rounding.PIECE, trained)) + ROUNDING_BYTES * largest
-
-
-def reward_gradient_memory(
-    args: argparse.Namespace, unet: nn.Module, vae: nn.Module, *, weights: dict[str, int], trained: int, tokens: int, whole: Whole | None,
-    family: ModuleType,
-) -> tuple[StepMemory, int]:  # fmt: skip
-    """What a step of ReFL or DRaFT will hold, and how much of it for decoding. Arguments as above; vae: on the meta device."""
-    known = dict(weights=weights, trained=trained, tokens=tokens, whole=whole, family=family)
-    decoding, passes = decoding_bytes(args, vae, family), 2 if args.guidance_scale > 1 else 1
-    several = args.gradient_accumulation_steps > 1 or (args.method == "draft_lv" and args.num_renoised > 0)
-    found = step_memory(args, unet, **known, batch=passes * args.train_batch_size, after=decoding,
-                           chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
-    if args.pretrain_dataset_name:  # its pass comes after the reward's, unguided
-        after = step_memory(args, unet, **known, batch=args.train_batch_size, accumulated=True)
-        found = replace(found, peak=max(found.peak, after.peak))
-    return found, decoding
-
-
-def drawing_bytes(args: argparse.Namespace, vae: nn.Module) -> int:
-    """The most that decoding a batch of SD3's latents without gradient holds, --decode_batch_size pictures at a time; vae as below."""
-    for weight in vae.parameters():
-        weight.data = weight.data.to(runtime.WEIGHT_DTYPES[args.mixed_precision])
-    shape = (rollout_batch(args), vae.config.latent_channels, *[args.resolution // sd3.VAE_SCALE] * 2)
-    return activations.live(vae, lambda module: sd3.decode_latents(SimpleNamespace(vae=module), torch.empty(shape), args.decode_batch_size))
-
-
-def decoding_bytes(args: argparse.Namespace, vae: nn.Module, family: ModuleType) -> int:
-    """The most that decoding with a gradient holds: in fp32, --decode_batch_size pictures at a time.
-
-    Args:
-        vae: on the meta device.
-    """
-    side, pictures = args.resolution // family.VAE_SCALE, min(args.decode_batch_size, args.train_batch_size)
-
-    def forward(module: nn.Module) -> Any:
-        return module.decode(torch.empty(pictures, vae.config.latent_channels, side, side, requires_grad=True), return_dict=False)[0]
-
-    def recomputed(module: nn.Module) -> list[nn.Module]:
-        return [module.decoder.mid_block, *module.decoder.up_blocks] if args.gradient_checkpointing else []
-
-    found = activations.count(vae.requires_grad_(False), forward, units=recomputed)
-    return found.total + max(found.again, found.largest)
-
-
-def _resident(args: argparse.Namespace, weights: dict[str, int], trained: int, whole: Whole | None) -> float:
-    """Bytes that are there all the time: weights, optimizer state and average."""
-    stays = [size for part, size in weights.items() if not _leaves(args, part)]
-    return sum(stays) + trained * (per_trained_parameter(args, whole) - (whole.gradient if whole else 4))
+# --------------------------------------------------------------------------- how it reads, row by row
 
 
 def _state(args: argparse.Namespace, whole: Whole | None) -> str:
@@ -431,14 +255,8 @@ def _state(args: argparse.Namespace, whole: Whole | None) -> str:
     return ", ".join([*held, f"{args.optimizer} state" + (" and EMA" if args.use_ema else "")])
 
 
-def _leaves(args: argparse.Namespace, part: str) -> bool:
-    """Whether memory is rid of a part once the text cache is filled: of the text encoders, but for the two CLIPs where they are trained."""
-    stays = getattr(args, "train_text_encoder", False) and part in lora.TEXT_PARTS
-    return part.startswith("text") and getattr(args, "cache_text", True) and not stays  # without the flag text is always cached
-
-
 def _residence(args: argparse.Namespace, part: str) -> str:
-    return "only while the text cache is filled" if _leaves(args, part) else ""
+    return "only while the text cache is filled" if memory.leaves(args, part) else ""
 
 
 def _activation_row(args: argparse.Namespace, step: StepMemory, what: str) -> tuple[str, str]:
@@ -449,7 +267,7 @@ def _activation_row(args: argparse.Namespace, step: StepMemory, what: str) -> tu
 def _memory(args: argparse.Namespace, weights: dict[str, int], step: StepMemory) -> str:
     """The two high points, of tensors alone: CUDA itself takes about half a gigabyte more."""
     text = sum(size for part, size in weights.items() if part.startswith("text"))
-    filling = f"{_size(text)} while the text cache is filled, " if any(_leaves(args, part) for part in weights) else ""
+    filling = f"{_size(text)} while the text cache is filled, " if any(memory.leaves(args, part) for part in weights) else ""
     return f"{filling}{_size(step.peak)} ({step.peak / 2**30:.1f} GiB) at the peak of a step{', uncompiled' if step.uncompiled else ''}"
 
 
@@ -521,7 +339,7 @@ def text_tokens(args: argparse.Namespace, family: ModuleType = sd3) -> int:
 
 def sample_flops(family: ModuleType, denoiser: nn.Module, args: argparse.Namespace, tokens: int, preference: Preference | None) -> int:
     """Of one sample in an optimizer step: a picture; or a pair, with the reference's forward passes (without one, its winner alone)."""
-    forward, step = step_flops(denoiser, args.resolution, tokens, checkpointing=checkpoint_every(args), family=family)
+    forward, step = step_flops(denoiser, args.resolution, tokens, checkpointing=memory.checkpoint_every(args), family=family)
     return 2 * (step + forward) if preference and preference.reference else step
 
 

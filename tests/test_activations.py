@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import geometry
-from src import activations, lora, plan, speed
+from src import activations, lora, memory, speed
 from src.pipelines import sd3, sd15
 
 BF16 = torch.bfloat16
@@ -148,9 +148,9 @@ def test_decoding_holds_what_was_counted(pictures, at_once):
     """Against the storages that are alive on a CPU; in fp32, a small VAE of SD3 at 64 px."""
     config = geometry.MODELS["sd3.5-medium"]["vae"] | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}
     args = argparse.Namespace(mixed_precision="no", resolution=64, sample_batch_size=pictures, decode_batch_size=at_once)
-    planned = plan.drawing_bytes(args, geometry.build(config))
+    planned = memory.drawing_bytes(args, geometry.build(config))
     with torch.device("cpu"):
         vae = AutoencoderKL.from_config(config).eval().requires_grad_(False)
-    with torch.no_grad(), LiveBytes() as memory:
+    with torch.no_grad(), LiveBytes() as held:
         sd3.decode_latents(SimpleNamespace(vae=vae), torch.zeros(pictures, 16, 8, 8), at_once)
-    assert planned == pytest.approx(memory.peak, rel=0.03)
+    assert planned == pytest.approx(held.peak, rel=0.03)

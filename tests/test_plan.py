@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import train_refl_sd15
 import train_text_to_image_lora_sd3 as script
 from benchmarks import geometry
-from src import activations, cli, inputs, lora, optim, plan, runtime
+from src import activations, cli, inputs, lora, memory, optim, plan, runtime
 from src.pipelines import sd3, sd15
 
 
@@ -76,7 +76,7 @@ def test_counts_are_those_of_the_loaded_model(arguments, world, capsys):
 def test_bytes_are_those_of_the_loaded_weights(world):
     """Buffers are held too: SD3.5-medium's position embeddings are 0.45 GB."""
     model = sd3.load(world.model, dtype=torch.bfloat16)
-    weights = plan.weight_bytes(sd3.parameter_counts(world.model), sd3.transformer_from_config(world.model), plan.BYTES["bf16"])
+    weights = memory.weight_bytes(sd3.parameter_counts(world.model), sd3.transformer_from_config(world.model), memory.BYTES["bf16"])
     held = {"transformer": model.transformer, "vae": model.vae, "text_encoder_3": model.text_encoders[2]}
     for part, module in held.items():
         tensors = [*module.parameters(), *(module.buffers() if part == "transformer" else [])]
@@ -97,7 +97,7 @@ def test_bytes_of_state_are_what_a_step_leaves(name):
         weight.grad = torch.randn_like(weight)
     optimizer.step()
     state = sum(value.nbytes for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value))
-    assert state / sum(weight.numel() for weight in weights) == pytest.approx(plan.STATE_BYTES[name], abs=0.75)
+    assert state / sum(weight.numel() for weight in weights) == pytest.approx(memory.STATE_BYTES[name], abs=0.75)
 
 
 def test_memory_counts_what_stays(arguments, monkeypatch):
@@ -106,15 +106,15 @@ def test_memory_counts_what_stays(arguments, monkeypatch):
     Without a text cache the encoders stay while training. Gradients and what was kept are there at different times, unless micro-batches
     are accumulated.
     """
-    monkeypatch.setattr(plan.activations, "count", lambda *_, **__: activations.Kept(3 * 10**9, 8 * 10**8, 0, 2 * 10**8))
+    monkeypatch.setattr(memory.activations, "count", lambda *_, **__: activations.Kept(3 * 10**9, 8 * 10**8, 0, 2 * 10**8))
     weights = {"transformer": 4_000_000_000, "vae": 500_000_000, "text_encoder": 1_000_000_000, "text_encoder_3": 9_000_000_000}
 
     def planned(**changes):
         args = argparse.Namespace(**(vars(arguments(use_ema=True, rank=2)) | changes))
-        step = plan.step_memory(args, torch.nn.Identity(), weights, trained=100_000_000, tokens=32, whole=None, family=sd3, batch=1)
+        step = memory.step_memory(args, torch.nn.Identity(), weights, trained=100_000_000, tokens=32, whole=None, family=sd3, batch=1)
         return step.resident / 1e9, step.peak / 1e9, plan._memory(args, weights, step), plan._residence(args, "text_encoder_3")
 
-    assert plan.per_trained_parameter(arguments(use_ema=True, rank=2)) == 20
+    assert memory.per_trained_parameter(arguments(use_ema=True, rank=2)) == 20
     resident, peak, text, residence = planned()
     assert (resident, peak) == pytest.approx((4.5 + 1.6, 6.1 + 3 + 1)) and residence == "only while the text cache is filled"
     assert text == "10.00 GB while the text cache is filled, 10.10 GB (9.4 GiB) at the peak of a step"
@@ -131,7 +131,7 @@ def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
     DPO's reference takes 1.7 more, half as much in bf16 (but for the first layer, which here is a number); ReFL's decoder 6. Of several
     steps in a row all but the last are computed again beside the gradients.
     """
-    monkeypatch.setattr(plan.activations, "count", lambda *_, **__: activations.Kept(2 * 10**9, 5 * 10**8, 7 * 10**8, 10**8))
+    monkeypatch.setattr(memory.activations, "count", lambda *_, **__: activations.Kept(2 * 10**9, 5 * 10**8, 7 * 10**8, 10**8))
     unet = torch.nn.Sequential(torch.nn.Linear(1, 1, False, "meta"), torch.nn.Linear(850_000, 1000, False, "meta"))
     unet.config = {}
     args = argparse.Namespace(mixed_precision="bf16", resolution=512, train_batch_size=2, gradient_accumulation_steps=1, optimizer="adamw",
@@ -140,7 +140,7 @@ def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
     def peak(weights=4, **options):
         whole = plan.Whole(("unet",), weight=4, gradient=4)
         weights = {"unet": 850_000_000 * weights, "text_encoder": 10**9}  # gone when training begins
-        found = plan.step_memory(args, unet, weights, trained=850_000_000, tokens=77, whole=whole, family=sd15, batch=4,
+        found = memory.step_memory(args, unet, weights, trained=850_000_000, tokens=77, whole=whole, family=sd15, batch=4,
                                     **options)  # fmt: skip
         assert (found.kept, found.working, found.uncompiled) == (2 * 10**9, 6 * 10**8, args.compile)
         return found.peak / 1e9
@@ -166,7 +166,7 @@ def reward_gradient(*flags):
     vae = geometry.build(geometry.MODELS["sd1.5"]["vae"] | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1})
     args = cli.parse(train_refl_sd15.build_parser(), [*REFL, *flags], checks=())
     trained = sum(p.numel() for p in unet.parameters())
-    found, decoding = plan.reward_gradient_memory(args, unet, vae, weights={"unet": 4 * trained}, trained=trained, tokens=77,
+    found, decoding = memory.reward_gradient_memory(args, unet, vae, weights={"unet": 4 * trained}, trained=trained, tokens=77,
                                                   whole=plan.Whole(("unet",), 4, 4), family=sd15)  # fmt: skip
     return found.peak, decoding, 4 * trained
 
@@ -187,7 +187,7 @@ def test_memory_of_a_reward_gradient():
 def test_bytes_of_a_quantised_base_are_those_of_the_loaded_one(world, kind):
     pytest.importorskip("bitsandbytes")
     held = sd3.load(world.model, dtype=torch.bfloat16, parts=("transformer",), quantized=kind).transformer
-    weights = plan.weight_bytes(sd3.parameter_counts(world.model), sd3.transformer_from_config(world.model), 2, quantized=kind)
+    weights = memory.weight_bytes(sd3.parameter_counts(world.model), sd3.transformer_from_config(world.model), 2, quantized=kind)
     assert weights["transformer"] == sum(tensor.nbytes for tensor in (*held.parameters(), *held.buffers()))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from src import activations, cli, optim, plan, rounding
+from src import activations, cli, memory, optim, rounding
 
 CPU = torch.device("cpu")
 PIECEWISE = ("adamw", "adamw8bit", "adafactor")
@@ -121,7 +121,7 @@ def test_the_plan_knows_what_rounding_holds():
     values = torch.randn(1000)
     with activations._Live() as live:
         rounded(values)
-    assert live.peak / 1000 == 2 + plan.ROUNDING_BYTES  # and the target
+    assert live.peak / 1000 == 2 + memory.ROUNDING_BYTES  # and the target
 
 
 def test_another_seed_rounds_otherwise_and_the_same_seed_the_same():

@@ -17,8 +17,8 @@ MODULES = sorted((ROOT / "src").rglob("*.py"))
 # layer -> the src layers that it may import. Trainers and the demo may import all of them, and are imported by tests only.
 MATHS = {"flow", "transitions", "ddpm"}
 RUN_LAYER = {
-    "runtime", "checkpoint", "metrics", "validation", "inputs", "subject", "plan", "card", "policy", "rewards", "tuned", "unet", "speed",
-    "ui",
+    "runtime", "checkpoint", "metrics", "validation", "inputs", "subject", "plan", "memory", "card", "policy", "rewards", "tuned", "unet",
+    "speed", "ui",
 }  # fmt: skip
 MAY_IMPORT = {
     "__init__": set(),

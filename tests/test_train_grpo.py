@@ -688,8 +688,9 @@ def test_only_prompts_that_will_be_drawn_are_encoded(train, monkeypatch, capsys)
 @pytest.mark.parametrize(("flags", "copies"), [(dict(), 0), (dict(loss="nft", transition=None, window_size=None, window_range=None), 2)])
 def test_the_plan_counts_what_lies_aside_while_the_old_policy_is_asked(world, tmp_path, monkeypatch, flags, copies):
     """nft keeps the old policy, and while that is in the place of the new one, the new one as well: 18 GB of all weights in fp32."""
-    counted, step_memory = [], script.plan.step_memory
-    monkeypatch.setattr(script.plan, "step_memory", lambda *args, **named: counted.append(named["averages"]) or step_memory(*args, **named))
+    counted, memory = [], script.plan.memory
+    count = memory.step_memory
+    monkeypatch.setattr(memory, "step_memory", lambda *args, **named: counted.append(named["averages"]) or count(*args, **named))
     runs.train(script, world.argv(tmp_path / "out", **(GRPO | flags), dry_run=True))
     assert counted == [copies]
 
@@ -731,7 +732,7 @@ def test_the_plan_counts_the_groups_of_all_processes(world, tmp_path, monkeypatc
 
 def test_decoding_is_the_plans_peak_where_it_takes_more_than_a_step(world, tmp_path, monkeypatch, capsys):
     """A terabyte, beside what is there all the time: weights, optimizer state, no gradient."""
-    monkeypatch.setattr(script.plan, "drawing_bytes", lambda args, vae: 10**12)
+    monkeypatch.setattr(script.plan.memory, "drawing_bytes", lambda args, vae: 10**12)
     runs.train(script, world.argv(tmp_path / "out", **GRPO, dry_run=True))
     shown = capsys.readouterr().out
     assert "1000.00 GB, 4 picture(s) at a time" in shown and "1000.00 GB (931.3 GiB) at the peak of a step" in shown
