@@ -35,6 +35,22 @@ tiny_processes() {
   else echo 1; fi
 }
 
+# On Ctrl-C. A trainer that catches it (SigCgt: bit 2) has begun and will save: one hears it by itself, several have sessions of their own.
+# Before that there is nothing to save, and launcher and trainers end at once, without reports of each other's end.
+interrupt() {
+  local trainer caught begun=
+  for trainer in $(pgrep -P "$launcher" || true); do
+    caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$trainer/status" 2>/dev/null || true)
+    if [ $((16#${caught:-0} & 2)) -eq 0 ]; then kill -TERM "$trainer" 2>/dev/null || true
+    else begun=1; if [ "$processes" -gt 1 ]; then kill -INT "$trainer" 2>/dev/null || true; fi; fi
+  done
+  if [ -z "$begun" ]; then
+    echo "interrupted before the first step; what is cached stays" >&2
+    kill -KILL "$launcher" 2>/dev/null || true
+    stopped=130
+  fi
+}
+
 launch() {
   local script=$1 gpus processes launcher status; shift
   if [ "${!#}" = -- ]; then set -- "${@:1:$#-1}"; fi
@@ -46,7 +62,7 @@ launch() {
   case " $* " in *" --dry_run "*) exec python "$script" "$@" ;; esac
 
   # Arguments are checked in plain Python first: through the launcher a wrong flag would answer after 11 s, with a traceback.
-  WORLD_SIZE=$processes python -c 'import importlib, sys; sys.argv[0] = sys.argv[1]; importlib.import_module(sys.argv.pop(1)[:-3]).parse_args()' "$script" "$@" || exit $?
+  WORLD_SIZE=$processes python -c 'import importlib, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); sys.argv[0] = sys.argv[1]; importlib.import_module(sys.argv.pop(1)[:-3]).parse_args()' "$script" "$@" || exit $?
 
   if [ -z "${ACCELERATE_ARGS:-}" ]; then
     ACCELERATE_ARGS="--num_processes $processes --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -57,18 +73,19 @@ launch() {
     fi
   fi
 
-  # Ctrl-C reaches several processes through torchrun, which kills after 30 s what still writes its checkpoint.
+  # Several processes: torchrun kills after 30 s what still writes its checkpoint, and would answer Ctrl-C with a traceback of its own.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
+  export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGHUP,SIGQUIT}
   # --quiet: the last line of a failed run is its own error, not the launcher's.
   # shellcheck disable=SC2086  # ACCELERATE_ARGS is a list of words
   accelerate launch --quiet $ACCELERATE_ARGS "$script" "$@" &
   launcher=$!
   # The launcher does not pass SIGTERM on; its children are the trainers, which save and exit with 0. It may have none yet.
   trap 'pkill -TERM -P "$launcher" || kill -TERM "$launcher" || true' TERM
-  trap 'true' INT # Ctrl-C reaches the trainers by itself
+  trap interrupt INT
   while true; do
-    wait "$launcher" && status=0 || status=$?
+    wait "$launcher" 2>/dev/null && status=0 || status=$?
     kill -0 "$launcher" 2>/dev/null || break
   done
-  return "$status"
+  return "${stopped:-$status}"
 }

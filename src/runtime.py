@@ -521,7 +521,7 @@ def start(args: argparse.Namespace) -> Run:
         SystemExit: machines that do not share the run's folders.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the wrapper's shell starts its background job with Ctrl-C ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the wrapper's shell starts its background job with Ctrl-C ignored
     _settle_numerics(args)
     quieten_libraries()
     accelerator = _accelerator(args)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import runs
 import torch
@@ -104,6 +105,36 @@ def test_sigterm_to_the_wrapper_saves_exits_0_and_resumes_exactly(world, whole, 
 
     runs.finish(launch(world, out, "resumed", **LONG, resume_from_checkpoint="latest"), out.with_suffix(".resumed"))
     assert_same_run(whole, out)
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C, as a terminal sends it: to all of its foreground processes."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def test_ctrl_c_to_two_processes_saves_and_exits_0_without_a_report_of_the_launcher(world, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "run.log"
+    argv = world.argv(out, **LONG | {"report_to": "none", "dataloader_num_workers": 0})
+    process = runs.start(["setsid", *WRAPPER, *argv], log, TINY="1", NUM_PROCESSES="2")
+    runs.wait_for(process, lambda: step_of(out) >= 5, log)
+    interrupt(process)
+    said = runs.finish(process, log)
+    assert said.count("stopped after step") == 1 and "Traceback" not in said and checkpoint.find_latest(out)
+
+
+def test_ctrl_c_before_the_first_step_ends_at_once_in_one_line(world, tmp_path):
+    """While Python imports: a shell starts its background jobs with Ctrl-C ignored, and it was heard only after that."""
+    out, log = tmp_path / "run", tmp_path / "run.log"
+    process = runs.start(["setsid", *WRAPPER, *world.argv(out, **LONG)], log, TINY="1", NUM_PROCESSES="1")
+
+    def importing() -> bool:
+        below = psutil.Process(process.pid).children(recursive=True)
+        return any(child.ppid() != process.pid and child.name().startswith("python") for child in below)  # the launcher's child
+
+    runs.wait_for(process, importing, log)
+    interrupt(process)
+    assert process.wait(10) == 130 and not out.exists()
+    assert log.read_text() == "interrupted before the first step; what is cached stays\n"
 
 
 # --------------------------------------------------------------------------- two processes
