@@ -1,4 +1,4 @@
-"""Generate pictures with Stable Diffusion 3.5 or 1.5, with or without a LoRA, and put base and tuned side by side.
+"""Generate pictures with Stable Diffusion 3.5, 1.5 or XL, with or without a LoRA, and put base and tuned side by side.
 
 Without arguments it draws with the tiny model that is shipped, on a CPU, in seconds. Every picture is a PNG that carries its prompt,
 seed and settings; a grid shows them all; --scorer judges them. A picture depends on its prompt, seed and settings, not on what else is
@@ -6,14 +6,14 @@ drawn with it. --ui does the same on a page in the browser.
 
   python demo.py --prompt "a red star on a white background"
   python demo.py --pretrained_model_name_or_path models/stable-diffusion-3.5-medium --lora_weights_path outputs/lora_sd3 --compare \\
-      --prompt "a corgi on a surfboard" --resolution 1024 --num_inference_steps 28 --guidance_scale 4.5 --dtype bf16
+      --prompt "a corgi on a surfboard" --resolution 1024 --dtype bf16
   python demo.py --ui --lora_weights_path outputs/quickstart
 """
 
 import argparse
-import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -30,23 +30,23 @@ def build_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
     g = parser.add_argument_group("what to draw")
     g.add_argument("--prompt", action="append", metavar="TEXT", help="what to draw; repeat for several")
-    g.add_argument("--prompts_file", type=cli.existing_file, metavar="FILE", help="text file with one prompt per line")
+    g.add_argument("--prompts_file", type=cli.existing_file, metavar="FILE", help="more: .txt, one a line; .json(l), .csv: with metadata")
     g.add_argument("--negative_prompt", default="", metavar="TEXT", help="what to stay away from; needs --guidance_scale above 1")
     g.add_argument("--num_images", type=cli.positive_int, default=1, help="pictures per prompt, from the seeds SEED, SEED+1, ...")
     g.add_argument("--seed", type=cli.seed, default=0, help="seed of the first picture of every prompt")
     g.add_argument("--resolution", type=cli.multiple_of_16, help="side of the pictures in pixels (unset: what the model was made for)")
     g.add_argument("--height", type=cli.multiple_of_16, help="height in pixels (unset: --resolution)")
     g.add_argument("--width", type=cli.multiple_of_16, help="width in pixels (unset: --resolution)")
-    g.add_argument("--num_inference_steps", type=cli.positive_int, default=20, help="denoising steps")
-    g.add_argument("--scheduler", choices=cli.SAMPLERS, help="sampler of an SD1.x model, a class of diffusers (unset: the model's own)")
-    g.add_argument("--guidance_scale", type=cli.non_negative_float, default=2.0, help="guidance weight; 1 is off, 4.5 suits SD3.5-medium")
+    g.add_argument("--num_inference_steps", type=cli.positive_int, help="denoising steps (unset: SD3.x 28, others 25, tiny models 20)")
+    g.add_argument("--scheduler", choices=cli.SAMPLERS, help="sampler of SD1.x, 2.x or XL, a class of diffusers (unset: the model's own)")
+    g.add_argument("--guidance_scale", type=cli.non_negative_float, help="guidance; 1 is off (unset: SD3.x 4.5, others 7.5, tiny models 2)")
     g.add_argument("--skip_layer_guidance", type=cli.non_negative_float, default=0.0, metavar="SCALE",
                    help="skip-layer guidance, from 1 %% to 20 %% of the steps; 2.8 is usual for SD3.5-medium, 0 is off")  # fmt: skip
     g.add_argument("--skip_layers", type=cli.layer_numbers, default=[7, 8, 9], metavar="N,N", help="transformer blocks that it leaves out")
 
     g = parser.add_argument_group("model")
     g.add_argument("--pretrained_model_name_or_path", type=cli.path_or_name, default="models/tiny-sd3",
-                   help="folder or Hub id of an SD3.x or SD1.x pipeline")  # fmt: skip
+                   help="folder or Hub id of an SD3.x, SD1.x, SD2.x or SDXL pipeline")  # fmt: skip
     g.add_argument("--lora_weights_path", type=cli.path, help="LoRA: a run's output folder, a checkpoint, or a .safetensors file")
     g.add_argument("--lora_scale", type=cli.number, default=1.0, help="strength of the LoRA; 0 is the base model")
     g.add_argument("--compare", action="store_true", help="draw each picture without and with the LoRA, side by side")
@@ -59,20 +59,19 @@ def build_parser() -> cli.Parser:
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", type=cli.path, default=Path("outputs/demo"), help="where the PNGs and grid.png go")
     cli.add_page_args(parser)
-    parser.when_unset |= {"dtype": default_dtype, "scorer": default_scorer}
+    parser.when_unset |= {name: partial(default, name) for name in ("dtype", "scorer", "num_inference_steps", "guidance_scale")}
     return parser
 
 
-def default_dtype(args: argparse.Namespace) -> str:
+def default(name: str, args: argparse.Namespace) -> str | float | None:
+    """What a flag is that is unset; on the page of a shipped model, both judges of its world."""
     import torch
 
-    return "bf16" if torch.cuda.is_available() else "fp32"
+    from src.pipelines import stock
 
-
-def default_scorer(args: argparse.Namespace) -> str | None:
-    """On the page of a shipped model: both judges of its world."""
-    shipped = Path(args.pretrained_model_name_or_path).name in ("tiny-sd3", "tiny-sd15")
-    return "shapes,tiny_clip" if args.ui and shipped else None
+    path = args.pretrained_model_name_or_path
+    scorer = "shapes,tiny_clip" if args.ui and stock.is_shipped(path) else None
+    return ({"dtype": "bf16" if torch.cuda.is_available() else "fp32", "scorer": scorer} | stock.settings(path))[name]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -106,10 +105,11 @@ def check_prompts(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag and the cure.
     """
-    prompts = prompts_of(args)
     if args.scorer:
         scorers.check(args.scorer, **cli.scorer_options(args))
-        scorers.check_prompts(args.scorer, [] if args.ui else prompts)
+    prompts = prompts_of(args)
+    if args.scorer and not args.ui:
+        scorers.check_prompts(args.scorer, [prompt.text for prompt in prompts], [prompt.metadata for prompt in prompts])
 
 
 def check_model(args: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def check_model(args: argparse.Namespace) -> None:
     if family == "sd15":
         for flag in ("skip_layer_guidance", "max_sequence_length"):
             if getattr(args, flag):
-                raise ValueError(f"--{flag} is for Stable Diffusion 3; {path} is a 1.x model: leave it out")
+                raise ValueError(f"--{flag} is for Stable Diffusion 3; {path} is {stock.NAMES[family]}: leave it out")
     elif args.scheduler:
         raise ValueError(f"--scheduler {args.scheduler} is for models that predict noise; {path} predicts velocity: leave it out")
     elif args.skip_layer_guidance:
@@ -146,20 +146,22 @@ def check_model(args: argparse.Namespace) -> None:
             raise ValueError("--dtype fp16 needs a GPU; on a CPU use bf16 or fp32")
 
 
-def prompts_of(args: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, then those of the file; four for the tiny model if there are none.
+def prompts_of(args: argparse.Namespace) -> list:
+    """The prompts (data.prompts.Prompt) of the command line, then those of the file; four for the tiny model if there are none.
 
     Raises:
-        ValueError: an empty file, or what is not UTF-8.
+        ValueError: an empty file, one that cannot be read, or what is not UTF-8.
     """
-    prompts = list(args.prompt or [])
-    if args.prompts_file:
-        prompts += cli.read_prompts(args.prompts_file, "--prompts_file")
+    from src.data import prompts
+
     try:
-        "".join([*prompts, args.negative_prompt]).encode()
+        "".join([*(args.prompt or []), args.negative_prompt]).encode()
     except UnicodeEncodeError:
         raise ValueError("--prompt is not UTF-8 text; use a UTF-8 terminal or --prompts_file") from None
-    return prompts or DEFAULT_PROMPTS
+    found = [prompts.Prompt(text) for text in args.prompt or []]
+    if args.prompts_file:
+        found += prompts.read_file(args.prompts_file, "--prompts_file")
+    return found or [prompts.Prompt(text) for text in DEFAULT_PROMPTS]
 
 
 # --------------------------------------------------------------------------- drawing
@@ -211,7 +213,8 @@ def draw(pipeline, jobs: list, args: argparse.Namespace, on_step: Callable | Non
         options["callback_on_step_end"] = lambda pipeline, step, t, tensors: on_step(step + 1, pipeline.num_timesteps) or tensors
     try:
         return pipeline(
-            prompt=[job.prompt for job in jobs], negative_prompt=[args.negative_prompt] * len(jobs),
+            prompt=[job.prompt for job in jobs],
+            negative_prompt=[args.negative_prompt] * len(jobs) if args.negative_prompt else None,  # of XL zeros, as in training
             generator=[torch.Generator("cpu").manual_seed(job.seed) for job in jobs], **options,
         )  # fmt: skip
     except torch.OutOfMemoryError:
@@ -238,7 +241,8 @@ def render(pipeline, scorer, jobs: list, column: str, args: argparse.Namespace, 
         pipeline.disable_lora() if column == "base" else pipeline.enable_lora()
     output = draw(pipeline, jobs, args, on_step)
     drawn, hidden, kept = output.images, gallery.blacked_out(output), []
-    scores = score_pictures(scorer, drawn, [job.prompt for job in jobs], hidden=hidden) if scorer else [{}] * len(jobs)
+    asked = [job.prompt for job in jobs], [job.metadata for job in jobs]
+    scores = score_pictures(scorer, drawn, *asked, hidden=hidden) if scorer else [{}] * len(jobs)
     for job, picture, verdict, black in zip(jobs, drawn, scores, hidden, strict=True):
         suffix = (f"-{column}" if args.compare else "") + gallery.score_suffix(verdict)
         path = args.output_dir / gallery.file_name(job.index, job.prompt, job.seed, suffix)
@@ -248,18 +252,12 @@ def render(pipeline, scorer, jobs: list, column: str, args: argparse.Namespace, 
 
 
 def main(args: argparse.Namespace) -> None:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports, and which reports on kernels nobody asked for
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     from src import gallery, ui
     from src.pipelines import stock
-    from src.scorers.mixture import means
 
-    for library in (diffusers_logging, transformers_logging):  # pages of notes on prompts and LoRA layers; what matters is said here
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    started, prompts = time.perf_counter(), prompts_of(args)
+    stock.quiet()
+    started, found = time.perf_counter(), prompts_of(args)
+    prompts = [prompt.text for prompt in found]
     try:
         pipeline, scorer = load(args)
     except ValueError as error:
@@ -269,8 +267,8 @@ def main(args: argparse.Namespace) -> None:
         return ui.serve(ui.Studio(build_parser(), args, pipeline, scorer, render, check_flags), prompts, args.ui_host, args.ui_port)
     if note := stock.long_prompts(pipeline, prompts):
         print(note)
-    seeds = range(args.seed, args.seed + args.num_images)
-    jobs = [gallery.Job(index, prompt, seed) for index, (prompt, seed) in enumerate(product(prompts, seeds))]
+    seeds, first = range(args.seed, args.seed + args.num_images), gallery.next_index(args.output_dir)
+    jobs = [gallery.Job(index, one.text, seed, one.metadata) for index, (one, seed) in enumerate(product(found, seeds), start=first)]
     columns = ["base", "tuned"] if args.compare else ["tuned" if args.lora_weights_path else "base"]
     cells = {}  # for the grid: the pictures themselves are on disk as soon as they are drawn
     verdicts, blacked_out = {column: [] for column in columns}, []
@@ -283,17 +281,17 @@ def main(args: argparse.Namespace) -> None:
         for job, (path, picture, verdict, black) in zip(part, rendered, strict=True):
             verdicts[column].append(verdict)
             blacked_out += [path.name] * black
-            if job.index < gallery.PROMPTS * args.num_images:
+            if job.index - first < gallery.PROMPTS * args.num_images:
                 picture.thumbnail((gallery.CELL, gallery.CELL))
-                cells[column, job.index] = picture, verdict
+                cells[column, job.index - first] = picture, verdict
 
     gallery.sheet(cells, prompts, columns, seeds).save(args.output_dir / "grid.png")
     if blacked_out:
         print(gallery.safety_note(blacked_out, len(jobs) * len(columns), scored=bool(scorer)))
-    for column in columns:
-        for name, (mean, count) in means(verdicts[column]).items():
-            print(f"{column}: mean {name} {mean:.4f} over {count} picture(s)")
-    print(f"{len(jobs) * len(columns)} picture(s) in {time.perf_counter() - started:.0f} s: {args.output_dir / 'grid.png'}")
+    for line in gallery.report(verdicts):
+        print(line)
+    numbers = f"{len(jobs) * len(columns)} picture(s), {first:03d} to {jobs[-1].index:03d}"
+    print(f"{numbers}, in {time.perf_counter() - started:.0f} s: {args.output_dir / 'grid.png'}")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--draft_k {args.draft_k} is more than --num_inference_steps {steps}; try --draft_k 1")
     sd15_rollout.check_steps(steps)
     inputs.check_pretraining(args, sd15)
-    sd15_rollout.check_model(args.pretrained_model_name_or_path, args.revision)
     rewards.check(args, differentiable=True)
     unet.check(args)
 
@@ -78,7 +77,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def clean_latents(
-    predict: sd15_rollout.Predict, x_t: Tensor, first: Tensor, schedule: sd15_rollout.Schedule, draw: sd15_rollout.Draw, *,
+    predict: sd15_rollout.Predict, x_t: Tensor, first: Tensor, timetable: sd15_rollout.Timetable, draw: sd15_rollout.Draw, *,
     method: str, num_renoised: int = 0,
 ) -> Iterator[Tensor]:  # fmt: skip
     """Clean latents (b, 4, h, w) with a gradient to the policy; run backward on each before taking the next: one graph at a time.
@@ -91,18 +90,18 @@ def clean_latents(
         predict: the policy, with gradient. x_t: (b, 4, h, w) before step `first`, from the rollout, a constant.
         first: (b,) whole numbers on the CPU: the step where gradients begin, in draft and draft_lv the same for all.
     """
-    last = len(schedule) - 1
+    last = len(timetable) - 1
     if method == "draft":
         for i in range(int(first[0]), last):  # several steps would not fit into memory: each is recomputed in the backward pass
-            noise = sd15_rollout.step_noise(i, schedule, draw)
-            x_t = recomputed(sd15_rollout.denoise, predict, x_t, i, schedule, noise, use_reentrant=False)
+            noise = sd15_rollout.step_noise(i, timetable, draw)
+            x_t = recomputed(sd15_rollout.denoise, predict, x_t, i, timetable, noise, use_reentrant=False)
         first = torch.full_like(first, last)
-    x0 = sd15_rollout.jump(predict, x_t, first, schedule)
+    x0 = sd15_rollout.jump(predict, x_t, first, timetable)
     picture = x0.detach()
     yield x0
     for n in range(num_renoised):
-        renoised = ddpm.add_noise(picture, draw(f"renoise {n}"), schedule.alphas[seeds.send(first, picture.device)])
-        yield sd15_rollout.jump(predict, renoised, first, schedule)
+        renoised = ddpm.add_noise(picture, draw(f"renoise {n}"), timetable.alphas[seeds.send(first, picture.device)])
+        yield sd15_rollout.jump(predict, renoised, first, timetable)
 
 
 def first_steps(args: argparse.Namespace, where: tuple[int, int, list[int]]) -> Tensor:
@@ -208,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gradient_checkpointing:
         model.vae.enable_gradient_checkpointing()  # otherwise decoding one picture of 512 px saves 6 GB for backward
     alphas_cumprod = model.alphas_cumprod.to(run.device)  # (1000,)
-    steps = sd15_rollout.schedule(alphas_cumprod, args.num_inference_steps, args.eta)
+    timetable = sd15_rollout.timetable(alphas_cumprod, args.num_inference_steps, args.eta)
     if note := sd15_rollout.few_steps(alphas_cumprod, args.num_inference_steps):
         run.print(note)
     latent_shape = (sd15.LATENT_CHANNELS, args.resolution // sd15.VAE_SCALE, args.resolution // sd15.VAE_SCALE)
@@ -248,9 +247,9 @@ def main(args: argparse.Namespace) -> None:
             # 1. rollout
             first = first_steps(args, where)
             with sampling(run, policy):
-                x_t = sd15_rollout.rollout(predict, first, steps, draw)
+                x_t = sd15_rollout.rollout(predict, first, timetable, draw)
             # 2. predict
-            for x0 in clean_latents(predict, x_t, first, steps, draw, method=args.method, num_renoised=renoised):
+            for x0 in clean_latents(predict, x_t, first, timetable, draw, method=args.method, num_renoised=renoised):
                 # 3. reward
                 scores = scorer(decode(model, x0, args.decode_batch_size), batch.texts, batch.metadata)
                 loss = args.grad_scale * reward_loss(scores.total, args.reward_threshold).mean()

@@ -209,7 +209,7 @@ class RewardGradientLoop(UNetLoop):
     def __init__(self, setting: Setting):
         super().__init__(setting, train_refl_sd15)
         self.optimizer = self.run.accelerator.prepare(self.optimizer)
-        self.schedule = sd15_rollout.schedule(self.alphas_cumprod, self.args.num_inference_steps, self.args.eta)
+        self.timetable = sd15_rollout.timetable(self.alphas_cumprod, self.args.num_inference_steps, self.args.eta)
         self.model.train()
         seeds.seed_everything(0, "reward")
         shape = (3, setting.resolution, setting.resolution)
@@ -248,11 +248,11 @@ class RewardGradientLoop(UNetLoop):
         first = script.first_steps(args, where)
         if noised is None:
             with script.sampling(self.run, self.model):
-                noised = sd15_rollout.rollout(predict, first, self.schedule, draw)
+                noised = sd15_rollout.rollout(predict, first, self.timetable, draw)
         if again:
             self.noised = noised
         for x0 in script.clean_latents(
-            predict, noised, first, self.schedule, draw, method=args.method,
+            predict, noised, first, self.timetable, draw, method=args.method,
             num_renoised=args.num_renoised if args.method == "draft_lv" else 0,
         ):  # fmt: skip
             reward = (script.decode(self.parts, x0, args.decode_batch_size) * self.weighing).sum(dim=(1, 2, 3))  # (b,)

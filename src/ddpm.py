@@ -71,16 +71,10 @@ def eps_loss(prediction: Tensor, noise: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a sampler.
-
-    Attributes:
-        mean: of the next latents, (b, ...); std: their standard deviation, (b,), 0 for eta = 0.
-        x0: the picture that the prediction points to, (b, ...).
-    """
+    """One step of a sampler: mean of the next latents, (b, ...), and their standard deviation, (b,), 0 for eta = 0."""
 
     mean: Tensor
     std: Tensor
-    x0: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
         """The next latents, (b, ...), from standard normal `noise` of that shape."""
@@ -110,4 +104,4 @@ def ddim_step(x_t: Tensor, eps: Tensor, alpha: Tensor, alpha_next: Tensor, *, et
     a, a_next = (_per_sample(value, x_t) for value in (alpha, alpha_next))
     variance = eta**2 * (1 - a_next) / (1 - a) * (1 - a / a_next)  # (b, 1, ..., 1)
     mean = a_next.sqrt() * x0 + (1 - a_next - variance).clamp_min(0).sqrt() * _float(eps)
-    return Step(mean, variance.sqrt().flatten(), x0)
+    return Step(mean, variance.sqrt().flatten())

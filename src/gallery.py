@@ -6,24 +6,26 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from src import images
+from src.scorers.mixture import means
 
 PROMPTS, SEEDS, CELL = 24, 8, 512  # limits of the sheet: prompts, seeds per prompt, pixels of a side
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw: its number, and the prompt and seed, which with the settings determine it."""
+    """One picture to draw: its number, the prompt and seed, which with the settings determine it, and what scorers know of the prompt."""
 
     index: int
     prompt: str
     seed: int
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def next_index(folder: Path) -> int:
@@ -70,6 +72,25 @@ def save(picture: Image.Image, path: Path, prompt: str, seed: int, settings: Map
     if scores:
         texts["scores"] = json.dumps({name: value if math.isfinite(value) else None for name, value in scores.items()})
     images.save(picture, path, prompt, **texts)
+
+
+def wins(base: Sequence[Mapping[str, float]], tuned: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, int]]:
+    """For each scorer, of pairs of one prompt and seed: how often `tuned` scores higher, half for a tie, and of how many pairs.
+
+    A pair counts if both of its scores are finite.
+    """
+    pairs = {name: [(one[name], other[name]) for one, other in zip(base, tuned, strict=True)] for name in (base[0] if base else ())}
+    judged = {name: [pair for pair in found if all(map(math.isfinite, pair))] for name, found in pairs.items()}
+    return {name: (sum((b < t) + (b == t) / 2 for b, t in found), len(found)) for name, found in judged.items()}
+
+
+def report(verdicts: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """Lines on the scores of each column's pictures: the means, and where there are two columns who wins."""
+    lines = [f"{column}: mean {name} {mean:.4f} over {count} picture(s)"
+             for column, scores in verdicts.items() for name, (mean, count) in means(scores).items()]  # fmt: skip
+    if len(verdicts) > 1:
+        lines += [f"tuned wins {won:g} of {count} by {name}" for name, (won, count) in wins(**verdicts).items()]
+    return lines
 
 
 def sheet(

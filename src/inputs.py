@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src import cli, runtime, seeds
+from src import runtime, seeds
 from src.data import buckets, cache, captions, preferences, samples, sources
+from src.data.prompts import read_file
 from src.pipelines import common, sd3
 
 TEXT_FOLDERS = tuple(f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3"))
@@ -276,12 +277,12 @@ def validation_prompts(args: argparse.Namespace) -> list[str]:
     """Prompts of --validation_prompt and --validation_prompts_file, in order, each once.
 
     Raises:
-        ValueError: the file holds none, or is not UTF-8.
+        ValueError: the file holds none, or cannot be read.
     """
-    prompts, file = list(getattr(args, "validation_prompt", None) or []), getattr(args, "validation_prompts_file", None)
+    found, file = list(getattr(args, "validation_prompt", None) or []), getattr(args, "validation_prompts_file", None)
     if file:
-        prompts += cli.read_prompts(Path(file), "--validation_prompts_file")
-    return list(dict.fromkeys(prompts))
+        found += [prompt.text for prompt in read_file(Path(file), "--validation_prompts_file")]
+    return list(dict.fromkeys(found))
 
 
 def prepare(run: runtime.Run, args: argparse.Namespace, family: ModuleType = sd3, *, flag: str = "--dataset_name") -> Inputs:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from src import cli, inputs, lora, plan, runtime
 from src.data import cache, captions, dreambooth, samples, sources
+from src.data.prompts import read_file
 from src.pipelines import sd3
 
 CAPTION_COLUMN = "text"  # the default of --caption_column; any other was chosen by the user and must exist
@@ -64,12 +65,12 @@ def class_prompts(args: argparse.Namespace) -> list[str]:
     """Prompts of --class_prompt and --class_prompts_file, in order, each once.
 
     Raises:
-        ValueError: the file holds none, or is not UTF-8.
+        ValueError: the file holds none, or cannot be read.
     """
-    prompts = list(args.class_prompt or [])
+    found = list(args.class_prompt or [])
     if args.class_prompts_file:
-        prompts += cli.read_prompts(args.class_prompts_file, "--class_prompts_file")
-    return list(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
+        found += [prompt.text for prompt in read_file(args.class_prompts_file, "--class_prompts_file")]
+    return list(dict.fromkeys(prompt.strip() for prompt in found if prompt.strip()))
 
 
 def open_images(args: argparse.Namespace) -> tuple[captions.CaptionedImages, captions.CaptionedImages | None]:

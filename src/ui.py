@@ -289,7 +289,7 @@ def _controls(studio: Studio, prompts: list[str]) -> tuple[list[Any], Any]:
     )  # fmt: skip
     guidance = gr.Slider(
         0, max(15, first.guidance_scale), first.guidance_scale, step=0.1, label="Guidance", elem_id="guidance",
-        info="How hard the prompt pulls; 1 is off, 4.5 suits SD3.5-medium.",
+        info="How hard the prompt pulls; 1 is off.",
     )  # fmt: skip
     negative = gr.Textbox(
         first.negative_prompt, label="Negative prompt", info="What to stay away from; needs guidance above 1.", elem_id="negative"

@@ -102,7 +102,7 @@ def test_a_step_is_that_of_diffusers_ddim(eta, t, alphas):
     expected = scheduler.step(eps, t, x_t, eta=eta, variance_noise=noise if eta else None)
     step = ddpm.ddim_step(x_t, eps, alphas[[t] * 3], alphas[[t - 50] * 3], eta=eta)
     assert torch.allclose(step.sample(noise), expected.prev_sample, atol=1e-5)
-    assert torch.allclose(step.x0, expected.pred_original_sample, atol=1e-4)
+    assert torch.allclose(ddpm.x0_from_eps(x_t, eps, alphas[[t] * 3]), expected.pred_original_sample, atol=1e-4)
 
 
 def test_with_eta_1_a_step_is_that_of_ddpm(alphas):

@@ -1,6 +1,7 @@
 """The demo as a user meets it: files, metadata, repeatability, LoRA strength, comparison, both families, and every refusal."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from PIL import Image
 
 import demo
 from src import gallery, images, lora
-from src.pipelines import sd3, stock
+from src.pipelines import sd3, sd15, stock
+from src.scorers import shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +87,30 @@ def test_awkward_prompts_are_drawn_and_stored_word_for_word(draw, tmp_path, caps
     assert (out / "grid.png").exists()
 
 
+def test_json_lines_are_prompts_with_what_scorers_know_of_them(draw, tmp_path, capsys):
+    """shapes verifies metadata's caption: it could not judge "two cats" by itself, and refuses the second line before anything is drawn."""
+    listed, words = tmp_path / "prompts.jsonl", {"prompt": "two cats", "caption": "a red circle on a blue background"}
+    listed.write_text(json.dumps(words) + "\n")
+    (picture,) = pictures(draw("--prompts_file", listed, "--scorer", "shapes", steps=1)).values()
+    assert picture.text["prompt"] == "two cats"
+    expected = shapes.credit(images.from_pil(picture)[None], ["two cats"], [words]).item()
+    assert json.loads(picture.text["scores"])["shapes"] == pytest.approx(expected)
+    listed.write_text(json.dumps(words) + '\n{"prompt": "a dog"}\n')
+    assert "shapes cannot judge prompt 1 'a dog'" in refusal(capsys, "--prompts_file", listed, "--scorer", "shapes")
+
+
+def test_a_second_run_counts_on_from_the_first_and_has_a_grid_of_its_own(draw, capsys):
+    """Two pictures, then one: 000 and 001 stay as they are, the third is 002, and grid.png shows it alone."""
+    first = draw("--prompt", "a", "--prompt", "b", steps=1)
+    before = {path.name: path.read_bytes() for path in first.iterdir()}
+    out = draw("--prompt", "c", steps=1)
+    assert list(pictures(out)) == ["000-a-seed0.png", "001-b-seed0.png", "002-c-seed0.png"]
+    assert all((out / name).read_bytes() == before[name] for name in before if name != "grid.png")
+    assert "2 picture(s), 000 to 001, in" in (said := capsys.readouterr().out) and "1 picture(s), 002 to 002, in" in said
+    alone = draw("--prompt", "c", name="alone", steps=1)
+    assert (out / "grid.png").read_bytes() == (alone / "grid.png").read_bytes()
+
+
 def test_a_picture_can_be_made_again_from_its_own_metadata(draw, lora_folder):
     out = draw("--prompt", "a red heart", "--seed", 3, "--height", 64, "--width", 32, "--guidance_scale", 2, "--negative_prompt", "blue",
                "--lora_weights_path", lora_folder, "--lora_scale", 0.7, "--max_sequence_length", 12)  # fmt: skip
@@ -98,7 +124,8 @@ def test_a_picture_can_be_made_again_from_its_own_metadata(draw, lora_folder):
 
 
 def test_metadata_reads_in_other_programs(draw):
-    (picture,) = pictures(draw("--prompt", "a heart", "--negative_prompt", "blue", "--seed", 4, steps=1)).values()
+    flags = ("--negative_prompt", "blue", "--seed", 4, "--guidance_scale", 2)
+    (picture,) = pictures(draw("--prompt", "a heart", *flags, steps=1)).values()
     lines = picture.text["parameters"].splitlines()
     assert lines[:2] == ["a heart", "Negative prompt: blue"]
     assert lines[2].startswith("Steps: 1, CFG scale: 2, Seed: 4, Size: 64x64, Model: ")
@@ -169,6 +196,19 @@ def test_scores_stand_in_names_files_grid_and_output(draw, lora_folder, capsys):
     assert all("scores" not in picture.text for picture in pictures(plain).values())
     draw(*prompt, "--scorer", "shapes", name="one", steps=1)
     assert "base: mean shapes" in capsys.readouterr().out
+
+
+def test_wins_by_hand():
+    """Of five pairs the tuned picture is better, equal, worse; one picture could not be judged in the others: 1 + 1/2 of 3."""
+    base, tuned = [1, 2, 3, math.nan, 5], [1.5, 2, 2, 9, -math.inf]
+    scores = [[{"shapes": value, "total": 0.0} for value in values] for values in (base, tuned)]
+    assert gallery.wins(*scores) == {"shapes": (1.5, 3), "total": (2.5, 5)}
+    assert gallery.report({"base": scores[0][:3], "tuned": scores[1][:3]}) == [
+        "base: mean shapes 2.0000 over 3 picture(s)", "base: mean total 0.0000 over 3 picture(s)",
+        "tuned: mean shapes 1.8333 over 3 picture(s)", "tuned: mean total 0.0000 over 3 picture(s)",
+        "tuned wins 1.5 of 3 by shapes", "tuned wins 1.5 of 3 by total",
+    ]  # fmt: skip
+    assert gallery.report({"base": [{}]}) == gallery.report({"base": [{}], "tuned": [{}]}) == []
 
 
 # ---------------------------------------------------------------------------------------------- LoRA
@@ -269,7 +309,7 @@ def test_the_family_of_a_lora_is_read_from_its_names(keys, family):
     assert stock.lora_family(keys) == family
 
 
-# ---------------------------------------------------------------------------------------------- SD1.5
+# ---------------------------------------------------------------------------------------------- SD1.5 and SDXL
 
 
 @pytest.fixture(scope="module")
@@ -304,8 +344,8 @@ def test_sd15_is_drawn_with_its_own_pipeline(draw, tiny_sd15_folder):
 def test_another_sampler_draws_what_it_draws_in_diffusers(draw, tiny_sd15_folder):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    flags = ("--prompt", "a heart", "--resolution", 32, "--num_inference_steps", 4)
-    drawn = {name: next(iter(pictures(draw(*flags, *rest, model=tiny_sd15_folder)).values()))
+    flags = ("--prompt", "a heart", "--resolution", 32, "--num_inference_steps", 4, "--guidance_scale", 2)
+    drawn = {name: next(iter(pictures(draw(*flags, *rest, model=tiny_sd15_folder, name=name)).values()))
              for name, rest in (("own", ()), ("ddim", ("--scheduler", "DDIMScheduler")))}  # fmt: skip
     pipe = StableDiffusionPipeline.from_pretrained(tiny_sd15_folder)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -383,6 +423,59 @@ def test_what_sd15_does_not_know_is_refused(tiny_sd15_folder, lora_folder, capsy
     assert "is for Stable Diffusion 3.x, but" in refusal(capsys, *model, "--lora_weights_path", lora_folder)
 
 
+@pytest.fixture(scope="module")
+def unet_loras(tiny_sd15_folder, tiny_sdxl_folder, tmp_path_factory):
+    """A trainer's file for each of the two, by its model: rank 4, B not zero."""
+    folders = {}
+    for model in (tiny_sd15_folder, tiny_sdxl_folder):
+        unet, folder = sd15.load(model, parts=("unet",)).unet, tmp_path_factory.mktemp("unet-lora")
+        torch.manual_seed(1)
+        lora.add(unet, rank=4)
+        for parameter in lora.parameters(unet):
+            parameter.data.normal_(0, 0.5)
+        lora.save(unet, folder)
+        folders[model] = folder
+    return folders
+
+
+def test_xl_is_drawn_as_its_trainers_draw_it_compared_and_scored(draw, tiny_sdxl_folder, unet_loras, capsys):
+    """Its empty negative prompt is zeros there."""
+    flags = ("--prompt", "a ring", "--resolution", 32, "--guidance_scale", 5, "--scorer", "jpeg_compressibility")
+    out = draw(*flags, "--lora_weights_path", unet_loras[tiny_sdxl_folder], "--compare", model=tiny_sdxl_folder)
+    base, tuned = arrays(out)
+    model = sd15.load(tiny_sdxl_folder)
+    condition, negative = (sd15.encode_prompts(model, [text]) for text in ("a ring", ""))
+    trained = sd15.render(model, model.unet, condition, negative=negative, seeds=[0], height=32, width=32, num_inference_steps=2,
+                          guidance_scale=5.0)  # fmt: skip
+    assert close(base, images.to_pil(trained)[0]) and not close(base, tuned, levels=20)
+    scores = [json.loads(picture.text["scores"])["jpeg_compressibility"] for picture in pictures(out).values()]
+    assert f"tuned wins {scores[1] > scores[0]:d} of 1 by jpeg_compressibility\n" in capsys.readouterr().out
+
+
+def test_a_lora_of_another_unet_is_refused(tiny_sd15_folder, tiny_sdxl_folder, unet_loras, tmp_path, capsys):
+    for model, other in ((tiny_sdxl_folder, tiny_sd15_folder), (tiny_sd15_folder, tiny_sdxl_folder)):
+        line = refusal(capsys, "--pretrained_model_name_or_path", model, "--lora_weights_path", unet_loras[other], "--output_dir", tmp_path)
+        assert f"--lora_weights_path {unet_loras[other]}: does not fit the model" in line
+
+
+def test_unset_steps_and_guidance_are_those_of_the_trainers_validation(tiny_sd3_folder, tiny_sd15_folder, tiny_sdxl_folder, monkeypatch):
+    import train_dpo_sd15
+    import train_text_to_image_lora_sd3
+
+    def found(model, *argv):
+        args = demo.parse_args(["--pretrained_model_name_or_path", str(model), *argv])
+        return args.num_inference_steps, args.guidance_scale
+
+    def validated(script):
+        return tuple(script.build_parser().get_default(f"validation_{name}") for name in ("inference_steps", "guidance_scale"))
+
+    assert found(tiny_sd3_folder) == validated(train_text_to_image_lora_sd3) == (28, 4.5)
+    assert found(tiny_sd15_folder) == found(tiny_sdxl_folder) == validated(train_dpo_sd15) == (25, 7.5)
+    assert found(tiny_sd3_folder, "--num_inference_steps", "4", "--guidance_scale", "0") == (4, 0)
+    monkeypatch.chdir(ROOT)
+    assert found("models/tiny-sd3") == found("models/tiny-sd15") == (20, 2.0)
+
+
 # ---------------------------------------------------------------------------------------------- skip-layer guidance
 
 
@@ -414,8 +507,9 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
     (["--resolution", "500"], "--resolution: must be a multiple of 16 (8x VAE, 2x2 patches), got 500; try 496"),
     (["--resolution", "64", "--height", "64", "--width", "64"], "--resolution has no effect beside"),
     (["--resolution", "4096"], "the position embeddings of"),
-    (["--max_sequence_length", "600"], "--max_sequence_length: is more than the pipeline takes, got 600"),
+    (["--max_sequence_length", "600"], "--max_sequence_length: must lie in 1 .. 512, got 600"),
     (["--prompts_file", "nowhere"], "--prompts_file: no such file: nowhere"),
+    (["--prompts_file", "README.md"], "README.md: cannot be read as prompts; give a .txt, .json, .jsonl, .csv, .parquet file"),
     (["--prompt", "\udcff"], "--prompt is not UTF-8"),
     (["--promt", "x"], "unknown flag --promt; did you mean --prompt?"),
     (["--output_dir", "README.md"], "--output_dir README.md"),

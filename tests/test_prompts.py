@@ -160,7 +160,7 @@ def test_of_a_data_set_of_the_hub_one_column_is_copied(tmp_path, described, colu
         name, values = prompts._from_hub(str(tmp_path / "repository"), column, tmp_path / "cache", None, "--prompts a/b")
         assert (name, values) == ((column, ["b", "c"]) if column else ("text", ["a fox", "an owl"]))
     assert 0 < sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file()) < 10_000
-    with pytest.raises(ValueError, match="--prompts a/b has no column none; it has image, text, other: give one as --prompt_column"):
+    with pytest.raises(ValueError, match="--prompts a/b has no column none; it has image, text, other: rename one, or "):
         prompts._from_hub(str(tmp_path / "repository"), "none", tmp_path / "cache", None, "--prompts a/b")
 
 

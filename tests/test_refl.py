@@ -16,8 +16,8 @@ ALPHAS = ddpm.alphas_cumprod()
 STEPS = 6
 
 
-def schedule_for(eta=0.0):
-    return sd15_rollout.schedule(ALPHAS, STEPS, eta)
+def timetable_for(eta=0.0):
+    return sd15_rollout.timetable(ALPHAS, STEPS, eta)
 
 
 def drawing(b=3, dtype=torch.float32):
@@ -62,7 +62,7 @@ def weigh(latents):
 
 def test_forty_steps_end_where_refl_draws_its_step():
     """The ten timesteps of the published recipe."""
-    found = sd15_rollout.schedule(ALPHAS, 40, 1.0)
+    found = sd15_rollout.timetable(ALPHAS, 40, 1.0)
     assert found.timesteps[30:].tolist() == [226, 201, 176, 151, 126, 101, 76, 51, 26, 1]
     assert found.alphas[40] == 1 and torch.equal(found.alphas[:40], ALPHAS[found.timesteps])
 
@@ -86,33 +86,33 @@ def test_a_rollout_is_the_stock_sampler(unet, eta):
 
     stock = DDIMScheduler(**unets.SCHEDULE, clip_sample=False, set_alpha_to_one=True, timestep_spacing="leading")
     stock.set_timesteps(STEPS)
-    predict, draw, schedule = predicting(unet), drawing(), schedule_for(eta)
-    assert stock.timesteps.tolist() == schedule.timesteps.tolist()
+    predict, draw, timetable = predicting(unet), drawing(), timetable_for(eta)
+    assert stock.timesteps.tolist() == timetable.timesteps.tolist()
     x_t = draw("noise")
     with torch.no_grad():
         for i, timestep in enumerate(stock.timesteps):
             noise = draw(f"step {i}") if eta else None
             x_t = stock.step(predict(x_t, timestep.expand(3)), timestep, x_t, eta=eta, variance_noise=noise).prev_sample
-    ours = sd15_rollout.rollout(predict, torch.full((3,), STEPS), schedule, draw)
+    ours = sd15_rollout.rollout(predict, torch.full((3,), STEPS), timetable, draw)
     torch.testing.assert_close(ours, x_t, rtol=1e-4, atol=1e-4)
 
 
 def test_each_picture_stops_at_its_own_step(unet):
-    predict, draw, schedule = predicting(unet), drawing(), schedule_for(1.0)
-    together = sd15_rollout.rollout(predict, torch.tensor([0, 2, 5]), schedule, draw)
+    predict, draw, timetable = predicting(unet), drawing(), timetable_for(1.0)
+    together = sd15_rollout.rollout(predict, torch.tensor([0, 2, 5]), timetable, draw)
     for index, stop in enumerate((0, 2, 5)):
-        alone = sd15_rollout.rollout(predict, torch.full((3,), stop), schedule, draw)
+        alone = sd15_rollout.rollout(predict, torch.full((3,), stop), timetable, draw)
         assert torch.equal(together[index], alone[index])
     assert torch.equal(together[0], draw("noise")[0])
 
 
 def test_a_jump_is_the_plain_formula(unet):
-    predict, draw, schedule = predicting(unet), drawing(), schedule_for()
+    predict, draw, timetable = predicting(unet), drawing(), timetable_for()
     x_t, steps = draw("noise"), torch.tensor([5, 0, 3])
-    found = sd15_rollout.jump(predict, x_t, steps, schedule)
-    noise = predict(x_t, schedule.timesteps[steps])
+    found = sd15_rollout.jump(predict, x_t, steps, timetable)
+    noise = predict(x_t, timetable.timesteps[steps])
     for index, step in enumerate(steps):
-        a = ALPHAS[schedule.timesteps[step]]
+        a = ALPHAS[timetable.timesteps[step]]
         torch.testing.assert_close(found[index], (x_t[index] - (1 - a).sqrt() * noise[index]) / a.sqrt())
 
 
@@ -122,9 +122,9 @@ def test_a_jump_is_the_plain_formula(unet):
 def clean(unet, first, method="refl", eta=0.0, num_renoised=0, predict=None):
     """All that `clean_latents` yields, summed to one scalar."""
     predict = predict or predicting(unet)
-    schedule, draw = schedule_for(eta), drawing()
-    x_t = sd15_rollout.rollout(predict, first, schedule, draw)
-    found = list(refl.clean_latents(predict, x_t, first, schedule, draw, method=method, num_renoised=num_renoised))
+    timetable, draw = timetable_for(eta), drawing()
+    x_t = sd15_rollout.rollout(predict, first, timetable, draw)
+    found = list(refl.clean_latents(predict, x_t, first, timetable, draw, method=method, num_renoised=num_renoised))
     return sum(map(weigh, found)), found
 
 
@@ -133,23 +133,23 @@ def test_refls_gradient_is_that_of_the_chosen_step_with_its_input_detached(unet)
     first = torch.tensor([2, 4, 5])
     value, found = clean(unet, first, eta=1.0)
     assert len(found) == 1
-    predict, draw, schedule = predicting(unet), drawing(), schedule_for(1.0)
+    predict, draw, timetable = predicting(unet), drawing(), timetable_for(1.0)
     states = [draw("noise")]
     with torch.no_grad():
         for i in range(5):
-            states.append(sd15_rollout.denoise(predict, states[-1], i, schedule, draw(f"step {i}")))
+            states.append(sd15_rollout.denoise(predict, states[-1], i, timetable, draw(f"step {i}")))
     x_t = torch.stack([states[step][index] for index, step in enumerate(first)]).detach()
-    a = ALPHAS[schedule.timesteps[first]].view(3, 1, 1, 1)
-    by_hand = weigh((x_t - (1 - a).sqrt() * predict(x_t, schedule.timesteps[first])) / a.sqrt())
+    a = ALPHAS[timetable.timesteps[first]].view(3, 1, 1, 1)
+    by_hand = weigh((x_t - (1 - a).sqrt() * predict(x_t, timetable.timesteps[first])) / a.sqrt())
     torch.testing.assert_close(gradient(unet, value), gradient(unet, by_hand), rtol=1e-3, atol=1e-5)
 
 
 def test_nothing_flows_through_earlier_steps(unet):
     """The rollout gets a copy of the UNet, which receives no gradient; with the whole chain open the gradient would be another."""
     early, predict = copy.deepcopy(unet), predicting(unet)
-    first, schedule, draw = torch.full((3,), 4), schedule_for(), drawing()
-    x_t = sd15_rollout.rollout(predicting(early), first, schedule, draw)
-    (found,) = refl.clean_latents(predict, x_t, first, schedule, draw, method="refl")
+    first, timetable, draw = torch.full((3,), 4), timetable_for(), drawing()
+    x_t = sd15_rollout.rollout(predicting(early), first, timetable, draw)
+    (found,) = refl.clean_latents(predict, x_t, first, timetable, draw, method="refl")
     weights = [*unet.parameters(), *early.parameters()]
     both = torch.autograd.grad(weigh(found), weights, allow_unused=True)
     count = len(weights) // 2
@@ -157,8 +157,8 @@ def test_nothing_flows_through_earlier_steps(unet):
     ours = torch.cat([part.flatten() for part in both[:count]])
     x_t = drawing()("noise")
     for i in range(4):
-        x_t = sd15_rollout.denoise(predict, x_t, i, schedule_for(), None)
-    whole = gradient(unet, weigh(sd15_rollout.jump(predict, x_t, torch.full((3,), 4), schedule_for())))
+        x_t = sd15_rollout.denoise(predict, x_t, i, timetable_for(), None)
+    whole = gradient(unet, weigh(sd15_rollout.jump(predict, x_t, torch.full((3,), 4), timetable_for())))
     assert (ours - whole).norm() > 1e-2 * whole.norm()
 
 
@@ -167,10 +167,10 @@ def test_nothing_flows_through_earlier_steps(unet):
 def test_draft_follows_the_last_k_real_steps(unet, k, eta):
     """Recomputed in the backward pass or kept: the same gradient as plain autograd through the same steps."""
     value, found = clean(unet, torch.full((3,), STEPS - k), "draft", eta)
-    predict, draw, schedule = predicting(unet), drawing(), schedule_for(eta)
-    x_t = sd15_rollout.rollout(predict, torch.full((3,), STEPS - k), schedule, draw)
+    predict, draw, timetable = predicting(unet), drawing(), timetable_for(eta)
+    x_t = sd15_rollout.rollout(predict, torch.full((3,), STEPS - k), timetable, draw)
     for i in range(STEPS - k, STEPS):
-        x_t = sd15_rollout.denoise(predict, x_t, i, schedule, draw(f"step {i}") if eta and i < STEPS - 1 else None)
+        x_t = sd15_rollout.denoise(predict, x_t, i, timetable, draw(f"step {i}") if eta and i < STEPS - 1 else None)
     torch.testing.assert_close(found[0], x_t, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient(unet, value), gradient(unet, weigh(x_t)), rtol=1e-3, atol=1e-4)
 
@@ -179,7 +179,7 @@ def test_draft_lv_adds_re_noised_copies_of_the_picture(unet):
     """Two copies: the picture noised back to the last timestep, whatever the gradient of the first; each then denoised by one step."""
     value, found = clean(unet, torch.full((3,), STEPS - 1), "draft_lv", num_renoised=2)
     assert len(found) == 3
-    predict, draw, timestep = predicting(unet), drawing(), schedule_for().timesteps[-1]
+    predict, draw, timestep = predicting(unet), drawing(), timetable_for().timesteps[-1]
     a, picture = ALPHAS[timestep], found[0].detach()
     by_hand = weigh(clean(unet, torch.full((3,), STEPS - 1), "draft")[1][0])
     for n in range(2):
@@ -198,11 +198,12 @@ def test_the_gradient_agrees_with_finite_differences(unet, model, method, first)
     model = copy.copy(model)
     model.vae = copy.deepcopy(model.vae).double()
     draw, frozen = drawing(dtype=torch.float64), predicting(copy.deepcopy(policy))
-    schedule = schedule_for()
+    timetable = timetable_for()
 
     def reward():
         at = torch.full((3,), first)
-        found = refl.clean_latents(predicting(policy), sd15_rollout.rollout(frozen, at, schedule, draw), at, schedule, draw, method=method)
+        x_t = sd15_rollout.rollout(frozen, at, timetable, draw)
+        found = refl.clean_latents(predicting(policy), x_t, at, timetable, draw, method=method)
         return torch.tanh(sd15.decode_pixels(model, next(found))).square().mean()
 
     direction = [torch.randn_like(parameter) for parameter in policy.parameters()]
@@ -272,16 +273,16 @@ def test_a_checkpointed_decoder_has_the_same_gradient_and_keeps_less_at_work(mod
 
 def test_weights_cast_for_the_rollout_are_not_met_by_the_gradient(unet):
     """bf16, all weights: autocast's copies made without gradient are gone when the step with gradient begins."""
-    policy, first, draw, schedule = copy.deepcopy(unet).train(), torch.full((3,), 4), drawing(), schedule_for()
+    policy, first, draw, timetable = copy.deepcopy(unet).train(), torch.full((3,), 4), drawing(), timetable_for()
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     run = argparse.Namespace(accelerator=argparse.Namespace(autocast=autocast))
     condition = sd15.Conditioning(torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(5)), torch.zeros(3, 0))
     predict = refl.predictor(run, policy, condition, None, 1.0)
     with refl.sampling(run, policy):
         assert not policy.training
-        x_t = sd15_rollout.rollout(predict, first, schedule, draw)
+        x_t = sd15_rollout.rollout(predict, first, timetable, draw)
     assert policy.training and x_t.dtype == torch.float32
-    (x0,) = refl.clean_latents(predict, x_t, first, schedule, draw, method="refl")
+    (x0,) = refl.clean_latents(predict, x_t, first, timetable, draw, method="refl")
     assert all(part is not None and part.any() for part in torch.autograd.grad(weigh(x0), list(policy.parameters()), allow_unused=True))
 
 

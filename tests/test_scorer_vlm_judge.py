@@ -235,6 +235,23 @@ def test_a_refused_request_stops_the_run_at_once(server, judge, pauses, status, 
     assert not pauses
 
 
+def test_a_model_that_takes_no_temperature_is_asked_without_for_the_rest_of_the_run(server, judge, pauses, caplog):
+    """As gpt-5 and the o-series answer. Two at a time are both refused and asked again: 4 requests, and 1 for each picture after that."""
+    refusals = threading.Barrier(2)
+
+    def only_its_own(stub, body):
+        if "temperature" in body:
+            refusals.wait(5)
+            message = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+            return 400, json.dumps({"error": {"message": message, "param": "temperature", "code": "unsupported_value"}}), {}
+        return chat("Score: 6")
+
+    server.answers = [only_its_own]
+    assert judge(PICTURES[:2], ["a", "b"]).tolist() == pytest.approx([0.6, 0.6]) and len(server.requests) == 4
+    assert judge(PICTURES[2:], ["c", "d"]).tolist() == pytest.approx([0.6, 0.6]) and len(server.requests) == 6
+    assert not pauses and not_judged(caplog) == ["looker refuses temperature 0: it is asked at its own, and scores may vary"]
+
+
 # ---------------------------------------------------------------------------------------------- cache
 
 

@@ -167,6 +167,16 @@ def test_weights_of_another_model_are_looked_for_under_its_own_name():
         scorers.check("openclip", openclip_model="ViT-L-14", openclip_pretrained="openai")
 
 
+def test_a_tokenizer_that_the_hub_does_not_give_is_one_line_before_the_weights_are_read(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    file = Path("models/openclip-ViT-B-16-SigLIP-webli/open_clip_model.safetensors")
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with pytest.raises(ValueError, match="--openclip_model ViT-B-16-SigLIP: .* tokenizer, timm/ViT-B-16-SigLIP on the Hub: ") as refusal:
+        scorers.build("openclip", openclip_model="ViT-B-16-SigLIP", openclip_pretrained="webli")
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_checkpoint_of_another_size_is_refused(monkeypatch, folder, tmp_path):
     monkeypatch.chdir(tmp_path)
     state = networks.read(folder / HPS)

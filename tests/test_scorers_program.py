@@ -98,7 +98,8 @@ def test_one_prompt_serves_all_pictures_and_a_picture_may_carry_its_own(capsys, 
     info = PngInfo()
     info.add_itxt("prompt", '{"3": {"class_type": "KSampler"}}')  # as ComfyUI writes it
     Image.open(drawings[1]).save(tmp_path / "other.png", pnginfo=info)
-    assert "shapes cannot judge prompt 0 '': it is empty; --prompt" in refusal(capsys, "shapes", tmp_path / "other.png")
+    line = refusal(capsys, "shapes", tmp_path / "own.png", tmp_path / "other.png")  # names the file of the two
+    assert line.startswith(f"shapes cannot judge {tmp_path / 'other.png'} with prompt '': it is empty; --prompt")
 
 
 def test_the_samples_of_a_run_are_scored_by_the_prompts_in_their_files(capsys, drawings, tmp_path):
@@ -118,8 +119,9 @@ def test_the_samples_of_a_run_are_scored_by_the_prompts_in_their_files(capsys, d
 
 def test_no_scorer_that_judges_by_the_prompt_takes_an_empty_one(capsys, drawings):
     line = refusal(capsys, "jpeg_compressibility,tiny_clip", *drawings)
-    assert line == "tiny_clip cannot judge prompt 0 '': it is empty; --prompt says what the picture was to show"
-    assert "tiny_clip cannot judge prompt 1 ' '" in refusal(capsys, "tiny_clip", *drawings[:2], "--prompt", "a star", "--prompt", " ")
+    assert line == f"tiny_clip cannot judge {drawings[0]} with prompt '': it is empty; --prompt says what the picture was to show"
+    line = refusal(capsys, "tiny_clip", *drawings[:2], "--prompt", "a star", "--prompt", " ")
+    assert f"tiny_clip cannot judge {drawings[1]} with prompt ' '" in line
     metadata = {"include": [{"class": "dog", "count": 1}]}
     blind = {name for name in scorers.names() if scorers.get(name).check_prompt("", metadata) is None}
     assert blind == {"aesthetic", "aesthetic_v1", "aesthetic_v25", "geneval", "geneval_strict", "jpeg_compressibility",
@@ -160,7 +162,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(capsys, drawings, tmp_path
     assert refusal(capsys, "shapes") == "shapes: no pictures to judge; give their files after it"
     assert "no such file: nowhere.png" in refusal(capsys, "shapes", "nowhere.png")
     assert "--prompt is given 2 times for 3 pictures" in refusal(capsys, "shapes", *drawings, *red, *red)
-    assert "shapes cannot judge prompt 0 '': it is empty; --prompt" in refusal(capsys, "shapes", drawings[0])
+    assert "with prompt '': it is empty; --prompt" in refusal(capsys, "shapes", drawings[0])
     assert "cannot read" in refusal(capsys, "shapes", "broken.png", *red)
     assert "--metadata two.jsonl must hold a JSON object for each of 1 picture(s), got 2 line(s)" in refusal(
         capsys, "shapes", drawings[0], *red, "--metadata", "two.jsonl"

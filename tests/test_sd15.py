@@ -66,6 +66,9 @@ def test_the_noise_schedule_is_the_models_own(models, stock):
 BAD = {  # file, what it says, what the message names
     "v-prediction": ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "v_prediction model.*2-1-base"),
     "another schedule": ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, "noise schedule"),
+    "zero terminal SNR": ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True.*have False"),
+    "4000 timesteps": ("scheduler/scheduler_config.json", {"num_train_timesteps": 4000}, "num_train_timesteps 4000 .*have 1000"),
+    "few steps": ("scheduler/scheduler_config.json", {"timestep_spacing": "trailing"}, "trailing, as those of sd-turbo.*take Stable"),
     "inpainting": ("unet/config.json", {"in_channels": 9}, "9 channels.*inpainting"),
     "normalised latents": ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, "VAE shifts"),
     "SD3": ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, "holds a StableDiffusion3Pipeline.*StableDiffusionXLPipeline"),

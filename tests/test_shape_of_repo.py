@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "__init__": set(),
     "cli": {"cli"}, "seeds": set(), "images": set(), "ema": {"sharding"}, "optim": set(), "lora": set(),
     "activations": set(), "hub": {"errors"}, "errors": set(),
-    "gallery": {"images"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"},
+    "gallery": {"images", "scorers"}, "sharding": set(), "rounding": {"seeds"}, "full": {"lora", "sharding", "hub"},
     "norms": {"lora"}, "attention": {"lora"}, "quantize": {"lora"},
     **{name: set() for name in MATHS},
     "pipelines": {"pipelines", "images", "lora", "seeds", "quantize", "hub", "errors", *MATHS},

@@ -310,10 +310,6 @@ def test_dry_run_counts_pairs_and_the_reference(world, tmp_path, capsys):
     assert "8 to train on, 0 held out, 0 skipped, 0 ties dropped" in said and "32 entries" in said and not (tmp_path / "out").exists()
 
 
-def v_prediction(world, tmp_path):
-    return unets.altered(world.model, tmp_path / "model", "scheduler/scheduler_config.json", prediction_type="v_prediction")
-
-
 BAD = {  # what is wrong: flags, what the line must name, the cure in it
     "no data": (dict(dataset_name=None), "--dataset_name", "pairs"),
     "one column": (dict(chosen_column="jpg_1"), "--rejected_column", "both"),
@@ -341,11 +337,13 @@ def test_bad_input_is_one_line_with_the_cure(world, tmp_path, capsys, what):
     assert runs.files(tmp_path) == []
 
 
-def test_a_v_prediction_model_is_refused_by_name(world, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "value"), [("prediction_type", "v_prediction"), ("timestep_spacing", "trailing")])
+def test_a_velocity_or_turbo_model_is_refused_by_name(world, tmp_path, capsys, name, value):
+    folder = unets.altered(world.model, tmp_path / "model", "scheduler/scheduler_config.json", **{name: value})
     for flag in ("pretrained_model_name_or_path", "reference_model"):
         with pytest.raises(SystemExit):
-            script.parse_args(world.argv(tmp_path / "out", **{flag: v_prediction(world, tmp_path / flag)}))
-        assert f"--{flag}" in (said := capsys.readouterr().err) and "v_prediction" in said
+            script.parse_args(world.argv(tmp_path / "out", **{flag: folder}))
+        assert f"--{flag} {folder}: " in (said := capsys.readouterr().err) and value in said and said.count("\n") == 1
 
 
 def test_a_reference_of_another_family_is_refused_before_loading(world, tiny_sdxl_folder, tmp_path, capsys):

@@ -240,9 +240,9 @@ def test_no_two_pictures_of_a_run_start_from_the_same_noise(train, monkeypatch):
     monkeypatch.setattr(
         script.sd15_rollout,
         "rollout",
-        lambda predict, stops, schedule, draw: (
+        lambda predict, stops, timetable, draw: (
             seen.extend(zip(draw("noise").flatten(1)[:, 0].tolist(), stops.tolist(), strict=True)),
-            real(predict, stops, schedule, draw),
+            real(predict, stops, timetable, draw),
         )[1],
     )
     train(max_train_steps=4, train_batch_size=4, gradient_accumulation_steps=2, num_inference_steps=8, **LORA)

@@ -78,6 +78,11 @@ def test_the_page_draws_what_the_command_beside_it_draws(studio, tmp_path):
         assert {name: kept[name] for name in expected} == expected and json.loads(kept["scores"]) == one.scores
 
 
+def test_the_page_opens_with_what_was_given_else_with_what_suits_the_model(studio):
+    first = studio.first_wish("a red heart")
+    assert (first.num_inference_steps, first.guidance_scale) == (2, 4.5)
+
+
 def test_the_scale_changes_without_loading_anything(studio, monkeypatch):
     monkeypatch.setattr(stock, "load", None)
     full, zero, again = (pixels(draw(studio, scale=scale)) for scale in (1.0, 0.0, 1.0))

@@ -171,6 +171,12 @@ def test_a_prompts_file_loses_its_byte_order_mark_and_another_encoding_is_refuse
     file.write_bytes("a caf\u00e9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=f"--{flag} .*prompts.txt is not UTF-8 text"):
         read(args)
+    setattr(args, flag, tmp_path / "prompts.jsonl")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "an owl", "tag": 1}\n')
+    assert read(args) == ["a fox", "an owl"]
+    setattr(args, flag, tmp_path / "prompts.yaml")
+    with pytest.raises(ValueError, match=f"--{flag} .*prompts.yaml: cannot be read as prompts; give a .txt, .json, .jsonl"):
+        read(args)
 
 
 def test_pictures_are_those_of_their_prompt_and_seed(parts, validator, tmp_path):

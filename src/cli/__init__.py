@@ -39,7 +39,7 @@ from src.cli.groups import (
     add_validation_pairs_args,
 )
 from src.cli.parser import Parser, make_parser
-from src.cli.reading import Check, check, command_line, parse, read_prompts
+from src.cli.reading import Check, check, command_line, parse
 from src.cli.scorers import SCORER_OPTIONS, add_scorer_args, add_scorer_settings, scorer_options
 from src.cli.types import (
     decay,

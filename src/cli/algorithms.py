@@ -68,7 +68,7 @@ def add_dreambooth_args(parser: Parser) -> None:
     g.add_argument(
         "--class_prompt", action="append", metavar="TEXT", help='prompt of class pictures, "a photo of a dog"; several take turns'
     )
-    g.add_argument("--class_prompts_file", type=existing_file, metavar="FILE", help="text file of more class prompts, one a line")
+    g.add_argument("--class_prompts_file", type=existing_file, metavar="FILE", help="more of them: .txt, one a line; .json(l); .csv")
     g.add_argument("--num_class_images", type=positive_int, default=100, help="class pictures to train on, the first of the folder")
     g.add_argument("--prior_loss_weight", type=positive_float, default=1.0, help="loss = loss of the subject + this * loss of the class")
     g.add_argument("--sample_batch_size", type=positive_int, default=4, help="class pictures that a process renders at once")

@@ -287,7 +287,7 @@ def add_validation_args(parser: Parser, *, guidance_scale: float = 4.5, inferenc
     """Pictures rendered during training, always from the same seeds."""
     g = parser.add_argument_group("validation")
     g.add_argument("--validation_prompt", action="append", metavar="TEXT", help="prompt to render; repeat the flag for several")
-    g.add_argument("--validation_prompts_file", type=existing_file, metavar="FILE", help="text file of more prompts, one a line")
+    g.add_argument("--validation_prompts_file", type=existing_file, metavar="FILE", help="more prompts: .txt, one a line; .json(l); .csv")
     g.add_argument("--validation_steps", type=positive_int, default=100, help="optimizer steps between validations")
     g.add_argument("--num_validation_images", type=positive_int, default=4, help="pictures per prompt")
     g.add_argument("--validation_guidance_scale", type=non_negative_float, default=guidance_scale, help="guidance weight; 1: off")

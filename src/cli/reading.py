@@ -76,22 +76,6 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str],
     return tokens, unset
 
 
-def read_prompts(path: Path, flag: str) -> list[str]:
-    """One prompt per line, without empty ones.
-
-    Raises:
-        ValueError: it holds none, or is not UTF-8.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at U+2028 and the like
-    except UnicodeDecodeError:
-        raise ValueError(f"{flag} {path} is not UTF-8 text") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{flag} {path} holds no prompt; one per line")
-    return prompts
-
-
 def _unknown(parser: argparse.ArgumentParser, rest: list[str]) -> str:
     options = [option for action in parser._actions for option in action.option_strings]
     near = difflib.get_close_matches(rest[0].split("=")[0], options, n=1) if rest[0].startswith("-") else []

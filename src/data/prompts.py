@@ -128,6 +128,13 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     return found
 
 
+def read_file(file: Path, flag: str) -> list[Prompt]:
+    """`read` for a flag that takes files alone: ValueError for another kind of file, too."""
+    if file.suffix.lower() not in _KINDS:
+        raise ValueError(f"{flag} {file}: cannot be read as prompts; give a {', '.join(_KINDS)} file")
+    return read(str(file), cache_dir=file.parent, flag=flag)
+
+
 _KINDS = {".txt": "lines", ".json": "rows", ".jsonl": "rows", ".csv": "rows", ".parquet": "parquet"}  # how a file is read
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _ALLOWED = f"one of {', '.join(BUILT_IN)}, a .txt, .json, .jsonl, .csv or .parquet file, a data set folder, or a Hub id (owner/name)"
@@ -191,7 +198,8 @@ def _column(names: Sequence[str], column: str | None, where: str) -> str:
     """The column of the prompts: the one given, else the first of COLUMNS that is there."""
     found = next((name for name in ((column,) if column else COLUMNS) if name in names), None)
     if found is None:
-        raise ValueError(f"{where} has no column {column or ' or '.join(COLUMNS)}; it has {', '.join(names)}: give one as --prompt_column")
+        wanted, cure = column or " or ".join(COLUMNS), "rename one, or beside --prompts give it as --prompt_column"
+        raise ValueError(f"{where} has no column {wanted}; it has {', '.join(names)}: {cure}")
     return found
 
 

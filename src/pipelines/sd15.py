@@ -87,7 +87,7 @@ def check_folder(path: str | Path, name: str = "--pretrained_model_name_or_path"
 
 
 def _check_configs(path: str | Path, flag: str, revision: str | None = None) -> None:
-    """Refuse models that the maths here does not cover: another prediction or noise schedule, inpainting, shifted latents."""
+    """Refuse models that the maths here does not cover: another prediction or noise schedule, few steps, inpainting, shifted latents."""
     scheduler = read_config(path, "scheduler/scheduler_config.json", revision)
     prediction = scheduler.get("prediction_type", "epsilon")
     if prediction != "epsilon":
@@ -97,6 +97,15 @@ def _check_configs(path: str | Path, flag: str, revision: str | None = None) -> 
         )
     if scheduler.get("beta_schedule", "linear") not in ddpm.SCHEDULES or scheduler.get("trained_betas") is not None:
         raise ValueError(f"{flag}: its noise schedule is none of {', '.join(ddpm.SCHEDULES)}, which Stable Diffusion 1.x, 2.x and XL have")
+    for name, value in (("num_train_timesteps", 1000), ("rescale_betas_zero_snr", False)):  # alpha_bar has 1000 values, none of them 0
+        if scheduler.get(name, value) != value:
+            raise ValueError(f"{flag}: {name} {scheduler[name]} in scheduler/scheduler_config.json; Stable Diffusion 1.x, 2.x-base and XL, "
+                             f"which can be trained here, have {value}")  # fmt: skip
+    if scheduler.get("timestep_spacing") == "trailing":
+        raise ValueError(
+            f"{flag}: its scheduler has timestep_spacing trailing, as those of sd-turbo and sdxl-turbo, which draw in 1 to 4 steps; "
+            "training covers all timesteps, most of which they never sample: take Stable Diffusion 1.5, 2-1-base or XL"
+        )
     channels = read_config(path, "unet/config.json", revision)["in_channels"]
     if channels != LATENT_CHANNELS:
         raise ValueError(f"{flag}: its UNet takes {channels} channels, text-to-image models take {LATENT_CHANNELS}; is it for inpainting?")

@@ -5,13 +5,11 @@ Shapes: b batch, h w latent side, T denoising steps, counted from 0. Latents are
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from src import ddpm, seeds
-from src.pipelines import common
 
 # A rollout starts from pure noise, but at its first timestep the model was trained on noised pictures that keep sqrt(alpha_bar) of
 # their amplitude: 0.08 with 40 steps, 0.12 with 10, 0.24 with 4, 0.52 with 2, nearly 1 with one step (timestep 1).
@@ -23,7 +21,7 @@ Draw = Callable[[str], Tensor]  # name of a random stream -> standard normal (b,
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Timetable:
     """The T denoising steps of a picture, from noise to the clean latents.
 
     Attributes:
@@ -64,40 +62,27 @@ def few_steps(alphas_cumprod: Tensor, num_inference_steps: int) -> str | None:
     )
 
 
-def check_model(path: str | Path, revision: str | None = None) -> None:
-    """Refuse a model whose scheduler is configured for other timesteps than those of `schedule`.
-
-    Raises:
-        ValueError: naming --pretrained_model_name_or_path.
-    """
-    if common.read_config(path, "scheduler/scheduler_config.json", revision).get("timestep_spacing") == "trailing":
-        raise ValueError(
-            f"--pretrained_model_name_or_path {path}: its scheduler has timestep_spacing trailing, as those of sd-turbo and sdxl-turbo, "
-            "which draw in 1 to 4 steps from timestep 999 on; steps here are spaced from timestep 1 on: take SD 1.5, 2-1-base or XL"
-        )
-
-
-def schedule(alphas_cumprod: Tensor, num_inference_steps: int, eta: float) -> Schedule:
+def timetable(alphas_cumprod: Tensor, num_inference_steps: int, eta: float) -> Timetable:
     """Evenly spaced steps for the model's alphas_cumprod (1000,), on its device; 40 of them end at the timesteps ..., 51, 26, 1."""
     timesteps = torch.tensor(ddpm.inference_timesteps(num_inference_steps), device=alphas_cumprod.device)
-    return Schedule(timesteps, torch.cat([alphas_cumprod[timesteps], alphas_cumprod.new_ones(1)]), eta)
+    return Timetable(timesteps, torch.cat([alphas_cumprod[timesteps], alphas_cumprod.new_ones(1)]), eta)
 
 
-def denoise(predict: Predict, x_t: Tensor, i: int, schedule: Schedule, noise: Tensor | None) -> Tensor:
+def denoise(predict: Predict, x_t: Tensor, i: int, timetable: Timetable, noise: Tensor | None) -> Tensor:
     """Sampling step i of the whole batch: latents (b, 4, h, w) before it -> those after it; `noise` of their shape if eta > 0."""
-    alpha, alpha_next = schedule.alphas[i : i + 2, None].expand(-1, len(x_t))  # (b,) each
-    step = ddpm.ddim_step(x_t, predict(x_t, schedule.timesteps[i].expand(len(x_t))), alpha, alpha_next, eta=schedule.eta)
+    alpha, alpha_next = timetable.alphas[i : i + 2, None].expand(-1, len(x_t))  # (b,) each
+    step = ddpm.ddim_step(x_t, predict(x_t, timetable.timesteps[i].expand(len(x_t))), alpha, alpha_next, eta=timetable.eta)
     return step.mean if noise is None else step.sample(noise)
 
 
-def jump(predict: Predict, x_t: Tensor, i: Tensor, schedule: Schedule) -> Tensor:
+def jump(predict: Predict, x_t: Tensor, i: Tensor, timetable: Timetable) -> Tensor:
     """The clean latents (b, 4, h, w) that follow from the noise predicted at each picture's own step i (b,)."""
     i = seeds.send(i, x_t.device)
-    return ddpm.x0_from_eps(x_t, predict(x_t, schedule.timesteps[i]), schedule.alphas[i])
+    return ddpm.x0_from_eps(x_t, predict(x_t, timetable.timesteps[i]), timetable.alphas[i])
 
 
 @torch.no_grad()
-def rollout(predict: Predict, stops: Tensor, schedule: Schedule, draw: Draw) -> Tensor:
+def rollout(predict: Predict, stops: Tensor, timetable: Timetable, draw: Draw) -> Tensor:
     """Latents (b, 4, h, w) after each picture's own number of steps from noise, without gradient.
 
     Args:
@@ -105,7 +90,7 @@ def rollout(predict: Predict, stops: Tensor, schedule: Schedule, draw: Draw) -> 
     """
     x_t = draw("noise")
     for i in range(int(stops.max())):
-        x_next = denoise(predict, x_t, i, schedule, step_noise(i, schedule, draw))
+        x_next = denoise(predict, x_t, i, timetable, step_noise(i, timetable, draw))
         x_t = x_next if i < stops.min() else torch.where(seeds.send((stops > i).view(-1, 1, 1, 1), x_t.device), x_next, x_t)
     return x_t
 
@@ -119,6 +104,6 @@ def mean_steps(first: int, last: int, batch: int) -> float:
     return first + sum(1 - (k / n) ** batch for k in range(1, n))
 
 
-def step_noise(i: int, schedule: Schedule, draw: Draw) -> Tensor | None:
+def step_noise(i: int, timetable: Timetable, draw: Draw) -> Tensor | None:
     """The fresh noise of step i, (b, 4, h, w); None if it has none: eta = 0, or the last step."""
-    return draw(f"step {i}") if schedule.eta and i < len(schedule) - 1 else None
+    return draw(f"step {i}") if timetable.eta and i < len(timetable) - 1 else None

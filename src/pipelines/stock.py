@@ -1,8 +1,9 @@
-"""diffusers' own pipelines of SD3.x and SD1.x, for drawing: tell the family of a model or a LoRA file, and load both together.
+"""diffusers' own pipelines of SD3.x, SD1.x, SD2.x and SDXL, for drawing: tell the family of a model or a LoRA file, and load both together.
 
 Combinations that cannot work are refused from configurations and file headers, before any weights are read.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,28 @@ from torch import nn
 
 from src import hub, lora
 from src.errors import first_line, last_line
-from src.pipelines import common, sd3
+from src.pipelines import common, sd3, sd15
 
-NAMES = {"sd3": "Stable Diffusion 3.x", "sd15": "Stable Diffusion 1.x", None: "another kind of model, or no LoRA at all"}
+NAMES = {"sd3": "Stable Diffusion 3.x", "sd15": "Stable Diffusion 1.x, 2.x or XL", None: "another kind of model, or no LoRA at all"}
+
+
+def settings(path: str) -> dict[str, float]:
+    """Steps and guidance, by the demo's flags: those that the trainers validate with; shipped models, known by their folders, need less.
+
+    Raises:
+        ValueError: as `model_family`.
+    """
+    steps, guidance = (20, 2.0) if is_shipped(path) else {"sd3": (28, 4.5), "sd15": (25, 7.5)}[model_family(path)]
+    return {"num_inference_steps": steps, "guidance_scale": guidance}
+
+
+def is_shipped(path: str) -> bool:
+    """Whether it is a model of the tiny world."""
+    return Path(path).name in ("tiny-sd3", "tiny-sd15")
 
 
 def model_family(path: str) -> str:
-    """`sd3` or `sd15`, by the model_index.json of the folder or Hub id.
+    """`sd3`, or `sd15` for the models that predict noise, by the model_index.json of the folder or Hub id.
 
     Raises:
         ValueError: no such model, not a pipeline, damaged, or another family.
@@ -31,10 +47,10 @@ def model_family(path: str) -> str:
         name = sd3.read_config(path, "model_index.json").get("_class_name")
     except (OSError, ValueError, AttributeError) as error:  # for a Hub id this error names the flag, for a folder `wrong` does
         raise wrong or error from None
-    if name == "StableDiffusionPipeline":
+    if name in sd15.PIPELINES:
         return "sd15"
     if wrong and not str(name).startswith("StableDiffusion3"):
-        raise ValueError(f"--pretrained_model_name_or_path {path}: holds a {name}; only Stable Diffusion 3.x and 1.x can be drawn with")
+        raise ValueError(f"--pretrained_model_name_or_path {path}: holds a {name}; only {NAMES['sd3']}, {NAMES['sd15']} can be drawn with")
     if wrong:
         raise wrong
     return "sd3"
@@ -99,6 +115,17 @@ def check_lora(path: Path, model: str) -> None:
 # --------------------------------------------------------------------------- loading
 
 
+def quiet() -> None:
+    """No pages of notes on prompts, LoRA layers and kernels nobody asked for, and no progress bars of files: what matters is said here."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def load(
     path: str, *, dtype: torch.dtype, device: str, lora_path: Path | None = None, lora_scale: float = 1.0, cpu_offload: bool = False,
     scheduler: str | None = None,
@@ -114,9 +141,10 @@ def load(
     """
     import diffusers
 
-    family = diffusers.StableDiffusion3Pipeline if model_family(path) == "sd3" else diffusers.StableDiffusionPipeline
+    name = sd3.read_config(path, "model_index.json")["_class_name"]
+    kind = diffusers.StableDiffusion3Pipeline if model_family(path) == "sd3" else getattr(diffusers, name)
     try:
-        pipeline = family.from_pretrained(path, dtype=dtype)
+        pipeline = kind.from_pretrained(path, dtype=dtype)
     except hub.errors() as error:
         raise ValueError(
             f"--pretrained_model_name_or_path {path}: cannot be loaded ({hub.reason(error)}); download the model again"

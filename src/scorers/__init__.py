@@ -120,8 +120,11 @@ def _check_options(given: Sequence[str]) -> None:
             raise ValueError(f"no scorer has an option {name}; {hint}")
 
 
-def check_prompts(spec: str, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> None:
+def check_prompts(spec: str, prompts: Sequence[str], metadata: Sequence[dict] | None = None, names: Sequence[str] | None = None) -> None:
     """Refuse prompts that a scorer of the mixture could not judge.
+
+    Args:
+        names: what the message calls each prompt (None: its number).
 
     Raises:
         ValueError: naming the scorer, the first such prompt, and the reason.
@@ -130,7 +133,7 @@ def check_prompts(spec: str, prompts: Sequence[str], metadata: Sequence[dict] | 
         scorer = get(name)
         for index, prompt in enumerate(prompts):
             if reason := scorer.check_prompt(prompt, metadata[index] if metadata is not None else None):
-                raise ValueError(f"{name} cannot judge prompt {index} {prompt!r}: {reason}")
+                raise ValueError(f"{name} cannot judge {names[index] if names else f'prompt {index}'} {prompt!r}: {reason}")
 
 
 def build(spec: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, batch_size: int = 16, **options: Any) -> Mixture:

@@ -1,7 +1,7 @@
 """Score pictures from the shell, or list the scorers: what each measures, and what it still needs on this machine.
 
   python -m src.scorers
-  python -m src.scorers pickscore outputs/demo/*.png --prompt "a red star on a white background"
+  python -m src.scorers pickscore outputs/demo/[0-9]*.png --prompt "a red star on a white background"
   python -m src.scorers clip=1,aesthetic=0.5 a.png b.png --prompt "for a.png" --prompt "for b.png"
 
 PNGs of demo.py, and in the samples/ of a run, carry their prompt; it is used unless --prompt is given. The scorers come before the
@@ -51,7 +51,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.scorer}: no pictures to judge; give their files after it")
     if args.prompt and len(args.prompt) not in (1, len(args.images)):
         raise ValueError(f"--prompt is given {len(args.prompt)} times for {len(args.images)} pictures; give it once, or once for each")
-    scorers.check_prompts(args.scorer, prompts_of(args), metadata_of(args))
+    scorers.check_prompts(args.scorer, prompts_of(args), metadata_of(args), [f"{path} with prompt" for path in args.images])
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from src import hub
 from src.scorers import networks, preprocess
 from src.scorers.base import Loader, Option, Scorer, Weights, some_prompt
 
@@ -70,11 +71,26 @@ def _pixels(images: Tensor, side: int, recipe: Mapping[str, Any]) -> Tensor:
     return preprocess.normalize(resized, recipe["mean"], recipe["std"])
 
 
+def _tokenizer(name: str) -> Any:
+    """open_clip's own, or that of a repository on the Hub, as SigLIP has it.
+
+    Raises:
+        ValueError: the Hub does not give it; names the repository.
+    """
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(name)
+    except hub.errors() as error:
+        repository = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+        raise ValueError(f"--openclip_model {name}: cannot load its tokenizer, {repository} on the Hub: {hub.reason(error)}") from error
+
+
 def load(loader: Loader) -> Judge:
     import open_clip
 
     name, tag = loader.options["openclip_model"], loader.options["openclip_pretrained"]
-    recipe, (files,) = _recipe(name, tag), weights(loader.options)
+    recipe, (files,), tokenizer = _recipe(name, tag), weights(loader.options), _tokenizer(name)
     path = files.path(files.files[0])
     try:  # the tag says QuickGELU or GELU; the weights do not
         model = open_clip.create_model(name, pretrained=str(path), force_quick_gelu=bool(recipe.get("quick_gelu")))
@@ -85,7 +101,7 @@ def load(loader: Loader) -> Judge:
     side = size if isinstance(size, int) else size[0]
     if recipe["resize_mode"] not in ("shortest", "squash") or (side, side) != ((size, size) if isinstance(size, int) else tuple(size)):
         raise ValueError(f"--openclip_model {name}: its pictures are {recipe['resize_mode']} {size}, and only squares are prepared here")
-    model, tokenizer = networks.freeze(model, loader), open_clip.get_tokenizer(name)
+    model = networks.freeze(model, loader)
 
     def judge(images, prompts, metadata):
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """A vision-language model as judge, behind any server that speaks OpenAI's chat protocol: vLLM, SGLang, llama.cpp, Ollama, or OpenAI.
 
-Every picture is one request: the template with the prompt filled in, and the picture as a PNG in a data URL, at temperature 0. The
-number in the reply, divided by --judge_max, is the score. A picture that cannot be judged gets NaN, never 0, and is reported: a reply
-without a number says nothing about the picture.
+Every picture is one request: the template with the prompt filled in, and the picture as a PNG in a data URL, at temperature 0, or at the
+model's own if it takes no other. The number in the reply, divided by --judge_max, is the score. A picture that cannot be judged gets NaN,
+never 0, and is reported: a reply without a number says nothing about the picture.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Endpoint:
         url: of the chat completions.
         timeout: seconds that the server may be silent.
         sleep: what waits between attempts.
+        sampling: what requests ask of the model besides; emptied once it has refused the temperature.
     """
 
     url: str
@@ -66,6 +67,7 @@ class Endpoint:
     timeout: float = 60.0
     api_key: str | None = field(default=None, repr=False)
     sleep: Callable[[float], None] = time.sleep
+    sampling: dict[str, float] = field(default_factory=lambda: {"temperature": 0})
 
 
 def chat_url(url: str) -> str:
@@ -81,7 +83,7 @@ def data_url(png: bytes) -> str:
 def request_body(model: str, question: str, png: bytes) -> dict:
     """One question about one picture, as the protocol wants it."""
     content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": {"url": data_url(png)}}]
-    return {"model": model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
+    return {"model": model, "messages": [{"role": "user", "content": content}]}
 
 
 def fill(template: str, prompt: str, maximum: float) -> str:
@@ -133,7 +135,8 @@ def ask(endpoint: Endpoint, question: str, png: bytes) -> str:
         ValueError: nothing listens at the address, or the server refuses such requests: a wrong key, model or path.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {})
-    data = json.dumps(request_body(endpoint.model, question, png)).encode()
+    sampling = dict(endpoint.sampling)
+    data = json.dumps(request_body(endpoint.model, question, png) | sampling).encode()
     for default in (*PAUSES, None):  # None: the last attempt, which returns or raises
         pause = default
         try:
@@ -143,7 +146,10 @@ def ask(endpoint: Endpoint, question: str, png: bytes) -> str:
             failure = error
         except urllib.error.HTTPError as error:
             if error.code not in TRANSIENT:
-                raise ValueError(_refusal(endpoint, error)) from None
+                refusal = _refusal(endpoint, error)
+                if error.code == 400 and sampling and "temperature" in refusal:
+                    return ask(_without_temperature(endpoint), question, png)
+                raise ValueError(refusal) from None
             failure = Unjudged(f"the server answered {error.code}")
             pause = None if default is None else _pause(error.headers, default)
         except TimeoutError:
@@ -155,6 +161,13 @@ def ask(endpoint: Endpoint, question: str, png: bytes) -> str:
         if pause is None:
             raise failure
         endpoint.sleep(pause)
+
+
+def _without_temperature(endpoint: Endpoint) -> Endpoint:
+    """The same endpoint, which from now on leaves the temperature to the model; said once."""
+    if endpoint.sampling.pop("temperature", None) is not None:  # several requests may have been under way
+        logger.warning("%s refuses temperature 0: it is asked at its own, and scores may vary", endpoint.model)
+    return endpoint
 
 
 def _broken(error: Exception) -> Unjudged:
