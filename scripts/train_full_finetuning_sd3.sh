@@ -15,9 +15,9 @@ if [ "${TINY:-}" = 1 ]; then
   processes=$(tiny_processes)
   NUM_PROCESSES=$processes launch train_full_finetuning_sd3.py \
     --pretrained_model_name_or_path models/tiny-sd3 --dataset_name datas/shapes-new --resolution 64 --no_hflip \
-    --mixed_precision no --no-gradient_checkpointing --learning_rate 3e-4 --lr_scheduler cosine --train_batch_size $((32 / processes)) --use_ema --ema_decay 0.99 \
+    --mixed_precision no --no-gradient_checkpointing --learning_rate 3e-4 --lr_scheduler cosine --train_batch_size $((32 / processes)) --dataloader_num_workers 0 --use_ema --ema_decay 0.99 \
     --max_train_steps 400 --checkpointing_steps 200 --validation_steps 200 --num_validation_images 2 --validation_inference_steps 20 \
-    --validation_guidance_scale 2 --validation_prompt "a red heart on a blue background" --validation_prompt "a green circle on a white background" \
+    --validation_guidance_scale 2 --validation_prompt "a small red heart on a white background" --validation_prompt "a large blue square on an orange background" \
     --output_dir outputs/tiny_full_sd3 -- "$@"
 else
   launch train_full_finetuning_sd3.py \

@@ -18,7 +18,7 @@ if [ "${TINY:-}" = 1 ]; then
     --lora_layers context_embedder,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,attn.to_add_out,ff_context.net.0.proj,ff_context.net.2,ff.net.0.proj,ff.net.2 \
     --rank 32 --learning_rate 4e-3 --lr_scheduler cosine --train_batch_size $((32 / processes)) --dataloader_num_workers 0 --max_train_steps 450 \
     --checkpointing_steps 225 --validation_steps 225 --num_validation_images 2 --validation_inference_steps 20 --validation_guidance_scale 2 \
-    --validation_prompt "a red heart on a blue background" --validation_prompt "a green circle on a white background" \
+    --validation_prompt "a small red heart on a white background" --validation_prompt "a large blue square on an orange background" \
     --output_dir outputs/tiny_lora_sd3 -- "$@"
 else
   launch train_text_to_image_lora_sd3.py \

@@ -198,6 +198,17 @@ def test_reads_its_own_drawings(pictures, drawn):
     assert accuracy(pictures, drawn) == 1.0
 
 
+def test_a_drawing_leads_every_other_shape_and_a_blob_between_two_is_neither(pictures, drawn, monkeypatch):
+    """Overlaps of .80 and .78 with two shapes: a lead of 0.02."""
+    assert shapes.verify(pictures, 0.03) == shapes.verify(pictures)
+    assert all(reading.shape is None and reading.color for reading in shapes.verify(pictures, 1.0))
+    overlaps = torch.zeros(len(pictures), len(shapes.ALL_SHAPES))
+    overlaps[:, 2], overlaps[:, 5] = 0.80, 0.78
+    monkeypatch.setattr(shapes, "_match_shapes", lambda *_: overlaps)
+    assert {reading.shape for reading in shapes.verify(pictures, 0.01)} == {shapes.ALL_SHAPES[2]}
+    assert {reading.shape for reading in shapes.verify(pictures, 0.03)} == {None}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("std", [0.05, 0.1])
 def test_reads_through_noise(pictures, drawn, std):

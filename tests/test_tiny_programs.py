@@ -166,7 +166,7 @@ def test_with_a_subject_its_share_and_its_classs_score_are_measured():
 
 def test_the_evaluation_measures_at_the_demos_settings():
     """models/README.md states figures at the demo's default guidance and steps."""
-    ours, theirs = evaluate.build_parser().parse_args([]), demo.build_parser().parse_args([])
+    ours, theirs = evaluate.build_parser().parse_args([]), demo.parse_args([])
     for name in ("num_inference_steps", "guidance_scale", "pretrained_model_name_or_path"):
         assert getattr(ours, name) == getattr(theirs, name)
 

@@ -247,11 +247,13 @@ def correct(readings: list[Reading], prompts: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def verify(images: torch.Tensor) -> list[Reading]:
+def verify(images: torch.Tensor, min_margin: float = 0.0) -> list[Reading]:
     """Read shape, colour and background from pixels alone.
 
     Args:
         images: (b, 3, H, W), float in [0, 1], any size.
+        min_margin: overlap by which the best shape has to lead the second best. Blobs between two shapes lead by less than 0.03, drawings
+            through the VAE by more.
 
     Returns:
         One reading for each picture. Without a clear background there is no colour, without a clear colour no shape.
@@ -282,8 +284,9 @@ def verify(images: torch.Tensor) -> list[Reading]:
     rim = ((along > 0.25) & (along < 0.75)).float().sum((1, 2)) / (mask & ~inner).float().sum((1, 2)).clamp_min(1)
     clear &= (rim < _MAX_RIM) & (area > _MIN_AREA) & (area < _MAX_AREA) & (stray <= _MAX_STRAY * area)
     near = _dilate(_dilate(_dilate(mask)))  # the blurred rim belongs to the shape, other things do not
-    overlap, shape = _match_shape(along.clamp(0, 1) * near, aspect)
-    known = clear & (overlap > _MIN_IOU)
+    overlaps = _match_shapes(along.clamp(0, 1) * near, aspect)  # (b, shapes)
+    (overlap, second), (shape, _) = (part.T for part in overlaps.topk(2, dim=1))  # (b,) each
+    known = clear & (overlap > _MIN_IOU) & (overlap - second >= min_margin)
     return [
         Reading(
             shape=ALL_SHAPES[shape[i]] if known[i] else None,
@@ -376,8 +379,8 @@ def _moments(shape: str) -> tuple[float, float, float]:
     return inside.float().mean().item() * 4, u[inside].mean().item(), v[inside].mean().item()
 
 
-def _match_shape(coverage: torch.Tensor, aspect: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best overlap (b,) with a template of the same area and centroid, and the index of its shape (b,).
+def _match_shapes(coverage: torch.Tensor, aspect: float) -> torch.Tensor:
+    """Return the best overlap (b, shapes) with templates of the same area and centroid.
 
     The overlap is intersection over union for shares: sum of minima over sum of maxima. A blurred star keeps its faint tips.
 
@@ -401,4 +404,4 @@ def _match_shape(coverage: torch.Tensor, aspect: float) -> tuple[torch.Tensor, t
                 overlap = torch.minimum(template, coverage).sum((1, 2)) / torch.maximum(template, coverage).sum((1, 2)).clamp_min(1)
                 best = torch.maximum(best, overlap)
         overlaps.append(best)
-    return torch.stack(overlaps, 1).max(1)  # over (b, shapes)
+    return torch.stack(overlaps, 1)
