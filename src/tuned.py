@@ -35,11 +35,14 @@ class Tuned:
     def save(self, folder: Path, average: ema.Ema | None) -> None:
         """Write the weights to `folder`; with a moving average, that goes there, the weights to `folder`/raw."""
 
+        args = self.args
+        export_format = getattr(args, "export_format", "diffusers")
+
         def write(place: Path) -> None:
             if self.whole:
                 full.save({self.name: self.module}, place, write=self.run.is_main)
             elif self.run.is_main:
-                lora.save(self.module, place, vars(self.args).get("export_format", "diffusers"))
+                lora.save(self.module, place, export_format)
 
         ema.save(folder, average, write)
 
