@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
-from benchmarks import geometry, loops, trainers
+from benchmarks import loops, trainers
 from src import cli, full, memory, runtime
-from src.pipelines import sd3
+from src.pipelines import geometry, sd3
 
 WAYS = {  # name: weights, optimizer, fused backward
     "fp32": ("fp32", "adamw", False),

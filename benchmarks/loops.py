@@ -22,9 +22,8 @@ from torch import Tensor, nn
 import train_dreambooth_lora_sd3
 import train_full_finetuning_sd3
 import train_text_to_image_lora_sd3
-from benchmarks import geometry
 from src import cli, flow, full, lora, optim, quantize, runtime, seeds, sharding, speed
-from src.pipelines import sd3, sd15
+from src.pipelines import geometry, sd3, sd15
 
 # Stand-ins of a few thousand weights, with every kind of layer of the real ones, to try the benchmarks on a CPU.
 _VAE = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4}

@@ -95,7 +95,7 @@ def models(args: argparse.Namespace, names: list[str]) -> dict[str, Path]:
     """Folders of the models that these programs need, written if they are not there."""
     if args.tiny:
         return {SD3: ROOT / "models/tiny-sd3", SD15: ROOT / "models/tiny-sd15"}
-    from benchmarks import geometry
+    from src.pipelines import geometry
 
     found = {}
     for model, tiny in ((SD3, "tiny-sd3"), (SD15, "tiny-sd15")):

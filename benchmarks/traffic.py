@@ -26,9 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import geometry
 from src import activations, cli, lora, speed
-from src.pipelines import sd3, sd15
+from src.pipelines import geometry, sd3, sd15
 
 LONGEST = 12
 PARTS = {"sd3.5-medium": (sd3, "transformer"), "sd1.5": (sd15, "unet")}

@@ -18,10 +18,10 @@ import train_full_finetuning_sd3
 import train_grpo_sd3
 import train_refl_sd15
 import train_text_to_image_lora_sd3
-from benchmarks import aligned, geometry, loops
+from benchmarks import aligned, loops
 from benchmarks.loops import Loop, Setting, arguments
 from src import full, lora, memory, policy, unet
-from src.pipelines import sd3, sd15
+from src.pipelines import geometry, sd3, sd15
 
 Planned = Callable[[Setting, argparse.Namespace], memory.StepMemory]
 

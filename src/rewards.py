@@ -38,6 +38,8 @@ class Prompts:
 def check(args: argparse.Namespace, *, differentiable: bool = False) -> None:
     """Refuse prompts and scorers that do not work, alone or together; prompts that have to be downloaded are looked at later.
 
+    --dry_run needs no weights of scorers.
+
     Args:
         differentiable: --scorer has to pass a gradient to the pictures.
 
@@ -47,7 +49,7 @@ def check(args: argparse.Namespace, *, differentiable: bool = False) -> None:
     options = cli.scorer_options(args)
     for flag, spec in (("--scorer", args.scorer), ("--eval_scorers", args.eval_scorers)):
         if spec is not None:
-            scorers.check(spec, differentiable and flag == "--scorer", flag=flag, **options)
+            scorers.check(spec, differentiable and flag == "--scorer", flag=flag, weights=not args.dry_run, **options)
     if differentiable and args.deterministic and "hps" in scorers.parse(args.scorer) and torch.cuda.is_available():
         raise ValueError("--deterministic: the gradient of hps's resizing is not, on a GPU; leave it out, or train on another scorer")
     both = scorers.parse(args.scorer).keys() & scorers.parse(args.eval_scorers).keys() if args.eval_scorers else ()

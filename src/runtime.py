@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from src import checkpoint, lora, sharding
+from src.pipelines import common, geometry
 
 _PATIENCE = timedelta(hours=2)  # how long processes wait for one that renders or scores; torch's default is 10 minutes
 # The same at a barrier, or for a main process that downloads and scans a data set: 12 million pictures on a network disk, at 300 a second,
@@ -364,6 +365,17 @@ def _unused_gpu() -> str | None:
     return unused_gpu(driver, torch.accelerator.is_available(), torch.version.cuda)
 
 
+def plan_without_download(args: argparse.Namespace) -> None:
+    """With --dry_run a published model that is not there yet is planned from its configuration, which is written to --cache_dir."""
+    if not args.dry_run:
+        return
+    path = Path(args.pretrained_model_name_or_path)
+    if path.name in geometry.FOLDERS and not path.exists() and not common.is_hub_id(str(path)):
+        print(f"{path} is not there: its plan follows from the published configuration")
+        args.pretrained_model_name_or_path = str(args.cache_dir / "published" / path.name)
+        geometry.write_configs(geometry.MODELS[geometry.FOLDERS[path.name]], args.pretrained_model_name_or_path)
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse an unfit result folder or precision, and a launcher that shards weights in a program that does not.
 
@@ -371,6 +383,7 @@ def check(args: argparse.Namespace) -> None:
         ValueError: a folder with a model that is not ours, or with a result of the other kind; fp16 without a GPU; bf16, the precision
             of real models, if there is a GPU that torch cannot use; FSDP2 or DeepSpeed.
     """
+    plan_without_download(args)
     _check_output(args.output_dir, adapter=trains_adapter(args))
     _check_precision(args, torch.device("cuda" if torch.accelerator.is_available() else "cpu"))
     meant = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles") or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"

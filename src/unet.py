@@ -19,6 +19,7 @@ def add_defaults(parser: cli.Parser) -> None:
 
 
 def _is_xl(args: argparse.Namespace) -> bool:
+    runtime.plan_without_download(args)
     sd15.check_folder(args.pretrained_model_name_or_path)  # a wrong path is refused by name
     return sd15.is_xl(args.pretrained_model_name_or_path, args.revision)
 

@@ -14,9 +14,8 @@ from test_rollout import LiveBytes
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import geometry
 from src import activations, lora, memory, speed
-from src.pipelines import sd3, sd15
+from src.pipelines import geometry, sd3, sd15
 
 BF16 = torch.bfloat16
 UNET = geometry.MODELS["sd1.5"]["unet"] | {"block_out_channels": (32, 64), "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -6,9 +6,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from benchmarks import geometry
 from src import attention, lora, quantize, speed
-from src.pipelines import sd3
+from src.pipelines import geometry, sd3
 from tests import unets
 
 CONFIG = geometry.SD35_MEDIUM | {

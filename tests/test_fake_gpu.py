@@ -60,7 +60,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks import geometry, loops, trainers
+from benchmarks import loops, trainers
+from src.pipelines import geometry
 
 SD3, SD15 = (dict(geometry.MODELS[name]) for name in ("sd3.5-medium", "sd1.5"))
 SD3["transformer"] |= {"num_layers": 6, "num_attention_heads": 8, "caption_projection_dim": 512, "joint_attention_dim": 256,

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import geometry
-from src.pipelines import sd3, stock
+from src.pipelines import geometry, sd3, stock
 
 # Parameters of each part as counted in the published weight files. The transformer of medium, by hand: width d = 1536, and per block
 # 12 d^2 in each stream for attention and MLP (q, k, v, out, 4x up and down), 6 d^2 of adaLN in each; see the test below.

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from benchmarks import geometry
 from src import flow, lora, speed
-from src.pipelines import sd3
+from src.pipelines import geometry, sd3
 
 # --lora_layers of diffusers' public SD3 scripts, as their default. Source: examples/dreambooth/train_dreambooth_lora_sd3.py
 PUBLIC_LAYERS = [

@@ -10,9 +10,8 @@ from safetensors.torch import load_file
 
 import train_refl_sd15
 import train_text_to_image_lora_sd3 as script
-from benchmarks import geometry
 from src import activations, cli, inputs, lora, memory, optim, plan, runtime
-from src.pipelines import sd3, sd15
+from src.pipelines import geometry, sd3, sd15
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import geometry
 from src import lora, quantize, speed
-from src.pipelines import sd3
+from src.pipelines import geometry, sd3
 
 KINDS = [pytest.param("int8"), pytest.param("nf4")]
 

@@ -50,7 +50,7 @@ def test_a_program_takes_its_command_line_and_resumes_for_a_second_step(name, ti
 
 
 def test_the_models_of_the_real_size_are_written_for_the_programs_that_need_them(tmp_path, monkeypatch):
-    from benchmarks import geometry
+    from src.pipelines import geometry
 
     written = []
     monkeypatch.setattr(geometry, "write_weights", lambda model, folder, tokenizers: written.append((folder.name, tokenizers.name)))

@@ -49,7 +49,7 @@ def test_the_background_thread_takes_this_processs_gpu(run, monkeypatch):
 def test_the_gradient_of_hps_is_not_deterministic_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(rewards.scorers, "check", lambda *args, **options: None)
-    args = argparse.Namespace(scorer="hps=1,clip=1", eval_scorers=None, deterministic=True)
+    args = argparse.Namespace(scorer="hps=1,clip=1", eval_scorers=None, deterministic=True, dry_run=False)
     monkeypatch.setattr(rewards.cli, "scorer_options", lambda args: {})
     with pytest.raises(ValueError, match="--deterministic: the gradient of hps"):
         rewards.check(args, differentiable=True)

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from src import checkpoint, cli, runtime
+from src.pipelines import sd3
 
 ROOT = Path(__file__).parent.parent
 
@@ -236,6 +237,21 @@ def test_gpus_that_would_round_differently_are_refused(counts, refused, monkeypa
         runtime.check_equal_gpus(run, "--weights_dtype bf16")
 
 
+def test_a_published_model_is_planned_without_its_download(tmp_path, capsys):
+    """2,243,171,520 weights of the transformer, as its model card counts them; a run, and another folder, stay as they are."""
+    flags = dict(cache_dir=tmp_path / "cache", mixed_precision="no", output_dir=tmp_path / "run")
+    for name, dry_run in (("stable-diffusion-3.5-medium", False), ("my-model", True)):
+        args = argparse.Namespace(pretrained_model_name_or_path=str(tmp_path / name), dry_run=dry_run, **flags)
+        runtime.plan_without_download(args)
+        assert args.pretrained_model_name_or_path == str(tmp_path / name)
+    assert capsys.readouterr().out == "" and not (tmp_path / "cache").exists()
+    args = argparse.Namespace(pretrained_model_name_or_path=str(tmp_path / "stable-diffusion-3.5-medium"), dry_run=True, **flags)
+    runtime.check(args)
+    assert "stable-diffusion-3.5-medium is not there" in capsys.readouterr().out
+    sd3.check_folder(args.pretrained_model_name_or_path)
+    assert sd3.parameter_counts(args.pretrained_model_name_or_path)["transformer"] == 2_243_171_520
+
+
 @pytest.fixture
 def ctrl_c():
     """Python's own handler, also where a shell started the tests in the background, with Ctrl-C ignored."""
@@ -390,7 +406,8 @@ def test_a_gpu_that_torch_cannot_use_is_not_left_aside_for_a_real_model(visible,
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     elif visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    args = argparse.Namespace(**{"mixed_precision": "bf16", "dry_run": False, "weights_dtype": "fp32", "output_dir": Path("none")} | flags)
+    known = {"pretrained_model_name_or_path": "m", "weights_dtype": "fp32", "output_dir": Path("none")}
+    args = argparse.Namespace(**{"mixed_precision": "bf16", "dry_run": False} | known | flags)
     if not refused:
         return runtime.check(args)
     with pytest.raises(ValueError, match="--mixed_precision bf16: .*NVIDIA driver.*train on the CPU all the same.*CUDA_VISIBLE_DEVICES=''"):

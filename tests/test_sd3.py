@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import geometry
-from src.pipelines import sd3
+from src.pipelines import geometry, sd3
 
 PROMPTS = ["a red circle", "", "a very long prompt, which no tokenizer of sixteen tokens can hold"]
 PUBLISHED = {  # geometry of SD3.5-medium's other parts. Source: the config.json files of stabilityai/stable-diffusion-3.5-medium

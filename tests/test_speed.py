@@ -9,9 +9,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import RMSNorm
 
-from benchmarks import geometry
 from src import attention, cli, lora, norms, speed
-from src.pipelines import sd3
+from src.pipelines import geometry, sd3
 
 TRANSFORMER = geometry.MODELS["sd3.5-medium"]["transformer"] | {
     "sample_size": 8, "num_layers": 5, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16,

@@ -81,13 +81,13 @@ def parse(spec: str) -> dict[str, float]:
     return weights
 
 
-def check(spec: str, differentiable: bool = False, *, flag: str = "--scorer", **options: Any) -> None:
+def check(spec: str, differentiable: bool = False, *, flag: str = "--scorer", weights: bool = True, **options: Any) -> None:
     """Refuse a mixture that could not be built, before anything heavy is imported.
 
     Args:
         spec: names and weights, as `parse` takes them.
         differentiable: the caller needs a gradient.
-        flag: what the message calls the spec.
+        flag: what the message calls the spec. weights: refuse missing ones.
         options: settings by name, None meaning unset. Those of scorers outside the spec are ignored, so that one set of flags
             serves several mixtures.
 
@@ -101,7 +101,7 @@ def check(spec: str, differentiable: bool = False, *, flag: str = "--scorer", **
             scorer = get(name)
             if differentiable and not scorer.differentiable:
                 raise ValueError(f"{name} has no gradient; leave it out, or use one of {', '.join(_differentiable())}")
-            if reason := scorer.trouble(options):
+            if reason := scorer.trouble(options, weights=weights):
                 raise ValueError(reason if spec == name else f"{name}: {reason}")
     except ValueError as error:
         raise ValueError(f"{flag} {spec}: {error}") from None

@@ -210,8 +210,8 @@ class Scorer:
         """Its own options from `given`, where None means unset; others are left out."""
         return {option.name: option.default if given.get(option.name) is None else given[option.name] for option in self.options}
 
-    def trouble(self, given: Mapping[str, Any]) -> str | None:
-        """Why it could not be loaded with these options, and the cure; None if it could."""
+    def trouble(self, given: Mapping[str, Any], *, weights: bool = True) -> str | None:
+        """Why it could not be loaded with these options, and the cure; None if it could; weights: missing ones are such a reason."""
         settings = self.settings(given)
         for option in self.options:
             value = settings[option.name]
@@ -224,4 +224,4 @@ class Scorer:
         for package, pip_name in self.packages.items():
             if importlib.util.find_spec(package) is None:
                 return f"{package} is not installed: {sys.executable} -m pip install {pip_name}"
-        return next((reason for weights in self.weights(settings) if (reason := weights.missing())), None)
+        return next((reason for one in self.weights(settings) if (reason := one.missing())), None) if weights else None

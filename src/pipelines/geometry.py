@@ -73,6 +73,9 @@ MODELS: dict[str, dict[str, Config]] = {
     },
 }  # fmt: skip
 
+# The folder that scripts/download.sh gives a model -> its name above
+FOLDERS = {"stable-diffusion-3.5-medium": "sd3.5-medium", "stable-diffusion-3.5-large": "sd3.5-large", "stable-diffusion-v1-5": "sd1.5"}
+
 # Tokens that a model's tokenizers pad to. T5's own file says 512; `sd3.default_sequence_length` caps it at 256.
 _TOKENIZERS = {"tokenizer": ("CLIPTokenizer", 77), "tokenizer_2": ("CLIPTokenizer", 77), "tokenizer_3": ("T5TokenizerFast", 512)}
 
