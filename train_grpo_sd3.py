@@ -9,7 +9,8 @@ Every epoch, with the policy as it is:
 
 What differs from the paper: a step that keeps the schedule's noise (--transition cps); noise and training in a window of 3 early steps;
 no guidance, and no KL unless asked for; clip and KL in nats of the joint probability, which mean the same at any resolution.
-scripts/presets/flow_grpo.yaml has the paper's settings. --loss guard is GRPO-Guard, nft DiffusionNFT, which needs no stochastic step.
+scripts/presets/flow_grpo.yaml has the paper's settings, grpo_guard.yaml those of GRPO-Guard (--loss guard), nft.yaml those of DiffusionNFT
+(--loss nft), which needs no stochastic step.
 
   bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh                 # SD3.5-medium on one GPU
   TINY=1 bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh          # the tiny model against its own verifier, on a CPU

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import runs
 import torch
+import yaml
 from accelerate import Accelerator
 from PIL import Image
+from test_transitions import SIGMAS
 
 import train_grpo_sd3 as script
 from src import checkpoint, ema, full, grpo_variants, lora, metrics, policy, quantize, runtime, seeds
@@ -952,12 +954,42 @@ def test_old_names_of_the_sampling_flags_still_work(world, tmp_path):
     assert (args.num_inference_steps, args.guidance_scale) == (6, 2.0)
 
 
-@pytest.mark.parametrize("preset", ["one_gpu", "flow_grpo"])
+PRESETS = {  # with their transition, window, guidance and KL
+    "one_gpu": ("cps", 3, 1.0, 0.0),
+    "flow_grpo": ("flow", 0, 4.5, 0.04),
+    "grpo_guard": ("flow", 0, 4.5, 0.0),
+    "nft": ("cps", 3, 1.0, 1e-4),  # has no use for the first two
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole_recipes_that_the_command_line_overrules(preset, world, tmp_path, monkeypatch):
     with contextlib.chdir(runs.ROOT):
         monkeypatch.setattr(script.rewards, "check", lambda args: None)  # scorers without weights here
         argv = ["--config", f"scripts/presets/{preset}.yaml", "--pretrained_model_name_or_path", str(world.model), "--resolution", "64",
                 "--output_dir", str(tmp_path / "out"), "--report_to", "none"]  # fmt: skip
         args = script.parse_args(argv)
-    expected = {"one_gpu": ("cps", 3, 1.0, 0.0), "flow_grpo": ("flow", 0, 4.5, 0.04)}[preset]
-    assert (args.transition, args.window_size, args.guidance_scale, args.kl_weight) == expected and args.resolution == 64
+    assert (args.transition, args.window_size, args.guidance_scale, args.kl_weight) == PRESETS[preset] and args.resolution == 64
+
+
+def test_presets_turn_published_numbers_into_ours():
+    """ppo: our log-ratio is D times theirs, and so is the loss. Guard: D / mean(s) times, and its loss D mean(d) / mean(s) times.
+
+    Theirs is a mean over D, times s, and the loss divided by d; ours a sum, times s / mean(s), and the loss times mean(d) / d. s and d are
+    those of `flow` at steps 0 to 8: s = c sqrt(d), c = 0.7 sqrt(sigma / (1 - sigma)), where sigma is 1 with the next one in place of the
+    second sigma. Published are clips of 1e-4 and 2e-6 (4e-6), a gradient norm of 1 and an epsilon of 1e-8.
+    """
+    flow_grpo, guard = (yaml.safe_load((runs.ROOT / f"scripts/presets/{name}.yaml").read_text()) for name in ("flow_grpo", "grpo_guard"))
+    lengths = [sigma - after for sigma, after in zip(SIGMAS[:9], SIGMAS[1:], strict=True)]
+    spreads = [0.7 * math.sqrt(d * sigma / (1 - min(sigma, SIGMAS[1]))) for sigma, d in zip(SIGMAS[:9], lengths, strict=True)]
+    size, std = 16 * 64 * 64, sum(spreads) / 9
+    loss = size * sum(lengths) / 9 / std
+    assert flow_grpo["clip_nats"] == round(1e-4 * size, 2) and flow_grpo["max_grad_norm"] == size
+    assert guard["clip_nats"] == round(2e-6 * size / std, 2) and guard["max_grad_norm"] == round(loss)
+    assert flow_grpo["adam_epsilon"] == pytest.approx(1e-8 * size) and guard["adam_epsilon"] == pytest.approx(1e-8 * loss, rel=1e-4)
+    said = (f"65,536 / {std:.3f}", f"d = {sum(lengths) / 9:.4f}", f"4e-6, {4e-6 * size / std:.2f}")
+    text = (runs.ROOT / "scripts/presets/grpo_guard.yaml").read_text()
+    assert not [part for part in said if part not in text] and f"{loss:,.0f}" in (runs.ROOT / "docs/grpo.md").read_text()
+    passes = {"grpo_guard": 2 * 10 + 9 * 2 * 2.13, "nft": 10 + 9 * (2.13 + 1 + 1), "flow_grpo": 2 * 10 + 9 * 2 * (2.13 + 1)}
+    for name, count in passes.items():  # a step of the LoRA is 2.13, guidance doubles, nft asks its old policy, and a KL the reference
+        assert f"{count:.0f} forward passes" in (runs.ROOT / f"scripts/presets/{name}.yaml").read_text()
