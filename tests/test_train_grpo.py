@@ -530,7 +530,7 @@ def whole(world, tmp_path_factory):
 
 def assert_same(whole, parts):
     ended = runs.state(whole / "checkpoint-8")
-    assert ended.keys() == {"step", "kinds", "lora", "pace", "optimizer", "ema", "schedule", "log", "evaluator"}
+    assert ended.keys() == {"step", "kinds", "world", "lora", "pace", "optimizer", "ema", "schedule", "log", "evaluator"}
     runs.assert_identical(ended, runs.state(parts / "checkpoint-8"))
     for folder in (".", "raw", "checkpoint-8"):
         runs.assert_identical(runs.saved(whole / folder), runs.saved(parts / folder))
