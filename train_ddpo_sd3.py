@@ -160,8 +160,7 @@ def surrogate(
     """Loss (b,) of step t (b,) of each picture, its metrics, and the step itself."""
     step = sd3_rollout.replay(actor.network, rollout.trajectory, t, condition, negative)
     loss = policy_loss(step.log_ratio, rollout.advantage, clip_nats, rollout.trajectory.dimensions)
-    clipped = (step.log_ratio.abs() > clip_nats).float()
-    return loss, {"policy_loss": loss, "log_ratio": step.log_ratio.abs(), "clip_fraction": clipped}, step
+    return loss, {"policy_loss": loss, **policy.ratio_metrics(step.log_ratio, step.log_ratio, clip_nats)}, step
 
 
 # --------------------------------------------------------------------------- training

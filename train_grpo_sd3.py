@@ -5,10 +5,12 @@ Every epoch, with the policy as it is:
   2. reward     decode and score the pictures
   3. advantage  reward minus the mean of the K pictures of that prompt, over their standard deviation
   4. update     replay the steps of the window and follow the clipped policy gradient; --kl_weight adds a pull to the base model
+                (--loss nft: noise the pictures anew; pull the velocity towards good ones, away from bad ones)
 
 What differs from the paper: a step that keeps the schedule's noise (--transition cps); noise and training in a window of 3 early steps;
 no guidance, and no KL unless asked for; clip and KL in nats of the joint probability, which mean the same at any resolution.
-scripts/presets/flow_grpo.yaml has the paper's settings. --loss guard is GRPO-Guard, nft DiffusionNFT, which needs no stochastic step.
+scripts/presets/flow_grpo.yaml has the paper's settings, grpo_guard.yaml those of GRPO-Guard (--loss guard), nft.yaml those of DiffusionNFT
+(--loss nft), which needs no stochastic step.
 
   bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh                 # SD3.5-medium on one GPU
   TINY=1 bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh          # the tiny model against its own verifier, on a CPU
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from src import card, checkpoint, cli, ema, flow, inputs, metrics, optim, plan, policy, rewards, runtime, seeds, speed, transitions
 from src.data import prompts
-from src.grpo_variants import guard_factors, guarded_log_ratio, nft_loss
+from src.grpo_variants import guard_factors, guarded_log_ratio, nft_batches, nft_decay, nft_loss
 from src.pipelines import sd3, sd3_rollout
 
 
@@ -116,9 +118,15 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip_nats: float, dimensio
 # end twin
 
 
+def step_factors(args: argparse.Namespace, sigmas: Tensor) -> dict[int, tuple[float, float]]:
+    """Of each step that may be trained: a factor of its log-ratio, and one of its loss; 1 and 1 without guard."""
+    steps = range(*args.window_range)
+    return guard_factors(args.transition, args.noise_level, sigmas, steps) if args.loss == "guard" else dict.fromkeys(steps, (1.0, 1.0))
+
+
 def surrogate(
     actor: policy.Policy, rollout: policy.Rollout, t: int, condition: sd3.Conditioning, negative: sd3.Conditioning | None,
-    args: argparse.Namespace,
+    factors: dict[int, tuple[float, float]], args: argparse.Namespace,
 ) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:  # fmt: skip
     """Loss (b,) of step t of the window, its metrics, and the step itself."""
     trajectory, kl = rollout.trajectory, torch.zeros_like(rollout.advantage)
@@ -126,20 +134,16 @@ def surrogate(
         with actor.reference() as network:
             reference = sd3_rollout.replay(network, trajectory, t, condition, negative)
     step = sd3_rollout.replay(actor.network, trajectory, t, condition, negative)
-    log_ratio, weight = step.log_ratio, 1.0  # (b,), a number
+    log_ratio, (scale, weight) = step.log_ratio, factors[t]  # (b,), numbers
     if args.loss == "guard":
-        first, stop = args.window_range
-        levels = trajectory.sigmas[first:stop], trajectory.sigmas[first + 1 : stop + 1]
-        step_std = transitions.coefficients(trajectory.transition, *levels, trajectory.noise_level)[2]
-        scale, weight = (factor[t - first].item() for factor in guard_factors(step_std, *levels))
         log_ratio = guarded_log_ratio(log_ratio, step.mean, step.old_mean, step.step_std, scale)
     loss = weight * policy_loss(log_ratio, rollout.advantage, args.clip_nats, trajectory.dimensions)
     if args.kl_weight:
         kl = transitions.kl(step.mean, reference.mean, step.step_std)  # (b,), with gradient
         if args.kl_form == "flow_grpo":
             kl = kl * seeds.send(step.sigma - step.sigma_next, kl.device)
-    clipped = (log_ratio.abs() > args.clip_nats).float()
-    return loss + args.kl_weight * kl, {"policy_loss": loss, "kl": kl, "log_ratio": step.log_ratio.abs(), "clip_fraction": clipped}, step
+    logged = {"policy_loss": loss, "kl": kl, **policy.ratio_metrics(step.log_ratio, log_ratio, args.clip_nats)}
+    return loss + args.kl_weight * kl, logged, step
 
 
 def forward_process(
@@ -184,6 +188,7 @@ def main(args: argparse.Namespace) -> None:
     # Policy: a LoRA on frozen weights, or all weights. The reference is its start.
     actor = policy.Policy(run, args, needs_reference=args.kl_weight > 0)
     sigmas = sd3_rollout.schedule(actor.model, args.num_inference_steps)  # (T + 1,)
+    factors = step_factors(args, sigmas)
 
     # Optimizer
     updates, total_steps = args.updates_per_epoch, args.num_epochs * args.updates_per_epoch
@@ -220,9 +225,10 @@ def main(args: argparse.Namespace) -> None:
             with ema.applied(old_policy):
                 trajectory = sd3_rollout.sample(
                     actor.transformer, texts.condition(batch.texts), negative=negative, seed=args.seed, epoch=epoch,
-                    positions=batch.positions, sigmas=sigmas, height=args.resolution, width=args.resolution,
-                    guidance_scale=args.guidance_scale, transition=args.transition if window else "ode",
-                    noise_level=args.noise_level if window else None, window=window, keep_means=args.loss == "guard",
+                    positions=batch.positions, noise_keys=batch.groups if args.same_noise else batch.positions, sigmas=sigmas,
+                    height=args.resolution, width=args.resolution, guidance_scale=args.guidance_scale,
+                    transition=args.transition if window else "ode", noise_level=args.noise_level if window else None, window=window,
+                    keep_means=args.loss == "guard",
                 )  # fmt: skip
             trajectories.append(trajectory.to("cpu"))
             # 2. reward
@@ -232,14 +238,13 @@ def main(args: argparse.Namespace) -> None:
         scored = scoring.collect()
 
         # 3. advantage
-        groups = torch.arange(sampler.samples_per_epoch) // args.group_size
-        advantages = group_advantages(scored.total, groups, args.advantage_std, args.max_advantage)  # (N,)
+        advantages = group_advantages(scored.total, scored.groups, args.advantage_std, args.max_advantage)  # (N,)
         rollouts = policy.rollouts(batches, trajectories, advantages, scored.total.isfinite(), run.device)
         teaches = policy.with_advantage(advantages, len(batches)) | (args.kl_weight > 0)  # (batches,)
 
         # 4. update
         for update, members in enumerate(sampler.updates(epoch, updates)):
-            used = [i for i in members if teaches[i] or (nft and teaches[members].any())]  # others have gradient 0, but not with nft
+            used = nft_batches(members, teaches) if nft else [i for i in members if teaches[i]]  # the gradient of the others is 0
             if not used:
                 schedule.step()
                 continue
@@ -251,10 +256,10 @@ def main(args: argparse.Namespace) -> None:
                     if nft:
                         loss, logged = forward_process(actor, old_policy, rollout, t, epoch, condition, args)
                     else:
-                        loss, logged, step = surrogate(actor, rollout, t, condition, negative, args)
+                        loss, logged, step = surrogate(actor, rollout, t, condition, negative, factors, args)
                         if not values:  # the first pass of an epoch
                             sd3_rollout.check_on_policy(step, sd3_rollout.tolerance(run.weight_dtype, args.compile))
-                    run.accelerator.backward((loss * rollout.judged).mean() / (len(members) * len(steps)))
+                    run.accelerator.backward((loss * rollout.judged).mean() / (len(members) * len(steps)))  # unused members count as 0
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
                 if not args.full_weights and run.stop_requested():  # with --full_weights the epoch is finished: 27 GB and more to copy
@@ -266,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
             if average:
                 average.update()
         if nft:
-            old_policy.decay = min(args.nft_old_rate * (epoch + 1), args.nft_old_decay)
+            old_policy.decay = nft_decay(epoch + 1, args.nft_old_rate, args.nft_old_decay)
             old_policy.update()
 
         # twin: rl-tail

@@ -50,6 +50,7 @@ class RolloutLoop(Loop):
                                 device=run.device)  # fmt: skip
         self.optimizer = self.actor.prepare(optimizer)
         self.sigmas = sd3_rollout.schedule(self.actor.model, args.num_inference_steps)  # (T + 1,)
+        self.factors = script.step_factors(args, self.sigmas) if hasattr(args, "loss") else {}
         self.draw(1)
 
     def draw(self, batch: int) -> None:
@@ -86,7 +87,7 @@ class RolloutLoop(Loop):
             steps = torch.full((len(self.advantage),), t)  # the script gives each picture a step of its own
             loss, _, step = self.script.surrogate(self.actor, rollout, steps, self.condition, self.negative, self.args.clip_nats)
         else:
-            loss, _, step = self.script.surrogate(self.actor, rollout, t, self.condition, self.negative, self.args)
+            loss, _, step = self.script.surrogate(self.actor, rollout, t, self.condition, self.negative, self.factors, self.args)
         return loss, step
 
     def losses(self) -> Tensor:

@@ -5,7 +5,7 @@
 #             of the scorers (scripts/download.sh)
 #   smaller   --gradient_checkpointing: 7 GiB, a sixth more computing;  faster: --compile
 #   override  any argument:  bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh --scorer pickscore=1 --prompts datas/my-prompts.txt
-#   as paper  --config scripts/presets/flow_grpo.yaml
+#   as paper  --config scripts/presets/flow_grpo.yaml (or grpo_guard.yaml, nft.yaml)
 #   try it    TINY=1 bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh     the tiny model against its own verifier, on a CPU, in three minutes;
 #             docs/grpo.md has the flags of twenty minutes; --loss ppo --learning_rate 3e-4 takes the clipped surrogate, as the real run does
 #   plan it   bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh --dry_run

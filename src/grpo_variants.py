@@ -23,13 +23,17 @@ def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, step_st
     return scale * (log_ratio + transitions.kl(mean, old_mean, step_std))
 
 
-def guard_factors(step_std: Tensor, sigma: Tensor, sigma_next: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors for each trainable step, (n,): step_std / mean(step_std) for its log-ratio, and mean(|dt|) / |dt| for its loss.
+def guard_factors(transition: str, noise_level: float, sigmas: Tensor, steps: range) -> dict[int, tuple[float, float]]:
+    """By number of the step: step_std / mean(step_std), GRPO-Guard's factor of the log-ratio, and mean(|dt|) / |dt|, that of the loss.
 
     The paper has step_std and 1 / |dt|. Relative to their means, they leave clip and learning rate unchanged for the average step.
+
+    Args:
+        sigmas: (T + 1,), the whole schedule. steps: all that may be trained, over which the means are.
     """
-    dt = sigma - sigma_next
-    return step_std / step_std.mean(), dt.mean() / dt
+    before, after = (sigmas.double()[first : first + len(steps)] for first in (steps.start, steps.start + 1))
+    step_std, dt = transitions.coefficients(transition, before, after, noise_level)[2], before - after
+    return dict(zip(steps, zip((step_std / step_std.mean()).tolist(), (dt.mean() / dt).tolist(), strict=True), strict=True))
 
 
 def nft_loss(
@@ -53,3 +57,17 @@ def nft_loss(
     positive = strength * velocity + (1 - strength) * old_velocity
     negative = (1 + strength) * old_velocity - strength * velocity
     return limit / strength * (good * error(positive) + (1 - good) * error(negative))
+
+
+def nft_batches(members: list[int], teaches: Tensor) -> list[int]:
+    """The batches of an update that DiffusionNFT replays: all, since average pictures hold it to the old policy; none if none teaches.
+
+    Args:
+        teaches: (batches,) bool, of the epoch.
+    """
+    return members if teaches[members].any() else []
+
+
+def nft_decay(epochs: int, rate: float, most: float) -> float:
+    """Decay of the old policy after so many epochs: it follows closely at first, then more slowly."""
+    return min(rate * epochs, most)

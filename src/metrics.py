@@ -40,6 +40,7 @@ NAMES = {
     "val_loss_sigma_0.95": "that loss at noise level 0.95: composition",
     "reward": "weighted sum of the scorers on pictures drawn for training, mean over those of the epoch or window that could be judged",
     "reward_std": "standard deviation of that sum over those pictures",
+    "group_std": "mean over prompts of the standard deviation of that sum over a prompt's pictures of the epoch",
     "pretrain_loss": "squared error of the predicted noise on the captioned pictures of the pre-training loss, before its weight",
     "unjudged": "pictures of the epoch that a scorer could not judge: they are left out of the update",
     "no_signal": "share of the epoch's pictures whose advantage is 0, as in a group of equal rewards",
@@ -47,7 +48,9 @@ NAMES = {
     "kl": "KL divergence of a denoising step from the reference's, nats, joint over the latent (flow_grpo: times the length of the step; "
     "nft: squared velocity difference); 0 where it has no weight",
     "log_ratio": "mean absolute log-ratio of a replayed denoising step to the policy that drew it, nats; 0 in the first update of an epoch",
+    "drift": "mean log-ratio with its sign, as it is clipped, nats; below 0 (minus the KL of two policies) unless guard takes that out",
     "clip_fraction": "share of the replayed steps whose log-ratio lies beyond the clip",
+    "clip_above": "share of them whose log-ratio lies above it: those below are clip_fraction - clip_above",
     "skipped_updates": "updates of the epoch that were left out because no advantage was other than 0",
     "eval_reward": "the training reward on the evaluation prompts, deterministic sampler, fixed seeds",
     "images_per_second": "training samples per second over all processes, without validation and saving",

@@ -162,6 +162,12 @@ def with_advantage(advantages: Tensor, batches: int) -> Tensor:
     return advantages.view(batches, -1).any(1)
 
 
+def ratio_metrics(log_ratio: Tensor, bounded: Tensor, clip_nats: float) -> dict[str, Tensor]:
+    """What is logged of replayed steps, (b,) each; bounded: the log-ratio as it is clipped, which GRPO-Guard changes."""
+    beyond = {"clip_fraction": (bounded.abs() > clip_nats).float(), "clip_above": (bounded > clip_nats).float()}
+    return {"log_ratio": log_ratio.abs(), "drift": bounded, **beyond}
+
+
 def adapt(transformer: nn.Module, args: argparse.Namespace) -> None:
     """Make trainable an adapter on frozen weights, or with --full_weights all weights that get a gradient."""
     if args.full_weights:

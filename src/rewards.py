@@ -118,17 +118,21 @@ class Scored:
 
     Attributes:
         total: (N,) float32 on the CPU; NaN: a scorer could not judge the picture. parts: by scorer (N,).
+        groups: (N,) whole numbers; equal ones are pictures of one prompt.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    groups: Tensor
 
     def metrics(self) -> dict[str, float]:
         """Means over the pictures that could be judged, under the names of metrics.jsonl."""
         judged = self.total.isfinite()
         means = {f"reward/{name}": values.nanmean().item() for name, values in self.parts.items()}
-        good = self.total[judged]
-        return {"reward": good.mean().item(), "reward_std": good.std(correction=0).item(), "unjudged": (~judged).sum().item()} | means
+        good, groups = self.total[judged], self.groups[judged]
+        means |= {"reward": good.mean().item(), "reward_std": good.std(correction=0).item(), "unjudged": (~judged).sum().item()}
+        of_groups = [part.std(correction=0) for part in (good[groups == group] for group in groups.unique()) if len(part) > 1]
+        return means | ({"group_std": torch.stack(of_groups).mean().item()} if of_groups else {})
 
 
 class Rewards:
@@ -147,10 +151,12 @@ class Rewards:
         self._stream = torch.cuda.Stream(run.device) if background and on_gpu else None
         self._scored: list[Future | tuple[Tensor, dict[str, Tensor]]] = []
         self._positions: list[int] = []
+        self._groups: list[int] = []
 
     def submit(self, images: Tensor, batch: prompts.Batch) -> None:
         """Images (b, 3, H, W) in [0, 1] of a batch; they are not kept."""
         self._positions += batch.positions
+        self._groups += batch.groups
         if self._thread is None:
             self._scored.append(self._score(images, batch, None))
             return
@@ -177,13 +183,14 @@ class Rewards:
         found = [item.result() if isinstance(item, Future) else item for item in self._scored]
         names = list(found[0][1])
         rows = [torch.stack([total, *(parts[name] for name in names)], dim=1) for total, parts in found]  # (b, 1 + parts) each
-        positions = torch.tensor(self._positions, device=self.run.device)
-        together = self.run.gather(torch.cat(rows).to(self.run.device)).cpu()  # (N, 1 + parts)
-        together = together[self.run.gather(positions).argsort().cpu()]
-        self._scored, self._positions = [], []
+        positions, groups = (torch.tensor(numbers, device=self.run.device) for numbers in (self._positions, self._groups))
+        order = self.run.gather(positions).argsort().cpu()
+        together = self.run.gather(torch.cat(rows).to(self.run.device)).cpu()[order]  # (N, 1 + parts)
+        groups = self.run.gather(groups).cpu()[order]  # (N,)
+        self._scored, self._positions, self._groups = [], [], []
         if not together[:, 0].isfinite().any():
             raise ValueError("no picture of this epoch could be judged; is the scorer (or its server) working?")
-        return Scored(together[:, 0], {name: together[:, i] for i, name in enumerate(names, start=1)})
+        return Scored(together[:, 0], {name: together[:, i] for i, name in enumerate(names, start=1)}, groups)
 
     def close(self) -> None:
         """Ends the thread; what it was not yet asked for is dropped."""

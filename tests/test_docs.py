@@ -46,14 +46,14 @@ def test_metric_tables_name_metrics_that_are_written(page):
 
 EVERY_RUN = {"lr", "epoch", "images_per_second", "seconds", "memory_gb"}  # what these mean stands on lora.md; others may link that
 SUPERVISED = {"loss", "grad_norm", "val_loss", *(f"val_loss_sigma_{level}" for level in ("0.25", "0.5", "0.75", "0.95"))}
-REINFORCED = {"reward", "reward_std", "eval_reward", "loss", "policy_loss", "log_ratio", "clip_fraction", "no_signal", "grad_norm",
-              "skipped_updates", "unjudged"}  # fmt: skip
+REINFORCED = {"reward", "reward_std", "eval_reward", "loss", "policy_loss", "log_ratio", "drift", "clip_fraction", "clip_above",
+              "no_signal", "grad_norm", "skipped_updates", "unjudged"}  # fmt: skip
 LOGGED = {  # what the program of a page writes into metrics.jsonl
     "lora": SUPERVISED | EVERY_RUN,
     "full-finetuning": SUPERVISED | EVERY_RUN,
     "dreambooth": SUPERVISED | EVERY_RUN | {"instance_loss", "prior_loss"},
     "ddpo": REINFORCED | EVERY_RUN,
-    "grpo": REINFORCED | EVERY_RUN | {"kl"},
+    "grpo": REINFORCED | EVERY_RUN | {"kl", "group_std"},
     "dpo": EVERY_RUN | {"loss", "accuracy", "val_accuracy", "val_loss", "winner_gain", "loser_gain", "policy_margin", "reference_margin",
                         "grad_norm"},
     "refl": EVERY_RUN - {"epoch"} | {"reward", "loss", "pretrain_loss", "eval_reward", "grad_norm"},

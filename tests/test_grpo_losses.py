@@ -7,7 +7,7 @@ import torch
 from test_transitions import SIGMAS
 from torch.distributions import Normal
 
-from src import flow, grpo_variants, transitions
+from src import flow, grpo_variants, policy, transitions
 from train_grpo_sd3 import group_advantages, policy_loss
 
 D512 = 16 * 64 * 64  # numbers in a latent of 512 x 512 px
@@ -226,11 +226,18 @@ def test_the_drift_is_of_each_sample_not_of_the_batch():
 
 
 def test_guard_factors_by_hand():
-    """Deviations 0.2 and 0.6 over their mean 0.4; |dt| 0.1 and 0.3, whose mean is 0.2."""
-    sigma, sigma_next = torch.tensor([1.0, 0.9]), torch.tensor([0.9, 0.6])
-    scale, weight = grpo_variants.guard_factors(torch.tensor([0.2, 0.6]), sigma, sigma_next)
-    torch.testing.assert_close(scale, torch.tensor([0.5, 1.5]))
-    torch.testing.assert_close(weight, torch.tensor([2.0, 2 / 3]))
+    """Steps 1 and 2 of cps: deviations 0.6 and 0.2 times the same sine, over their mean 0.4; |dt| 0.3 and 0.4, whose mean is 0.35."""
+    found = grpo_variants.guard_factors("cps", 0.8, torch.tensor([1.0, 0.9, 0.6, 0.2, 0.0]), range(1, 3))
+    assert list(found) == [1, 2]
+    assert found[1] == pytest.approx((1.5, 0.35 / 0.3), rel=1e-6) and found[2] == pytest.approx((0.5, 0.35 / 0.4), rel=1e-6)
+
+
+def test_signs_and_sizes_of_log_ratios_are_logged():
+    """Sizes are of the log-ratio itself, drift and shares of what is clipped, at 1: two of four are beyond, one of them above."""
+    found = policy.ratio_metrics(torch.tensor([3.0, -3.0, 1.0, 0.0]), torch.tensor([1.5, -2.0, 0.5, -1.0]), 1.0)
+    assert {name: value.mean().item() for name, value in found.items()} == {
+        "log_ratio": 1.75, "drift": -0.25, "clip_fraction": 0.5, "clip_above": 0.25,
+    }  # fmt: skip
 
 
 # --------------------------------------------------------------------------- DiffusionNFT
@@ -281,3 +288,13 @@ def test_nft_at_full_advantage_is_flow_matching_on_the_good_picture():
     sigma = given["sigma"]
     size = sigma * (velocity - target).abs().flatten(1).mean(1)
     torch.testing.assert_close(got, 5 * sigma**2 * flow.velocity_loss(velocity, target) / size, rtol=1e-4, atol=1e-5)
+
+
+def test_nft_replays_all_batches_of_an_update_or_none():
+    """Batch 1 alone teaches: of two updates the one that has it replays its other batch, too."""
+    teaches = torch.tensor([False, True, False, False])
+    assert grpo_variants.nft_batches([0, 1], teaches) == [0, 1] and grpo_variants.nft_batches([2, 3], teaches) == []
+
+
+def test_the_old_policys_decay_grows_to_its_bound():
+    assert [grpo_variants.nft_decay(epochs, 0.2, 0.5) for epochs in (1, 2, 3, 4)] == pytest.approx([0.2, 0.4, 0.5, 0.5])

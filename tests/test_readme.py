@@ -320,6 +320,8 @@ GRPO = "train_aesthetic_rlhf_grpo_lora_sd3.sh"
         (GRPO, ["--transition", "precise"], {"noise_level": 1.5}),
         (GRPO, ["--full_weights"], {"learning_rate": 1e-5}),
         (GRPO, ["--optimizer", "prodigy"], {"learning_rate": 1}),
+        (GRPO, ["--config", "scripts/presets/grpo_guard.yaml"], {"loss": "guard", "clip_nats": 0.3, "learning_rate": 1e-4}),
+        (GRPO, ["--config", "scripts/presets/nft.yaml"], {"loss": "nft", "noise_level": None, "updates_per_epoch": 1}),
         (GRPO, ["--config", "scripts/presets/flow_grpo.yaml"], {"transition": "flow", "window_size": 0, "prompts": "simple_animals"}),
         ("train_aesthetic_ddpo_sd3.sh", ["--full_weights"], {"learning_rate": 1e-5}),
         (GRPO, [], {"eval_prompts": "activities", "eval_scorers": "image_reward"}),

@@ -29,7 +29,7 @@ def run():
 
 def batch(positions, texts=None, **metadata):
     texts = texts or ["a fox"] * len(positions)
-    return prompts.Batch(list(positions), [prompts.Prompt(text, metadata) for text in texts], [0] * len(positions))
+    return prompts.Batch(list(positions), [prompts.Prompt(text, metadata) for text in texts], [position // 2 for position in positions])
 
 
 def pictures(*values):
@@ -62,7 +62,7 @@ def test_scores_come_back_in_the_order_of_positions(run, background):
     scoring.submit(pictures(0.125, 0.75), batch([0, 1], bonus=1))
     found = scoring.collect()
     assert found.parts["brightness"].tolist() == [1.125, 1.75, 0.5, 0.25]
-    assert found.total.tolist() == [2.25, 3.5, 1.0, 0.5]
+    assert found.total.tolist() == [2.25, 3.5, 1.0, 0.5] and found.groups.tolist() == [0, 0, 1, 1]
     scoring.submit(pictures(0.0), batch([0]))
     assert scoring.collect().total.tolist() == [0.0]  # the epoch before is forgotten
     scoring.close()
@@ -127,6 +127,13 @@ def test_pictures_that_cannot_be_judged_are_counted_and_left_out_of_the_means(ru
     scoring.submit(pictures(0.5), batch([0], ["unreadable"]))
     with pytest.raises(ValueError, match="no picture of this epoch could be judged"):
         scoring.collect()
+
+
+def test_the_deviation_within_groups_is_not_that_between_them():
+    """Group 7 has rewards 1, 3, group 5 has 2, 8: deviations 1 and 3, whose mean is 2. Group 9 has one that was judged, so no deviation."""
+    total, groups = torch.tensor([1.0, 2.0, 3.0, 8.0, 4.0, torch.nan]), torch.tensor([7, 5, 7, 5, 9, 9])
+    assert rewards.Scored(total, {}, groups).metrics()["group_std"] == 2
+    assert "group_std" not in rewards.Scored(total, {}, torch.arange(6)).metrics()  # DDPO: every picture is a group
 
 
 # --------------------------------------------------------------------------- when an evaluation ends a run

@@ -128,6 +128,13 @@ def test_pictures_epochs_and_seeds_differ(world):
     assert (pair[0].latents[:, 0] - pair[1].latents[:, 0]).abs().mean() > 0.1
 
 
+def test_equal_noise_keys_are_equal_starts_and_the_steps_noise_stays_each_pictures_own(world):
+    """Without keys the positions are the keys."""
+    starts, after, _ = draw(world, window=range(0, 2), noise_keys=[5, 5, 6, 1]).latents.unbind(1)
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[3], draw(world, window=range(0, 2)).latents[1, 0])
+    assert len({value.sum().item() for value in starts}) == 3 and len({value.sum().item() for value in after}) == 4
+
+
 def test_steps_outside_the_window_are_deterministic(world):
     early, late = draw(world, window=range(0, 1)), draw(world, window=range(3, 4))
     plain = draw(world, transition="ode", noise_level=None, window=range(0))

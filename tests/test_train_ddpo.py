@@ -167,8 +167,8 @@ def test_it_trains_the_adapters_alone_and_leaves_the_documented_files(train, mon
 
     lines = [line for line in runs.lines(out) if "loss" in line]
     assert [line["step"] for line in lines] == [4, 8]  # 2 inner epochs x 2 updates
-    expected = {"loss", "policy_loss", "log_ratio", "clip_fraction", "grad_norm", "lr", "epoch", "no_signal", "skipped_updates", "reward",
-                "reward_std", "unjudged", "reward/jpeg_incompressibility"}  # fmt: skip
+    expected = {"loss", "policy_loss", "log_ratio", "drift", "clip_fraction", "clip_above", "grad_norm", "lr", "epoch", "no_signal",
+                "skipped_updates", "reward", "reward_std", "unjudged", "reward/jpeg_incompressibility"}  # fmt: skip
     assert lines[0].keys() == expected | {"step"} and all(metrics.meaning(name) for name in expected)
     assert all(line["log_ratio"] > 0 for line in lines), "from the second update on the policy is not the one that sampled"
     evaluated = [line["step"] for line in runs.lines(out) if "eval_reward" in line]

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -15,10 +16,13 @@ import numpy as np
 import pytest
 import runs
 import torch
+import yaml
+from accelerate import Accelerator
 from PIL import Image
+from test_transitions import SIGMAS
 
 import train_grpo_sd3 as script
-from src import checkpoint, ema, full, lora, metrics, policy, quantize, runtime
+from src import checkpoint, ema, full, grpo_variants, lora, metrics, policy, quantize, runtime, seeds
 from src.pipelines import sd3, sd3_rollout
 from src.scorers import Scores
 from src.scorers.mixture import Mixture
@@ -123,8 +127,9 @@ def test_a_run_leaves_what_the_outputs_page_promises(train, summaries):
 
     written = metrics.read(out / "metrics.jsonl")
     trained = {
-        "step", "loss", "policy_loss", "kl", "log_ratio", "clip_fraction", "grad_norm", "lr", "epoch", "no_signal", "skipped_updates",
-        "reward", "reward_std", "unjudged", "reward/jpeg_incompressibility", "images_per_second", "seconds", "memory_gb",
+        "step", "loss", "policy_loss", "kl", "log_ratio", "drift", "clip_fraction", "clip_above", "grad_norm", "lr", "epoch", "no_signal",
+        "skipped_updates", "reward", "reward_std", "group_std", "unjudged", "reward/jpeg_incompressibility", "images_per_second", "seconds",
+        "memory_gb",
     }  # fmt: skip
     evaluated = {"step", "eval_reward", "eval/jpeg_incompressibility", "eval/shapes"}
     assert [set(line) for line in written] == [evaluated, trained, evaluated, trained, evaluated]
@@ -236,6 +241,40 @@ def test_pictures_that_cannot_be_judged_are_left_out(train, judge):
         train("nothing")
 
 
+def test_bound_window_and_mean_of_an_epoch(train, judge, monkeypatch):
+    """A progressive window of two steps in three is 0 1, then 1 2. Of four rewards one lies a deviation or more from their mean.
+
+    The second of the two batches has equal rewards. A loss of 1 is then 1 / (2 batches x 2 steps) in the mean, in each pass of the first.
+    """
+    windows, advantages, means, calls, backward = [], [], [], [], Accelerator.backward
+
+    def verdict(images, texts):  # the evaluation, then two batches an epoch
+        calls.append(None)
+        return brightness(images, texts) * (len(calls) % 2 == 0)
+
+    judge(verdict)
+    sample, with_advantage = sd3_rollout.sample, policy.with_advantage
+    monkeypatch.setattr(sd3_rollout, "sample", lambda *args, **named: windows.append(named["window"]) or sample(*args, **named))
+    monkeypatch.setattr(policy, "with_advantage", lambda values, count: advantages.append(values) or with_advantage(values, count))
+    monkeypatch.setattr(script, "policy_loss", lambda log_ratio, *rest: log_ratio * 0 + 1)
+    monkeypatch.setattr(Accelerator, "backward", lambda self, loss: means.append(loss.item()) or backward(self, loss))
+    train(window_order="progressive", window_shift_epochs=1, max_advantage=0.5, updates_per_epoch=1)
+    assert windows == [range(0, 2)] * 2 + [range(1, 3)] * 2
+    assert [values.abs().max() for values in advantages] == [0.5, 0.5]
+    assert means == [0.25] * 4
+
+
+def test_pictures_of_a_group_may_start_from_the_same_noise(train, monkeypatch):
+    """Two epochs of two groups of four, each group drawn in two batches; what their steps add stays each picture's own."""
+    drawn, to = [], sd3_rollout.Trajectory.to
+    monkeypatch.setattr(sd3_rollout.Trajectory, "to", lambda self, device: drawn.append(self.latents[:, :2].cpu()) or to(self, device))
+    train(same_noise=True, sample_batch_size=2, sample_num_batches_per_epoch=4, window_size=1, window_range=(0, 1), num_eval_prompts=1)
+    first, second = torch.cat(drawn).unflatten(0, (4, 4)).unbind(2)  # each (groups, K, 16, h, w): the start, and after a step
+    assert (first == first[:, :1]).all()
+    for values in (first[:, 0], second.flatten(0, 1)):
+        assert len({value.sum().item() for value in values}) == len(values)
+
+
 @pytest.mark.parametrize("loss", ["ppo", "guard"])
 def test_an_update_makes_good_steps_likelier_than_bad_ones(train, live, monkeypatch, loss):
     """After one small update, sum of advantage x log-ratio over the very steps that were trained on is above 0; it was 0 before."""
@@ -274,6 +313,10 @@ def actor_with(weights_of, world, tmp_path, **flags):
     return args, actor, rollout, condition
 
 
+def surrogate(args, actor, rollout, t, condition):
+    return script.surrogate(actor, rollout, t, condition, None, script.step_factors(args, rollout.trajectory.sigmas), args)
+
+
 def perturb(parameters):
     torch.manual_seed(0)
     with torch.no_grad():
@@ -289,7 +332,7 @@ def test_the_kl_pulls_back_to_the_reference(world, tmp_path, flags):
     args, actor, rollout, condition = actor_with(perturb, world, tmp_path, kl_weight=1.0, **(base | flags))
     losses = []
     for _ in range(2):
-        loss, logged, step = script.surrogate(actor, rollout, 1, condition, None, args)
+        loss, logged, step = surrogate(args, actor, rollout, 1, condition)
         losses.append(loss.detach().mean().item())
         torch.testing.assert_close(loss.detach(), logged["kl"].detach())
         loss.mean().backward()
@@ -305,7 +348,7 @@ def test_the_kl_pulls_back_to_the_reference(world, tmp_path, flags):
 def test_kl_to_the_reference_by_hand(world, tmp_path):
     """|mean - base mean|^2 / (2 step_std^2), from two replays of our own; flow_grpo: times |dt|."""
     args, actor, rollout, condition = actor_with(perturb, world, tmp_path, kl_weight=1.0, transition="flow")
-    got = script.surrogate(actor, rollout, 1, condition, None, args)[1]["kl"]
+    got = surrogate(args, actor, rollout, 1, condition)[1]["kl"]
     with torch.no_grad():
         step = sd3_rollout.replay(actor.transformer, rollout.trajectory, 1, condition)
         with lora.disabled(actor.transformer):
@@ -313,9 +356,60 @@ def test_kl_to_the_reference_by_hand(world, tmp_path):
     expected = ((step.mean - base.mean) ** 2 / (2 * step.step_std**2)).sum((1, 2, 3))
     torch.testing.assert_close(got.detach().float(), expected, rtol=1e-4, atol=0)
     args.kl_form = "flow_grpo"
-    scaled = script.surrogate(actor, rollout, 1, condition, None, args)[1]["kl"]
+    scaled = surrogate(args, actor, rollout, 1, condition)[1]["kl"]
     dt = rollout.trajectory.sigmas[1] - rollout.trajectory.sigmas[2]
     torch.testing.assert_close(scaled.detach().float(), expected * dt, rtol=1e-4, atol=0)
+
+
+def test_guards_surrogate_by_hand(world, tmp_path):
+    """With cps s = s' sin(0.4 pi); bars are over the three steps of --window_range, of which the window has two. The log-ratio without its
+    drift is sum z (mean - old mean) / s, z being the noise that was drawn, and the loss -A D (exp(that s / mean(s) / D) - 1) mean(d) / d.
+    """
+    args, actor, rollout, condition = actor_with(lambda weights: None, world, tmp_path, loss="guard", window_range=(0, 3))
+    perturb(actor.weights)
+    rollout, trajectory = replace(rollout, advantage=torch.tensor([2.0, -1.0, 0.3, 0.5])), rollout.trajectory
+    args.clip_nats = 1e9
+    sigmas, size = trajectory.sigmas.double(), trajectory.dimensions
+    step_std, length = sigmas[1:4] * math.sin(0.4 * math.pi), sigmas[:3] - sigmas[1:4]
+    for t in (0, 1):
+        loss, logged, step = surrogate(args, actor, rollout, t, condition)
+        z = (trajectory.latents[:, t + 1] - step.old_mean) / step.step_std
+        linear = (z * (step.mean - step.old_mean) / step.step_std).double().sum((1, 2, 3)) * step_std[t] / step_std.mean()
+        expected = -rollout.advantage * size * torch.expm1(linear / size) * length.mean() / length[t]
+        torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(logged["drift"], linear, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(logged["log_ratio"], step.log_ratio.abs())
+        assert (step.log_ratio - linear).abs().max() > 0.1  # the drift is not small here
+
+
+def test_nfts_loss_by_hand(world, tmp_path):
+    """x0 is noised to u, shifted, by noise of its own for each level, epoch and position; the old policy's velocity is not the new one's.
+
+    The KL is the mean square of the velocity's distance from the base model's.
+    """
+    args, actor, rollout, condition = actor_with(perturb, world, tmp_path, kl_weight=0.5)
+    args.nft_strength, args.max_advantage = 0.5, 2.0
+    rollout = replace(rollout, advantage=torch.tensor([2.0, -1.0, 0.0, 0.5]))
+    old = ema.Ema(actor.weights, 0.0, warmup=False)
+    perturb(actor.weights)
+    x0, where, shift = rollout.trajectory.final, (args.seed, 3, range(4)), actor.model.shift
+    assert shift != 1
+    for level in (0, 1):
+        loss, logged = script.forward_process(actor, old, rollout, level, 3, condition, args)
+        u = seeds.uniform(*where, f"nft level {level}")
+        sigma = (shift * u / (1 + (shift - 1) * u)).float()
+        share = sigma.view(-1, 1, 1, 1)
+        x_t = (1 - share) * x0 + share * seeds.normal(*where, f"nft noise {level}", x0.shape[1:])
+        found = []
+        for model in (contextlib.nullcontext(), old.applied(), lora.disabled(actor.transformer)):
+            with torch.no_grad(), model:
+                found.append(sd3.velocity(actor.transformer, x_t, sigma, condition))
+        new, before, base = found
+        kl = (new - base).square().mean((1, 2, 3))
+        expected = grpo_variants.nft_loss(new, before, x_t, x0, sigma, rollout.advantage, strength=0.5, limit=2.0)
+        torch.testing.assert_close(logged["kl"], kl)
+        torch.testing.assert_close(loss, expected + 0.5 * kl)
+        assert min((new - before).abs().max(), kl.min()) > 1e-3
 
 
 @pytest.mark.slow
@@ -323,12 +417,12 @@ def test_an_initial_lora_belongs_to_the_reference(train, world, tmp_path):
     """At its start the policy is the reference, KL 0, though both differ from the base model; later it is not. Files may change since."""
     first = train("first", lora_alpha=8.0)
     args, actor, rollout, condition = actor_with(lambda _: None, world, tmp_path, kl_weight=1.0, lora_alpha=8.0, init_lora=first)
-    assert script.surrogate(actor, rollout, 1, condition, None, args)[1]["kl"].abs().max() == 0
+    assert surrogate(args, actor, rollout, 1, condition)[1]["kl"].abs().max() == 0
     with torch.no_grad(), lora.disabled(actor.transformer):
         base = sd3_rollout.replay(actor.transformer, rollout.trajectory, 1, condition)
     assert (base.mean - rollout.trajectory.means[:, 1]).abs().max() > 1e-4
     perturb(actor.weights)
-    assert script.surrogate(actor, rollout, 1, condition, None, args)[1]["kl"].min() > 0
+    assert surrogate(args, actor, rollout, 1, condition)[1]["kl"].min() > 0
     second = train("second", lora_alpha=8.0, init_lora=first, checkpointing_epochs=2, kl_weight=0.01)
     held = runs.state(second / "checkpoint-4")["reference"]
     runs.assert_identical(sorted(value.sum().item() for value in held.values()), sorted(v.sum().item() for v in weights(first).values()))
@@ -781,6 +875,7 @@ BAD = {
     "KL form of another transition": (dict(kl_weight=0.1, kl_form="flow_grpo"), "--kl_form flow_grpo", "--kl_form exact"),
     "KL form without KL": (dict(kl_form="flow_grpo", transition="flow"), "--kl_form", "--kl_weight"),
     "transition for DiffusionNFT": (dict(loss="nft", transition="flow"), "--transition flow has no effect", "nft"),
+    "one noise for steps without noise": (dict(loss="nft", same_noise=True, window_size=None, window_range=None), "--same_noise", "nft"),
     "DiffusionNFT's options without it": (dict(nft_levels=5), "--nft_levels", "--loss nft"),
     "dropout": (dict(lora_dropout=0.1), "--lora_dropout", "unknown flag"),
     "LoRA options for all weights": (dict(full_weights=True), "--rank 4 has no effect", "--full_weights"),
@@ -860,12 +955,42 @@ def test_old_names_of_the_sampling_flags_still_work(world, tmp_path):
     assert (args.num_inference_steps, args.guidance_scale) == (6, 2.0)
 
 
-@pytest.mark.parametrize("preset", ["one_gpu", "flow_grpo"])
+PRESETS = {  # with their transition, window, guidance and KL
+    "one_gpu": ("cps", 3, 1.0, 0.0),
+    "flow_grpo": ("flow", 0, 4.5, 0.04),
+    "grpo_guard": ("flow", 0, 4.5, 0.0),
+    "nft": ("cps", 3, 1.0, 1e-4),  # has no use for the first two
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole_recipes_that_the_command_line_overrules(preset, world, tmp_path, monkeypatch):
     with contextlib.chdir(runs.ROOT):
         monkeypatch.setattr(script.rewards, "check", lambda args: None)  # scorers without weights here
         argv = ["--config", f"scripts/presets/{preset}.yaml", "--pretrained_model_name_or_path", str(world.model), "--resolution", "64",
                 "--output_dir", str(tmp_path / "out"), "--report_to", "none"]  # fmt: skip
         args = script.parse_args(argv)
-    expected = {"one_gpu": ("cps", 3, 1.0, 0.0), "flow_grpo": ("flow", 0, 4.5, 0.04)}[preset]
-    assert (args.transition, args.window_size, args.guidance_scale, args.kl_weight) == expected and args.resolution == 64
+    assert (args.transition, args.window_size, args.guidance_scale, args.kl_weight) == PRESETS[preset] and args.resolution == 64
+
+
+def test_presets_turn_published_numbers_into_ours():
+    """ppo: our log-ratio is D times theirs, and so is the loss. Guard: D / mean(s) times, and its loss D mean(d) / mean(s) times.
+
+    Theirs is a mean over D, times s, and the loss divided by d; ours a sum, times s / mean(s), and the loss times mean(d) / d. s and d are
+    those of `flow` at steps 0 to 8: s = c sqrt(d), c = 0.7 sqrt(sigma / (1 - sigma)), where sigma is 1 with the next one in place of the
+    second sigma. Published are clips of 1e-4 and 2e-6 (4e-6), a gradient norm of 1 and an epsilon of 1e-8.
+    """
+    flow_grpo, guard = (yaml.safe_load((runs.ROOT / f"scripts/presets/{name}.yaml").read_text()) for name in ("flow_grpo", "grpo_guard"))
+    lengths = [sigma - after for sigma, after in zip(SIGMAS[:9], SIGMAS[1:], strict=True)]
+    spreads = [0.7 * math.sqrt(d * sigma / (1 - min(sigma, SIGMAS[1]))) for sigma, d in zip(SIGMAS[:9], lengths, strict=True)]
+    size, std = 16 * 64 * 64, sum(spreads) / 9
+    loss = size * sum(lengths) / 9 / std
+    assert flow_grpo["clip_nats"] == round(1e-4 * size, 2) and flow_grpo["max_grad_norm"] == size
+    assert guard["clip_nats"] == round(2e-6 * size / std, 2) and guard["max_grad_norm"] == round(loss)
+    assert flow_grpo["adam_epsilon"] == pytest.approx(1e-8 * size) and guard["adam_epsilon"] == pytest.approx(1e-8 * loss, rel=1e-4)
+    said = (f"65,536 / {std:.3f}", f"d = {sum(lengths) / 9:.4f}", f"4e-6, {4e-6 * size / std:.2f}")
+    text = (runs.ROOT / "scripts/presets/grpo_guard.yaml").read_text()
+    assert not [part for part in said if part not in text] and f"{loss:,.0f}" in (runs.ROOT / "docs/grpo.md").read_text()
+    passes = {"grpo_guard": 2 * 10 + 9 * 2 * 2.13, "nft": 10 + 9 * (2.13 + 1 + 1), "flow_grpo": 2 * 10 + 9 * 2 * (2.13 + 1)}
+    for name, count in passes.items():  # a step of the LoRA is 2.13, guidance doubles, nft asks its old policy, and a KL the reference
+        assert f"{count:.0f} forward passes" in (runs.ROOT / f"scripts/presets/{name}.yaml").read_text()

@@ -153,6 +153,10 @@ def add_grpo_args(parser: Parser) -> None:
     g = parser.add_argument_group("GRPO")
     g.add_argument("--group_size", type=positive_int, default=16, help="pictures per prompt (K); their mean reward is the baseline")
     g.add_argument(
+        "--same_noise", action="store_true",
+        help="the pictures of a group start from the same noise, so that they differ by the noise of their steps alone",
+    )
+    g.add_argument(
         "--loss", choices=("ppo", "guard", "nft"), default="ppo",
         help="ppo: clipped surrogate; guard: GRPO-Guard, which clips all steps alike; nft: DiffusionNFT, on pictures of the ODE sampler",
     )

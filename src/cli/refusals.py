@@ -151,6 +151,8 @@ def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[
             yield "--export_merged would write the rounded weights of --quantize_base: leave it out, and merge the LoRA into the original"
     if has.get("timestep_density") == "mode" and not -1 <= has["mode_scale"] <= MOST_MODE_SCALE:
         yield f"--mode_scale must lie in [-1, {MOST_MODE_SCALE:.4f}], got {has['mode_scale']:g}; 1.29 is the paper's best"
+    if has.get("same_noise") and has["loss"] == "nft":
+        yield "--same_noise would make all pictures of a group the same with --loss nft, whose steps have no noise; leave it out"
     if has.get("lr_scheduler") == "polynomial" and (has["learning_rate"] or 1) <= 1e-7 and not has.get("scale_lr"):
         yield f"--lr_scheduler polynomial ends at 1e-7, --learning_rate {has['learning_rate']:g} is no more than that; use linear"
     if has.get("scale_lr") and has["optimizer"] == "prodigy":

@@ -189,8 +189,9 @@ def _bare_in_eval_mode(policy: nn.Module) -> nn.Module:
 @torch.no_grad()
 def sample(
     policy: nn.Module, condition: sd3.Conditioning, *, negative: sd3.Conditioning | None = None, seed: int, epoch: int,
-    positions: Sequence[int], sigmas: Tensor, height: int, width: int, guidance_scale: float = 1.0, transition: str = "ode",
-    noise_level: float | None = None, window: range = range(0), keep_means: bool = False, dtype: torch.dtype = torch.float32,
+    positions: Sequence[int], noise_keys: Sequence[int] | None = None, sigmas: Tensor, height: int, width: int,
+    guidance_scale: float = 1.0, transition: str = "ode", noise_level: float | None = None, window: range = range(0),
+    keep_means: bool = False, dtype: torch.dtype = torch.float32,
 ) -> Trajectory:  # fmt: skip
     """Denoise b pictures from noise in one batch; stochastic steps in `window`, deterministic ones elsewhere.
 
@@ -200,6 +201,7 @@ def sample(
         policy: in eval mode; bare, with LoRA, compiled or wrapped by DDP.
         condition: b prompts on the policy's device. negative: b or 1 prompts, only with guidance_scale > 1.
         positions: of each picture in the epoch, counted over all processes.
+        noise_keys: of each picture; equal ones start from the same noise (None: the positions). The steps' noise is never shared.
         sigmas: (T + 1,) on the CPU, from `schedule`.
         height, width: pixels, multiples of 16.
         window: steps within 0 .. T - 2; empty for the plain ODE, which takes transition "ode" and no noise level.
@@ -218,7 +220,7 @@ def sample(
     if (transition == "ode") == (len(window) > 0):
         raise ValueError(f"transition {transition!r} does not go with a window of {len(window)} steps: only `ode` has an empty one")
     shape = (CHANNELS, height // sd3.VAE_SCALE, width // sd3.VAE_SCALE)
-    x = seeds.normal(seed, epoch, positions, "rollout", shape, device).to(dtype)  # (b, 16, h, w)
+    x = seeds.normal(seed, epoch, noise_keys or positions, "rollout", shape, device).to(dtype)  # (b, 16, h, w)
     latents, means, log_probs = [], [], []
     for t in range(steps):
         sigma, sigma_next = sigmas[t].expand(len(x)), sigmas[t + 1].expand(len(x))  # (b,)
