@@ -82,7 +82,8 @@ def train(model: str, output: str, first: int, last: int, kind: str) -> None:
         return box[0]
 
     signals = SimpleNamespace(install=lambda: None)
-    run = SimpleNamespace(accelerator=None, is_main=rank == 0, output_dir=Path(output), print=print, broadcast=broadcast, signals=signals)
+    run = SimpleNamespace(accelerator=None, is_main=rank == 0, output_dir=Path(output), print=print, broadcast=broadcast, signals=signals,
+                          args=SimpleNamespace(), world=world)  # fmt: skip
     parts = {"weights": full.State({"transformer": transformer}), "optimizer": optimizer, "ema": average}
     saver = checkpoint.Checkpointer(run, every=2, keep=None, parts=parts)
     resumed = saver.resume(run.output_dir / f"checkpoint-{first}" if first else None)

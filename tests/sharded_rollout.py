@@ -53,7 +53,7 @@ def main(path: str) -> None:
     optimizer = torch.optim.AdamW(weights, lr=1e-3)
     parts = {"weights": full.State({"transformer": model.transformer}), "optimizer": optimizer}
     signals = SimpleNamespace(install=lambda: None)
-    run = SimpleNamespace(accelerator=None, is_main=False, output_dir=None, broadcast=lambda value: value, signals=signals)
+    run = SimpleNamespace(accelerator=None, is_main=False, output_dir=None, broadcast=lambda value: value, signals=signals, world=1)
     saver = checkpoint.Checkpointer(run, every=1, keep=None, parts=parts)
     optimizer.step()
     before = [sharding.whole(weight).clone() for weight in weights]

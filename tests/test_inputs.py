@@ -145,6 +145,7 @@ def test_a_part_that_is_not_loaded_does_not_name_the_cache(tiny_sd3_folder, tmp_
 # --------------------------------------------------------------------------- another data set than that of the checkpoint
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_that_the_data_set_is_another_and_goes_on(tiny_sd3_folder, tmp_path, capsys):
     """Steps 1 and 2 with eight pictures, 3 with the same, 4 with a new caption, 5 without the last picture, 6 from an older checkpoint."""
     world = runs.make_world(tiny_sd3_folder, tmp_path)
@@ -181,6 +182,7 @@ def test_prompts_longer_than_clip_reads_are_counted_and_the_first_is_named(tiny_
     assert common.long_prompts(tokenizer, prompts, t5=False) == note + "the rest is not read"
 
 
+@pytest.mark.slow
 def test_training_says_which_captions_clip_cuts_once_when_they_are_encoded(tiny_sd3_folder, tmp_path, capsys):
     world = runs.make_world(tiny_sd3_folder, tmp_path)
     metadata = world.data / "metadata.jsonl"

@@ -240,6 +240,7 @@ def test_checkpoints_by_hand(arguments, changes, modules, due, each, most):
     assert "are free" in text
 
 
+@pytest.mark.slow
 def test_checkpoints_are_as_large_as_planned(world, arguments, tmp_path):
     """Of a real run with an average; keys, shapes and the scheduler come on top."""
     args = arguments(rank=8, use_ema=True, max_train_steps=1, checkpointing_steps=1)
@@ -299,6 +300,7 @@ def test_flops_of_recomputed_blocks_are_a_share_of_a_forward_pass(meta_medium):
     assert plan.step_flops(meta_medium, 512, 154, checkpointing=5) == (forward, step + round(5 / 24 * forward))  # blocks 0, 5, 10, 15, 20
 
 
+@pytest.mark.slow
 def test_compute_counts_the_pictures_of_a_step(arguments, capsys, cheap):
     """Twice the batch, three times accumulated: six times the FLOPs; over 10 steps ten times that."""
 

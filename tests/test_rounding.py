@@ -44,6 +44,7 @@ def rounded(values, seed=0):
 # --------------------------------------------------------------------------- rounding
 
 
+@pytest.mark.slow
 def test_a_thousand_small_updates_move_the_mean_as_in_fp32():
     """Each update is 1e-5 of the weight; bf16's step is 2^-8 to 2^-7 of it, 400 times more. Rounded to nearest, nothing would move.
 

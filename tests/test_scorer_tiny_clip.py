@@ -48,6 +48,7 @@ def test_scores_are_those_of_transformers_own_processor_and_model(mixture, image
     assert torch.allclose(mixture(images[:8], captions(drawn[:8])).total, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_right_caption_beats_one_that_is_wrong_in_a_word(mixture, images, drawn):
     """100 held-out drawings x 3 attributes: 95 % less two standard errors of 1.3 % is 92.5 %."""
     right = mixture(images, captions(drawn)).total

@@ -95,6 +95,7 @@ def wait_for_the_wrappers(outputs):
     time.sleep(0.2)  # the wrappers set their traps
 
 
+@pytest.mark.slow
 def test_when_the_time_is_up_the_wrappers_are_told_and_the_job_queues_itself_again(cluster):
     outputs, start = cluster
     job = start("wrapper.sh", STAY="exit 0")
@@ -104,6 +105,7 @@ def test_when_the_time_is_up_the_wrappers_are_told_and_the_job_queues_itself_aga
     assert (outputs / "requeued").read_text().split() == ["requeue", "40007"]
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_up_while_caches_are_filled_queues_itself_again(cluster):
     """The trainers' own handlers are not there yet: they die of the signal, and so does the wrapper's status say, 128 + 15."""
     outputs, start = cluster
@@ -115,6 +117,7 @@ def test_a_job_whose_time_is_up_while_caches_are_filled_queues_itself_again(clus
     assert sorted(path.name for path in outputs.iterdir()) == ["node-0", "node-1", "requeued"]
 
 
+@pytest.mark.slow
 def test_one_node_whose_wrapper_is_gone_does_not_keep_the_job_from_the_queue(cluster):
     """What should end the wrappers then fails itself on that node."""
     outputs, start = cluster

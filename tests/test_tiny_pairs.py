@@ -67,6 +67,7 @@ def test_what_is_written_is_read_by_the_trainer_and_the_winner_is_right(painted,
         assert shapes.correct(shapes.verify(both), [record.prompt] * 2).tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_the_shipped_pairs_are_of_training_captions_and_ordered_by_the_verifier(tmp_path):
     columns = preferences.Columns("jpg_0", "jpg_1", "label_0", "caption")
     opened = preferences.open_preferences(str(runs.ROOT / "datas/pairs"), columns, cache_dir=tmp_path / "cache", progress=False)

@@ -36,6 +36,7 @@ def test_what_moves_nothing_is_free_and_in_place_is_read_and_written():
     assert counted(torch.add, x, torch.ones(4).expand(10, 4))["add"].bytes == 160 + 16 + 160  # an expanded tensor is read once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "share"), [([], 0.65), (["--full"], 0.85)])
 def test_a_step_here_moves_less_than_diffusers_own(flags, share, monkeypatch):
     """Under a CPU's autocast, whose layer norms work in 16 bits already; on a GPU it saves more."""

@@ -433,6 +433,7 @@ def test_what_is_unset_follows_from_the_rest(world, tmp_path):
     assert (odd.train_gradient_accumulation_steps, script.updates_per_epoch(odd)) == (3, 2)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_what_is_trained(world, tmp_path, capsys):
     flags = dict(window_size=0, train_timestep_fraction=0.34, num_inner_epochs=2, dry_run=True)
     script.main(script.parse_args(world.argv(tmp_path / "run", **flags)))

@@ -51,6 +51,7 @@ def world(tiny_sd15_folder, tmp_path_factory):
     assert contents(tiny_sd15_folder) == before, "the base model was written into"
 
 
+@pytest.mark.slow
 def test_the_rest_of_the_result_is_fetched_before_the_unet_is_loaded(world, tmp_path, monkeypatch):
     run = train_in(world, tmp_path)
     line, loaded = runs.parts_before_refusal(monkeypatch, script.sd15, lambda: run(max_train_steps=1))
@@ -143,6 +144,7 @@ def test_the_learning_rate_that_results_is_printed(train, capsys):
     assert "learning rate 4e-08 = 1e-08 x 4 samples" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stock_diffusers_draws_the_validation_pictures(finished, world):
     """Validation shows the average where one is kept, and the pipeline folder holds it."""
     assert np.abs(shown(finished, 0) - draw(world.model)).max() <= 1  # one grey level of rounding
@@ -251,6 +253,7 @@ def test_gradient_checkpointing_changes_nothing(train):
     runs.assert_identical(saved(one), saved(other))
 
 
+@pytest.mark.slow
 def test_one_batch_of_four_equals_four_accumulated(train, world):
     """As in full fine-tuning: an Adam epsilon above every gradient keeps its steps proportional to them."""
     plain = dict(adam_epsilon=1.0, learning_rate=1.0, max_grad_norm=0.01, seed=3, adam_weight_decay=0.0)

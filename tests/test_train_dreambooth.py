@@ -104,6 +104,7 @@ def plain_loss(model, pictures: list[Image.Image], prompt: str, positions: range
     return total / len(pictures)
 
 
+@pytest.mark.slow
 def test_the_two_losses_are_those_of_a_plain_loop_and_their_weighted_sum_is_the_loss(train, world, tmp_path):
     """Step 1, where the LoRA changes nothing yet: positions 0-3 are the subject's, 4-7 the class's."""
     out = train(**PRIOR, class_data_dir=tmp_path / "class", prior_loss_weight=0.3, max_train_steps=2)
@@ -128,6 +129,7 @@ def update(train, name: str, world, **flags) -> torch.Tensor:
     return torch.cat([value.flatten() for key, value in sorted(runs.weights(out).items()) if ".lora_B." in key]).double()
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_prior_acts_on_its_own_gradient_alone(train, world):
     """update(w) = update(0) + w * (update(1) - update(0)). Defect 4 of the public scripts: one half's weight acted on both."""
     subject = update(train, "subject", world)

@@ -153,6 +153,7 @@ def test_a_run_leaves_a_pipeline_and_its_average(finished, world):
     assert "DiffusionPipeline.from_pretrained" in (finished / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_stock_diffusers_draws_the_last_validation_picture(finished, world):
     """Validation shows the average where one is kept, and the pipeline folder holds it; the weights as trained are beside it."""
     ours = {step: np.asarray(Image.open(finished / f"samples/step-{step:06d}/00-7.png")).astype(int) for step in (0, 4)}
@@ -291,6 +292,7 @@ def test_a_checkpoint_serves_as_a_transformer(finished):
 # --------------------------------------------------------------------------- dry run, bad input
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "bytes_of_one"),
     [

@@ -164,6 +164,7 @@ def test_text_encoders_are_gone_and_the_vae_decodes_a_few_at_a_time(train, monke
     assert sizes == [3, 1] * 4  # batches of 4: evaluation, two of the epoch, evaluation
 
 
+@pytest.mark.slow
 def test_only_finished_pictures_are_scored_each_once(train, judge):
     """The seed project scored half-denoised pictures at every step."""
     scored = []
@@ -460,6 +461,7 @@ def test_the_first_ratio_of_an_epoch_is_checked_even_if_its_first_update_is_skip
     assert runs.values(out, "skipped_updates") == [1, 1] and checked == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_trajectories_of_an_epoch_leave_memory_before_the_next_is_drawn(train, monkeypatch):
     """All but the last that was drawn and the last that was trained on, which variables still name; of 4 batches 3 lie there in the end."""
     sample, drawn, alive = sd3_rollout.sample, [], []
@@ -713,6 +715,7 @@ def test_variant_trains_every_weight(train, live, name):
         runs.assert_identical(pipeline.transformer.state_dict(), live["actor"].transformer.state_dict())
 
 
+@pytest.mark.slow
 def test_nft_samples_with_the_old_policy_which_follows(train, live, monkeypatch):
     """After epoch e the old policy moves by 1 - min(0.25 e, 0.5) towards the new one, and it is what draws the pictures."""
     decays, drawn_with = [], []
@@ -746,6 +749,7 @@ def test_a_negative_prompt_may_be_for_the_evaluation_alone(world, tmp_path):
     assert (args.guidance_scale, args.eval_guidance_scale, args.negative_prompt) == (1, 4.5, "blurry")
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_is_one_text_and_counts(train):
     """A trailing comma made it a nested list in the seed project."""
     guided = dict(guidance_scale=3.0, num_epochs=1)
@@ -779,6 +783,7 @@ def test_only_prompts_that_will_be_drawn_are_encoded(train, monkeypatch, capsys)
 # --------------------------------------------------------------------------- dry run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "copies"), [(dict(), 0), (dict(loss="nft", transition=None, window_size=None, window_range=None), 2)])
 def test_the_plan_counts_what_lies_aside_while_the_old_policy_is_asked(world, tmp_path, monkeypatch, flags, copies):
     """nft keeps the old policy, and while that is in the place of the new one, the new one as well: 18 GB of all weights in fp32."""
@@ -789,6 +794,7 @@ def test_the_plan_counts_what_lies_aside_while_the_old_policy_is_asked(world, tm
     assert counted == [copies]
 
 
+@pytest.mark.slow
 def test_the_plans_checkpoints_hold_all_weights_and_no_reference(world, tmp_path, capsys):
     """fp32 weights with what is frozen of them, and two moments of what is trained; --kl_weight adds a copy in memory, none on the disk."""
     rows = []
@@ -816,6 +822,7 @@ def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_plan_counts_the_groups_of_all_processes(world, tmp_path, monkeypatch, capsys):
     """4 pictures on each of 2 processes are a group of 8, which the check lets pass; those of one process would be half of a group."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -824,6 +831,7 @@ def test_the_plan_counts_the_groups_of_all_processes(world, tmp_path, monkeypatc
     assert re.search(r"text cache +[45] entries", capsys.readouterr().out)  # "", one prompt an epoch, the evaluated one among them or not
 
 
+@pytest.mark.slow
 def test_decoding_is_the_plans_peak_where_it_takes_more_than_a_step(world, tmp_path, monkeypatch, capsys):
     """A terabyte, beside what is there all the time: weights, optimizer state, no gradient."""
     monkeypatch.setattr(script.plan.memory, "drawing_bytes", lambda args, vae: 10**12)

@@ -192,6 +192,7 @@ def test_gradient_checkpointing_changes_nothing(train):
     assert runs.lines(one) == runs.lines(other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_quantised_base_trains_the_adapters_alone_and_resumes_exactly(train, monkeypatch, kind):
     pytest.importorskip("bitsandbytes")

@@ -204,6 +204,7 @@ def test_text_encoders_are_gone_and_vae_and_scorer_compute_in_fp32(train, monkey
     assert {value.dtype for value in runs.weights(out).values()} == {torch.float32} and min(runs.values(out, "grad_norm")) > 0
 
 
+@pytest.mark.slow
 def test_a_held_out_measure_that_falls_ends_the_run(train, judge, capsys):
     """Its usual range is 5 to 120 kB: 0.2 of that is 23. From 100 it goes to 90, which is let pass, and to 70."""
     values = iter([1.0, 100.0, 0.9, 90.0, 0.5, 70.0, 0.1, 10.0])  # of both mixtures, from evaluation to evaluation
@@ -312,6 +313,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
     assert "1 denoising steps without gradient, 3 with" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_only_prompts_that_will_be_drawn_are_encoded_and_planned(world, train, tmp_path, monkeypatch, capsys):
     """2 steps of 1 picture draw 2 of 200 prompts, the evaluation has the first: with "" 3 or 4 texts."""
     (tmp_path / "many.txt").write_text("\n".join(f"picture number {i}" for i in range(200)))
@@ -371,6 +373,7 @@ def test_a_model_for_few_steps_is_refused_by_name(world, tmp_path, capsys):
     assert f"--pretrained_model_name_or_path {folder}: " in error and "trailing" in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_rollout_of_few_steps_is_said_to_be_one(train, capsys):
     train(max_train_steps=1, **LORA)
     note = "note: --num_inference_steps 4: a rollout begins at timestep 751, where the model expects 24 % of a picture"

@@ -293,6 +293,7 @@ def colours(path):
     )
 
 
+@pytest.mark.slow
 def test_the_film_strip_goes_from_first_to_last(tmp_path):
     """9 validations, 5 prompts: 8 columns with first and last, the first 4 prompts, always the smallest seed (9 before 10)."""
     folder = fake_run(tmp_path, range(0, 180, 20), prompts=5)
