@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src import card, checkpoint, cli, ema, flow, lora, metrics, optim, plan, quantize, runtime, seeds, speed, subject, validation
+from src import card, checkpoint, cli, ema, flow, lora, metrics, optim, plan, quantize, runtime, seeds, speed, subject, tuned, validation
 from src.pipelines import sd3
 
 
@@ -119,9 +119,7 @@ def main(args: argparse.Namespace) -> None:
         planned = subject.planned(args, adapt_text=lambda encoder: add_text_lora(encoder, args))
         return plan.show(args, adapt=lambda transformer: add_lora(transformer, args), subject=planned)
     run = runtime.start(args)
-
-    if args.lora_layers or args.lora_blocks:  # refuses a name that does not exist before anything is loaded
-        lora.targets(sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision), args.lora_layers, args.lora_blocks)
+    tuned.check_layers(args, sd3.transformer_from_config)
 
     # Data: missing class pictures are rendered and the caches filled first; no encoder stays in memory that is not needed later.
     data, prior = subject.prepare(run, args)

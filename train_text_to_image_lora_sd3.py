@@ -102,9 +102,7 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         return plan.show(args, adapt=lambda transformer: add_lora(transformer, args))
     run = runtime.start(args)
-
-    if args.lora_layers or args.lora_blocks:  # refuses a name that does not exist before anything is loaded
-        lora.targets(sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision), args.lora_layers, args.lora_blocks)
+    tuned.check_layers(args, sd3.transformer_from_config)
 
     # Data: the caches are filled first; no encoder stays in memory that is not needed later.
     data = inputs.prepare(run, args)

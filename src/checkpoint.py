@@ -290,7 +290,7 @@ class Checkpointer:
         From here on SIGTERM and Ctrl-C only set a flag, on which the training loop saves and stops: call this right before the loop.
 
         Raises:
-            ValueError: the checkpoint does not fit the flags of this run; says which part and which flags differ.
+            SystemExit: the checkpoint does not fit the flags of this run; says which part and which flags differ.
         """
         self.run.signals.install()
 
@@ -305,7 +305,7 @@ class Checkpointer:
         missing, extra = sorted(self.parts.keys() - state.keys()), sorted(state.keys() - self.parts.keys())
         if missing or extra:
             what = f"no state of {', '.join(missing)}" if missing else f"a state of {', '.join(extra)}, which this run does not use"
-            raise ValueError(f"{folder} holds {what}{self._other_flags(folder)}")
+            raise SystemExit(f"error: {folder} holds {what}{self._other_flags(folder)}")
         for name, part in self.parts.items():
             difference = _difference(state[name], part.state_dict())
             if kinds.get(name) != self._kinds().get(name):
@@ -316,7 +316,7 @@ class Checkpointer:
                 except (ValueError, RuntimeError, KeyError) as error:  # what torch raises for a state of another shape
                     difference = first_line(error)
             if difference is not None:
-                raise ValueError(f"{folder} does not fit this run: {name}: {difference}{self._other_flags(folder)}")
+                raise SystemExit(f"error: {folder} does not fit this run: {name}: {difference}{self._other_flags(folder)}")
         self.saved = step if folder.parent.resolve() == self.run.output_dir.resolve() else None
         self.run.print(f"resuming from {folder}, step {step}")
         if note := other_batch(saved_args(folder), world, vars(self.run.args), self.run.world):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,8 @@ def next_index(folder: Path) -> int:
 
 def file_name(index: int, prompt: str, seed: int, suffix: str = "") -> str:
     """`003-a-red-star-seed7.png`: safe on every file system whatever the prompt holds."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-")
+    plain = "".join(c for c in unicodedata.normalize("NFKD", prompt.lower()) if not unicodedata.combining(c))  # schöner -> schoner
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].rstrip("-")
     return f"{index:03d}-{words or 'picture'}-seed{seed}{suffix}.png"
 
 
@@ -105,7 +107,8 @@ def sheet(
     shown, count = prompts[:PROMPTS], len(seeds)
     order = [(column, n) for n in range(min(count, SEEDS)) for column in columns]
     ordered = [cells[column, row * count + n] for row in range(len(shown)) for column, n in order]
-    names = [column + (f", seed {seeds[n]}" if count > 1 else "") for column, n in order] if len(columns) > 1 else None
+    parts = [[column] * (len(columns) > 1) + [f"seed {seeds[n]}"] * (count > 1) for column, n in order]
+    names = [", ".join(part) for part in parts] if any(parts) else None
     labels = [" ".join(f"{name} {value:.3g}" for name, value in scores.items() if name != "total") for _, scores in ordered]
     return images.grid(
         [picture for picture, _ in ordered], columns=len(order), row_labels=shown, column_labels=names,

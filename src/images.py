@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
@@ -244,7 +245,7 @@ def grid(
     width, height = max(p.width for p in pictures), max(p.height for p in pictures)
     scale = scale or math.ceil(_MIN_CELL / min(width, height))
     width, height = width * scale, height * scale
-    text = _Text(size=min(28, max(13, height // 14)))  # px; below 13 the font is hard to read
+    text = _Text((row_labels, column_labels, labels), size=min(28, max(13, height // 14)))  # px; below 13 the font is hard to read
     gutter = max(6, min(width, height) // 24)
     side = [text.wrap(label, max(120, int(width * 0.9)), max(1, height // text.line)) for label in row_labels or []]
     head = [text.wrap(label, width, 3) for label in column_labels or []]
@@ -269,11 +270,23 @@ def grid(
     return sheet
 
 
-class _Text:
-    """Wraps, measures and draws centred lines in one font."""
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, which knows ASCII alone; or matplotlib's, for Latin, Greek and Cyrillic letters; or, for Chinese, Japanese and
+    Korean, one of the system, if there is any."""
+    if text.isascii():
+        return ImageFont.load_default(size=size)
+    from matplotlib import font_manager
 
-    def __init__(self, size: int):
-        self.font = ImageFont.load_default(size=size)
+    wide = (font.fname for font in font_manager.fontManager.ttflist if re.search("CJK|WenQuanYi|Hei|Song|Gothic", font.name))
+    found = next(wide, None) if re.search("[\u2e80-\ud7ff\uf900-\ufaff]", text) else None
+    return ImageFont.truetype(found or font_manager.findfont("DejaVu Sans"), size)
+
+
+class _Text:
+    """Wraps, measures and draws centred lines in one font, which has the letters of these labels."""
+
+    def __init__(self, labels: Sequence[Sequence[str] | None], size: int):
+        self.font = _font("".join(label for group in labels for label in group or ()), size)
         self.line = math.ceil(sum(self.font.getmetrics()) * 1.1)  # px from one baseline to the next
 
     def width(self, lines: list[str]) -> int:

@@ -81,7 +81,8 @@ def show(
     if whole:
         trainable = {part: counts[part] for part in whole.parts}
         weights |= memory.weight_bytes(trainable, denoiser, whole.weight, family.DENOISER)
-    adapt(denoiser)
+    with runtime.refusals():
+        adapt(denoiser)
     trained = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
     trained += sum(counts[part] for part in whole.parts if part != family.DENOISER) if whole else 0
     trained += subject.adapters if subject else 0
@@ -135,7 +136,8 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
     written = _written(weights, whole)
     if whole and reference:
         weights["transformer"] += memory.frozen_copy_bytes(args, transformer)
-    policy.adapt(transformer, args)
+    with runtime.refusals():
+        policy.adapt(transformer, args)
     trained, tokens = sum(p.numel() for p in transformer.parameters() if p.requires_grad), text_tokens(args)
     trained_bytes = trained * (memory.per_trained_parameter(args, whole) + EMA_BYTES * other_passes)
 
@@ -187,7 +189,8 @@ def show_reward_gradient(
     with runtime.refusals():
         path, found, pretraining = args.pretrained_model_name_or_path, rewards.read_prompts(args), inputs.open_pretraining(args)
     denoiser = family.denoiser_from_config(path, args.revision)
-    adapt(denoiser)
+    with runtime.refusals():
+        adapt(denoiser)
     trained, tokens = sum(p.numel() for p in denoiser.parameters() if p.requires_grad), text_tokens(args, family)
     counts, batch = family.parameter_counts(path, args.revision), args.train_batch_size * args.gradient_accumulation_steps
     weights = memory.weight_bytes(counts, denoiser, BYTES[args.mixed_precision], family.DENOISER) | {"vae": counts["vae"] * 4}

@@ -195,8 +195,7 @@ class Policy:
         if args.full_weights:  # files for the result: a failed download ends the run before it begins
             path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
             run.require(lambda: full.fetch(path, trained=["transformer"], **options))
-        if args.lora_layers or args.lora_blocks:  # refuses a name that does not exist before anything is loaded
-            lora.targets(sd3.transformer_from_config(args.pretrained_model_name_or_path, args.revision), args.lora_layers, args.lora_blocks)
+        tuned.check_layers(args, sd3.transformer_from_config)
         self.model = self._load(("vae",), run.weight_dtype)
         self.model.transformer = self._load(("transformer",), torch.float32 if args.full_weights else run.weight_dtype).transformer
         self.network: nn.Module = self.transformer

@@ -12,6 +12,21 @@ from torch import nn
 from src import checkpoint, ema, full, lora, runtime
 
 
+def check_layers(args: argparse.Namespace, from_config: Callable[[str, str | None], nn.Module]) -> None:
+    """Refuse names in --lora_layers and --lora_blocks that the model does not have, before anything is loaded.
+
+    Args:
+        from_config: (path, revision) -> the denoiser on the meta device.
+
+    Raises:
+        SystemExit: naming the flag.
+    """
+    blocks = getattr(args, "lora_blocks", None)
+    if args.lora_layers or blocks:
+        with runtime.refusals():
+            lora.targets(from_config(args.pretrained_model_name_or_path, args.revision), args.lora_layers, blocks)
+
+
 class Tuned:
     """A denoiser in training. Every process calls what writes; the main one does.
 

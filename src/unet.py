@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from src import card, checkpoint, cli, full, lora, optim, runtime, seeds, speed
+from src import card, checkpoint, cli, full, lora, optim, runtime, seeds, speed, tuned
 from src.pipelines import sd15
 
 
@@ -52,14 +52,14 @@ def load(run: runtime.Run, args: argparse.Namespace) -> sd15.SD15:
     """The model with a UNet that is ready to be trained: all weights in fp32, or frozen in the run's precision with a LoRA in fp32.
 
     Raises:
-        ValueError: a layer that does not exist, before anything is loaded; a LoRA that does not fit.
-        SystemExit: the rest of the pipeline, which the result will need, cannot be downloaded.
+        ValueError: a LoRA that does not fit.
+        SystemExit: a layer that does not exist, before anything is loaded; the rest of the pipeline, which the result will need, cannot
+            be downloaded.
     """
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     if not args.use_lora:
         run.require(lambda: full.fetch(path, trained=["unet"], **options))
-    if args.lora_layers:
-        lora.targets(sd15.denoiser_from_config(path, args.revision), args.lora_layers)
+    tuned.check_layers(args, sd15.denoiser_from_config)
     dtype = run.weight_dtype if args.use_lora else torch.float32
     model = sd15.load(path, **options, dtype=dtype, device=run.device, parts=("unet",))
     seeds.seed_everything(args.seed, "lora")

@@ -71,6 +71,7 @@ def test_names_are_safe_whatever_the_prompt_holds():
     prompts = ["../../etc/passwd", 'a/b\\c:d*?"<>|', "🙂", "", "日本語", "line\nbreak\ttab", "x" * 300, "con.", "-rf ~", "$(reboot)"]
     names = [gallery.file_name(i, prompt, 7) for i, prompt in enumerate(prompts)]
     assert names[0] == "000-etc-passwd-seed7.png" and names[2] == "002-picture-seed7.png" and names[5] == "005-line-break-tab-seed7.png"
+    assert gallery.file_name(3, "Schöner Käse, naïve café", 7) == "003-schoner-kase-naive-cafe-seed7.png"
     assert len(set(names)) == len(prompts)
     for name in names:
         assert len(name) < 100 and name == Path(name).name and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.")
@@ -169,6 +170,8 @@ def test_pictures_of_one_seed_stand_beside_each_other(monkeypatch):
     assert seen[-1]["column_labels"] == ["base, seed 7", "tuned, seed 7", "base, seed 8", "tuned, seed 8"]
     gallery.sheet(cells, ["a star"], ["base", "tuned"], range(7, 8))
     assert seen[-1]["column_labels"] == ["base", "tuned"]
+    gallery.sheet(cells, ["a star"], ["tuned"], range(7, 9))
+    assert seen[-1]["column_labels"] == ["seed 7", "seed 8"]
 
 
 # ---------------------------------------------------------------------------------------------- scores

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 
+from src import images
 from src.images import from_pil, grid, measure, open_rgb, prompt_of, save, to_pil
 
 PHOTOS = Path(__file__).parent.parent / "datas" / "photos"
@@ -347,3 +348,12 @@ def test_a_prompt_is_read_back_from_our_own_files_alone(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     found = {path.name: prompt_of(path) for path in tmp_path.iterdir()}
     assert found == found | {"old.png": "a fox", "other.png": "", "bare.jpg": "", "broken.png": ""}
+
+
+def test_labels_are_set_in_a_font_that_has_their_letters():
+    """A font draws what it does not have as one and the same box, here that of a character that is assigned to nothing."""
+    for text in ("schöner Käse, naïve café", "κόσμος", "тест → —"):
+        font = images._font(text, 20)
+        box = bytes(font.getmask("\u0378"))
+        assert all(bytes(font.getmask(letter)) != box for letter in text if letter != " ")
+    assert images._font("a red star", 20).getname() == ImageFont.load_default(size=20).getname()  # what it was for all others

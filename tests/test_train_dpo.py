@@ -358,7 +358,7 @@ def test_a_reference_of_another_family_is_refused_before_loading(world, tiny_sdx
 
 
 def test_a_layer_that_does_not_exist_is_refused_before_loading(train):
-    with pytest.raises(ValueError, match="--lora_layers: .*attn1.to_q"):
+    with pytest.raises(SystemExit, match="error: --lora_layers: .*attn1.to_q"):
         train(**LORA, lora_layers="attn.to_q")
 
 
