@@ -681,9 +681,9 @@ def test_bad_input_is_one_line_with_the_cure(world, tmp_path, monkeypatch, capsy
 @pytest.mark.parametrize("flags", [dict(lora_blocks="0-9"), dict(lora_layers="attn.to_query")], ids=["blocks", "layers"])
 def test_layers_that_do_not_exist_are_named_before_training(train, flags):
     (name,) = flags
-    for dry_run in (False, True):
+    for mode in ({}, {"dry_run": True}):
         with pytest.raises(SystemExit, match=f"error: --{name}.*(0-2|attn.to_q)"):
-            train(**flags, dry_run=dry_run)
+            train(**flags, **mode)
 
 
 def test_half_precision_on_a_cpu_is_refused(train, capsys):
