@@ -220,6 +220,12 @@ def test_nothing_given_means_the_command_line(monkeypatch):
     ("argv", "words"),
     [
         (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
+        (["--lr", "1"], "unknown flag --lr; did you mean --learning_rate?"),
+        (["--bs=4"], "unknown flag --bs=4; did you mean --train_batch_size?"),
+        (["--resume", "latest"], "unknown flag --resume; did you mean --resume_from_checkpoint?"),
+        (["--wandb"], "unknown flag --wandb; did you mean --report_to?"),
+        (["--lora_d", "0.1"], "unknown flag --lora_d; did you mean --lora_dropout?"),
+        (["--zzz", "1"], "unknown flag --zzz; --help lists the flags"),
         (["--lr", "1"], "unknown flag --lr"),  # no abbreviations: it is not --lr_power
         (["--nonsense_flag=3"], "--help lists"),
         (["stray"], "unexpected argument stray"),

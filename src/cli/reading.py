@@ -14,6 +14,13 @@ from src.cli.parser import Parser
 from src.cli.scorers import parts
 
 Check = Callable[[argparse.Namespace], None]
+# What other trainers call a flag -> its name here
+ELSEWHERE = {
+    "lr": "learning_rate", "bs": "train_batch_size", "batch_size": "train_batch_size", "steps": "max_train_steps", "epochs": "num_epochs",
+    "num_train_epochs": "max_train_steps", "model": "pretrained_model_name_or_path", "resume": "resume_from_checkpoint",
+    "wandb": "report_to", "data": "dataset_name", "train_data_dir": "dataset_name", "instance_data_root": "instance_data_dir",
+    "network_dim": "rank", "lora_rank": "rank", "network_alpha": "lora_alpha", "precision": "mixed_precision", "reward": "scorer",
+}  # fmt: skip
 
 
 def _flag(action: argparse.Action) -> str:
@@ -67,8 +74,8 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str],
     tokens, unset = [], []
     for key, value in content.items():
         if key not in actions:
-            near = difflib.get_close_matches(str(key), actions, n=1)
-            raise ValueError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists the flags"))
+            near = _nearest(str(key), actions)
+            raise ValueError(f"{where}: unknown key {key!r}; " + (f"did you mean {near}?" if near else "--help lists the flags"))
         found = _tokens(actions[key], value, where)
         tokens += found
         if not found:
@@ -76,11 +83,19 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str],
     return tokens, unset
 
 
+def _nearest(name: str, names: Collection[str]) -> str | None:
+    """Which of the names is meant by one that is none of them: by what it is called elsewhere, its beginning, or its spelling."""
+    begun = [one for one in names if one.startswith(name)]
+    alike = begun if len(begun) == 1 else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return ELSEWHERE[name] if ELSEWHERE.get(name) in names else next(iter(alike), None)
+
+
 def _unknown(parser: argparse.ArgumentParser, rest: list[str]) -> str:
-    options = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(rest[0].split("=")[0], options, n=1) if rest[0].startswith("-") else []
-    kind = "unknown flag" if rest[0].startswith("-") else "unexpected argument"
-    return f"{kind} {rest[0]}; " + (f"did you mean {near[0]}?" if near else "--help lists the flags")
+    if not rest[0].startswith("-"):
+        return f"unexpected argument {rest[0]}; --help lists the flags"
+    names = [option.removeprefix("--") for action in parser._actions for option in action.option_strings if option.startswith("--")]
+    near = _nearest(rest[0].split("=")[0].lstrip("-"), names)
+    return f"unknown flag {rest[0]}; " + (f"did you mean --{near}?" if near else "--help lists the flags")
 
 
 def _given(parser: Parser, tokens: list[str]) -> dict[str, object]:
