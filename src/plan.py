@@ -100,12 +100,13 @@ def show(
     if reference:
         rows.insert(-1, ("  reference", f"{counts[family.DENOISER]:>15,} parameters  {_size(reference):>9}"))
     kind, epochs = "pairs" if preference else "pictures", args.max_train_steps * batch / len(samples)
+    much = "" if subject or preference or epochs <= 150 else f"; usual are 100 at most: --max_train_steps {100 * len(samples) // batch}"
     rows += [
         _activation_row(args, step, f"{args.train_batch_size} {kind[:-1]}(s)"),
         ("memory", _memory(args, weights, step)),
         (kind, _samples(samples, held_out)),
         *(subject.rows if subject else []),
-        ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs"),
+        ("steps", f"{args.max_train_steps:,} of {batch} {kind[:-1]}(s), one process: {epochs:.1f} epochs{much}"),
         ("learning rate", f"{rate:.3g} at its peak, {args.lr_scheduler}, {args.optimizer}"),
         ("compute", f"{_flops(flops)} per step, {_total(flops * args.max_train_steps)}, at {tokens} text tokens"),
         ("checkpoints", _checkpoints(args, trained, _written(weights, whole), args.max_train_steps // args.checkpointing_steps)),

@@ -31,7 +31,8 @@ def test_a_line_by_hand(monkeypatch):
     monkeypatch.setattr(trainers, "planned", lambda setting, batch: Plan(7 + 3 * batch))
     line = memory_table.line("LoRA", "lora", 1024, (), [result("2026-01-01", 9 * 2**30)])
     assert line == "| LoRA | 1024² | 10.0 | 3.00 | 9.0 (-10 %) |"
-    assert memory_table.line("LoRA", "lora", 512, (), []) == "| LoRA | 512² | 10.0 | 3.00 | not measured |"
+    assert memory_table.line("LoRA", "lora", 512, (), []) == "| LoRA | 512² | 10.0 | 3.00 |"
+    assert memory_table.line("LoRA", "lora", 512, (), [result("2026-01-01", 1)]) == "| LoRA | 512² | 10.0 | 3.00 | not measured |"
 
 
 ROWS = [(row, side) for _, rows, sides in memory_table.TABLES for side in sides for row in rows]

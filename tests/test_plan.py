@@ -323,6 +323,8 @@ def test_steps_epochs_and_learning_rate_by_hand(arguments, capsys, cheap):
     flags = dict(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=10, learning_rate=1e-3)
     rows = shown(arguments(**flags, scale_lr=True), capsys)
     assert rows["steps"] == "10 of 4 picture(s), one process: 8.0 epochs"
+    learnt_by_heart = shown(arguments(**flags | {"max_train_steps": 1000}), capsys)["steps"]  # 4,000 / 5; 100 epochs are 125 steps
+    assert learnt_by_heart == "1,000 of 4 picture(s), one process: 800.0 epochs; usual are 100 at most: --max_train_steps 125"
     assert rows["learning rate"].startswith("0.004 at its peak, constant, adamw")
     assert rows["pictures"] == "5 to train on, 0 held out, 0 skipped"
 

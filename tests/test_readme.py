@@ -408,7 +408,7 @@ def test_a_documented_variant_of_a_wrapper_makes_a_plan(tiny, wrapper, flags, tm
     """With the tiny model, as if the weights of all scorers were there: what the wrapper adds must not be refused beside what is given."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TINY", tiny)
-    monkeypatch.setattr(scorers.base.Scorer, "trouble", lambda scorer, given: None)
+    monkeypatch.setattr(scorers.base.Scorer, "trouble", lambda scorer, given, weights: None)
     (tmp_path / "geneval.jsonl").write_text('{"prompt": "a photo of two cats", "include": [{"class": "cat", "count": 2}]}')
     (tmp_path / "mine.txt").write_text("a fox")
     (tmp_path / "mine.yaml").write_text("scorer: image_reward")

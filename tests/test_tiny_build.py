@@ -283,6 +283,6 @@ def test_the_shipped_model_follows_most_held_out_prompts_and_not_all(offline):
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(SHIPPED, local_files_only=True)
-    guided = denoiser.evaluate(build_sd3, pipe, 64, guidance_scale=2.0)["correct"]
+    guided = denoiser.evaluate(pipe, 64, guidance_scale=2.0)["correct"]
     assert 0.55 <= guided <= 0.95
-    assert denoiser.evaluate(build_sd3, pipe, 64, guidance_scale=1.0)["correct"] < guided
+    assert denoiser.evaluate(pipe, 64, guidance_scale=1.0)["correct"] < guided

@@ -159,4 +159,4 @@ def test_the_shipped_model_follows_most_held_out_prompts_and_not_all(monkeypatch
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pipe = StableDiffusionPipeline.from_pretrained(SHIPPED, local_files_only=True)
-    assert 0.4 <= denoiser.evaluate(build_sd15, pipe, 64, guidance_scale=2.0)["correct"] <= 0.98
+    assert 0.4 <= denoiser.evaluate(pipe, 64, guidance_scale=2.0)["correct"] <= 0.98

@@ -1,5 +1,6 @@
 """The LoRA trainer as people start and stop it: processes, signals, the wrapper, two processes, real photographs, wandb."""
 
+import functools
 import json
 import os
 import random
@@ -107,6 +108,14 @@ def test_sigterm_to_the_wrapper_saves_exits_0_and_resumes_exactly(world, whole, 
     assert_same_run(whole, out)
 
 
+def at_a_terminal(argv: list, log: Path, **env: str) -> subprocess.Popen:
+    """The wrapper in a session of its own, which hears Ctrl-C also where a shell started the tests in the background, without it."""
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with open(log, "w") as file:
+        return subprocess.Popen([*WRAPPER, *argv], stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=heard,
+                                cwd=runs.ROOT, env=runs.environment(TINY="1", **env))  # fmt: skip
+
+
 def interrupt(process: subprocess.Popen) -> None:
     """Ctrl-C, as a terminal sends it: to all of its foreground processes."""
     os.killpg(process.pid, signal.SIGINT)
@@ -115,7 +124,7 @@ def interrupt(process: subprocess.Popen) -> None:
 def test_ctrl_c_to_two_processes_saves_and_exits_0_without_a_report_of_the_launcher(world, tmp_path):
     out, log = tmp_path / "run", tmp_path / "run.log"
     argv = world.argv(out, **LONG | {"report_to": "none", "dataloader_num_workers": 0})
-    process = runs.start(["setsid", *WRAPPER, *argv], log, TINY="1", NUM_PROCESSES="2")
+    process = at_a_terminal(argv, log, NUM_PROCESSES="2")
     runs.wait_for(process, lambda: step_of(out) >= 5, log)
     interrupt(process)
     said = runs.finish(process, log)
@@ -125,7 +134,7 @@ def test_ctrl_c_to_two_processes_saves_and_exits_0_without_a_report_of_the_launc
 def test_ctrl_c_before_the_first_step_ends_at_once_in_one_line(world, tmp_path):
     """While Python imports: a shell starts its background jobs with Ctrl-C ignored, and it was heard only after that."""
     out, log = tmp_path / "run", tmp_path / "run.log"
-    process = runs.start(["setsid", *WRAPPER, *world.argv(out, **LONG)], log, TINY="1", NUM_PROCESSES="1")
+    process = at_a_terminal(world.argv(out, **LONG), log, NUM_PROCESSES="1")
 
     def importing() -> bool:
         below = psutil.Process(process.pid).children(recursive=True)
