@@ -187,14 +187,9 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer
     total_steps = args.num_epochs * updates
     update_size = args.train_batch_size * args.train_gradient_accumulation_steps * run.world
-    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, update_size)
-    optimizer = optim.build(actor.weights, name=args.optimizer, learning_rate=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                            weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
-    schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=total_steps,
-                              cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
+    optimizer, schedule = actor.tuned.optimizer(total_steps, update_size)
     optimizer = actor.prepare(optimizer)
     average = ema.Ema(actor.weights, args.ema_decay) if args.use_ema else None
-    run.print(f"{sum(p.numel() for p in actor.weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
     log = metrics.Log(run, every=updates, total=total_steps, images_per_add=sampler.samples_per_epoch)
@@ -238,10 +233,9 @@ def main(args: argparse.Namespace) -> None:
         teaches = policy.with_advantage(advantages, len(batches))  # (batches,)
 
         # 4. update
-        rounds = []  # (inner epoch, numbers of the batches) of each update
-        for inner in range(args.num_inner_epochs):
-            for members in sampler.updates(epoch * args.num_inner_epochs + inner, updates // args.num_inner_epochs):
-                rounds.append((inner, members))
+        inner_epochs = range(args.num_inner_epochs)
+        rounds = [(inner, members) for inner in inner_epochs  # inner epoch, and numbers of the batches, of each update
+                  for members in sampler.updates(epoch * len(inner_epochs) + inner, updates // len(inner_epochs))]  # fmt: skip
         for update, (inner, members) in enumerate(rounds):
             used = [i for i in members if teaches[i]]  # the gradient of the others is 0
             if not used:

@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer
     trained = tuned.Tuned(run, args, policy, whole=not args.use_lora)
     weights = trained.parameters
-    optimizer, schedule = unet.optimizer(weights, run, args, data.order.global_batch)
+    optimizer, schedule = trained.optimizer(args.max_train_steps, data.order.global_batch)
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
     wrapped, optimizer = run.accelerator.prepare(policy, optimizer)
 
@@ -248,8 +248,7 @@ def main(args: argparse.Namespace) -> None:
         validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():
-            saver.save(done)
-            return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
+            return saver.stop(done)
 
     trained.save_result(model.path, average)
     validator.validate_last(args.max_train_steps)

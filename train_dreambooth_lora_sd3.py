@@ -209,8 +209,7 @@ def main(args: argparse.Namespace) -> None:
         validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():
-            saver.save(done)
-            return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
+            return saver.stop(done)
         # end twin
 
     with checkpoint.writing_result(args.output_dir):

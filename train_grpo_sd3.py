@@ -192,15 +192,10 @@ def main(args: argparse.Namespace) -> None:
 
     # Optimizer
     updates, total_steps = args.updates_per_epoch, args.num_epochs * args.updates_per_epoch
-    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, sampler.samples_per_epoch // updates)
-    optimizer = optim.build(actor.weights, name=args.optimizer, learning_rate=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                            weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
-    schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=total_steps,
-                              cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
+    optimizer, schedule = actor.tuned.optimizer(total_steps, sampler.samples_per_epoch // updates)
     optimizer = actor.prepare(optimizer)
     average = ema.Ema(actor.weights, args.ema_decay) if args.use_ema else None
     old_policy = ema.Ema(actor.weights, 0.0, warmup=False) if nft else None  # draws nft's pictures
-    run.print(f"{sum(p.numel() for p in actor.weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
     log = metrics.Log(run, every=updates, total=total_steps, images_per_add=sampler.samples_per_epoch)

@@ -215,7 +215,7 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer; the policy is not wrapped for several processes, since a step runs it many times: gradients are averaged below
     trained = tuned.Tuned(run, args, policy, whole=not args.use_lora)
     weights = trained.parameters
-    optimizer, schedule = unet.optimizer(weights, run, args, sampler.samples_per_epoch)
+    optimizer, schedule = trained.optimizer(args.max_train_steps, sampler.samples_per_epoch)
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
     optimizer = run.accelerator.prepare(optimizer)
 
@@ -281,8 +281,7 @@ def main(args: argparse.Namespace) -> None:
         evaluator.evaluate_if_due(done, done)
         saver.save_if_due(done)
         if run.stop_requested():
-            saver.save(done)
-            return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
+            return saver.stop(done)
         if reason := evaluator.dropped():
             run.print(f"stopped after step {done}: {reason}")
             break

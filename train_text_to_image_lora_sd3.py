@@ -121,15 +121,10 @@ def main(args: argparse.Namespace) -> None:
     # Optimizer
     trained = tuned.Tuned(run, args, transformer, whole=False)
     weights = trained.parameters
-    learning_rate = optim.learning_rate(args.learning_rate, args.scale_lr, data.order.global_batch)
-    optimizer = optim.build(weights, name=args.optimizer, learning_rate=learning_rate, betas=(args.adam_beta1, args.adam_beta2),
-                            weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
-    schedule = optim.schedule(optimizer, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
-                              cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
+    optimizer, schedule = trained.optimizer(args.max_train_steps, data.order.global_batch)
     average = ema.Ema(weights, args.ema_decay) if args.use_ema else None
     # network: the transformer, wrapped for several processes; call it for forward passes with gradient
     network, optimizer = run.accelerator.prepare(transformer, optimizer)
-    run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {learning_rate:.3g}")
 
     # What a checkpoint holds, and where the run stands
     log = metrics.Log(run, every=args.logging_steps)
@@ -179,8 +174,7 @@ def main(args: argparse.Namespace) -> None:
         validator.validate_if_due(done)
         saver.save_if_due(done)
         if run.stop_requested():
-            saver.save(done)
-            return run.finish(f"stopped after step {done} with a checkpoint; --resume_from_checkpoint latest goes on")
+            return saver.stop(done)
         # end twin
 
     # The result comes first: nothing that the last validation may run into can cost it.

@@ -19,7 +19,7 @@ import train_dpo_sd15
 import train_grpo_sd3
 import train_refl_sd15
 from benchmarks.loops import Loop, Setting, eager, random_weights, start
-from src import optim, policy, seeds, unet
+from src import optim, policy, seeds, tuned, unet
 from src.data import prompts
 from src.pipelines import sd3, sd3_rollout, sd15, sd15_rollout
 
@@ -136,8 +136,9 @@ class UNetLoop(Loop):
         with random_weights(setting) as built, contextlib.redirect_stdout(sys.stderr):
             self.parts = unet.load(run, args)
             self.beside(run, args)
-            weights = [p for p in self.parts.unet.parameters() if p.requires_grad]
-            self.optimizer, self.learning_rate = unet.optimizer(weights, run, args, 1)
+            trained = tuned.Tuned(run, args, self.parts.unet, whole=not args.use_lora)
+            weights = trained.parameters
+            self.optimizer, self.learning_rate = trained.optimizer(args.max_train_steps, 1)
         self.alphas_cumprod = self.parts.alphas_cumprod.to(run.device)  # (1000,)
         super().__init__(setting, run, self.parts.unet, weights, tuple(module for module in built if module is not self.parts.unet))
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All seven trainers on the tiny world, one after another: their tiny recipes, held-out prompts before and after, one table, one picture.
-# Needs what quickstart.sh needs; about 20 minutes on two cores, no GPU, no download. Stopped at any moment, the same command goes on from there.
+# Needs what quickstart.sh needs; about 25 minutes on two cores, no GPU, no download. Stopped at any moment, the same command goes on from there.
 #
 #   bash scripts/tour.sh              all seven: outputs/tour/table.md, outputs/tour/tour.png
 #   bash scripts/tour.sh lora dpo     these two; the others are dreambooth, full, ddpo, grpo, refl

@@ -217,6 +217,11 @@ class Checkpointer:
             raise SystemExit(failure)
         self.saved = step
 
+    def stop(self, step: int) -> None:
+        """Saves, and ends a run that was asked to stop."""
+        self.save(step)
+        self.run.finish(f"stopped after step {step} with a checkpoint; --resume_from_checkpoint latest goes on")
+
     def hold(self, step: int, copy: bool = True) -> None:
         """Holds the present state of all parts, copied to the CPU, for `save_held` to restore. Every process calls it.
 
@@ -299,13 +304,25 @@ class Checkpointer:
             if spec is not None:
                 self.run.print(f"no checkpoint in {self.run.output_dir}: starting at step 0")
             return 0
+        try:
+            step, world = self._read(folder)
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        self.saved = step if folder.parent.resolve() == self.run.output_dir.resolve() else None
+        self.run.print(f"resuming from {folder}, step {step}")
+        if note := other_batch(saved_args(folder), world, vars(self.run.args), self.run.world):
+            self.run.print(note)
+        return step
+
+    def _read(self, folder: Path) -> tuple[int, int]:
+        """Loads every part; returns the checkpoint's step and number of processes. Raises ValueError if it does not fit."""
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)  # processes of a machine share the pages
         step, kinds, world = state.pop("step"), state.pop("kinds"), state.pop("world", self.run.world)
         state |= {name: part.read_files(folder) for name, part in self._with_files().items()}
         missing, extra = sorted(self.parts.keys() - state.keys()), sorted(state.keys() - self.parts.keys())
         if missing or extra:
             what = f"no state of {', '.join(missing)}" if missing else f"a state of {', '.join(extra)}, which this run does not use"
-            raise SystemExit(f"error: {folder} holds {what}{self._other_flags(folder)}")
+            raise ValueError(f"{folder} holds {what}{self._other_flags(folder)}")
         for name, part in self.parts.items():
             difference = _difference(state[name], part.state_dict())
             if kinds.get(name) != self._kinds().get(name):
@@ -316,12 +333,8 @@ class Checkpointer:
                 except (ValueError, RuntimeError, KeyError) as error:  # what torch raises for a state of another shape
                     difference = first_line(error)
             if difference is not None:
-                raise SystemExit(f"error: {folder} does not fit this run: {name}: {difference}{self._other_flags(folder)}")
-        self.saved = step if folder.parent.resolve() == self.run.output_dir.resolve() else None
-        self.run.print(f"resuming from {folder}, step {step}")
-        if note := other_batch(saved_args(folder), world, vars(self.run.args), self.run.world):
-            self.run.print(note)
-        return step
+                raise ValueError(f"{folder} does not fit this run: {name}: {difference}{self._other_flags(folder)}")
+        return step, world
 
     def _load(self, state: dict[str, Any]) -> None:
         """Loads the state of each part, sharded as the part is."""

@@ -1,4 +1,4 @@
-"""What is trained of a denoiser, a LoRA on frozen weights or all weights: its parameters, its part of a checkpoint, its files."""
+"""What is trained of a denoiser, a LoRA on frozen weights or all weights: parameters, optimizer, part of a checkpoint, files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from src import checkpoint, ema, full, lora, runtime
+from src import checkpoint, ema, full, lora, optim, runtime
 
 
 def check_layers(args: argparse.Namespace, from_config: Callable[[str, str | None], nn.Module]) -> None:
@@ -41,6 +41,17 @@ class Tuned:
     def parameters(self) -> list[nn.Parameter]:
         """The trainable ones, in the model's order."""
         return full.parameters(self.module) if self.whole else lora.parameters(self.module)
+
+    def optimizer(self, total_steps: int, samples: int) -> tuple[Any, Any]:
+        """The optimizer and its schedule; prints the learning rate, which --scale_lr multiplies by the `samples` of a step."""
+        args, weights = self.args, self.parameters
+        rate = optim.learning_rate(args.learning_rate, args.scale_lr, samples)
+        scaled = f" = {args.learning_rate:g} x {samples} samples" if args.scale_lr else ""
+        self.run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {rate:.3g}{scaled}")
+        built = optim.build(weights, name=args.optimizer, learning_rate=rate, betas=(args.adam_beta1, args.adam_beta2),
+                            weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=self.run.device)  # fmt: skip
+        return built, optim.schedule(built, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=total_steps,
+                                     cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
 
     @property
     def parts(self) -> dict[str, Any]:

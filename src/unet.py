@@ -1,9 +1,8 @@
-"""The UNet that the SD1.5 scripts train, from their arguments, all weights or a LoRA: refusals, loading, optimizer."""
+"""The UNet that the SD1.5 scripts train, from their arguments, all weights or a LoRA: refusals and loading."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 import torch
 from torch import nn
@@ -83,14 +82,3 @@ def load_frozen(run: runtime.Run, args: argparse.Namespace, source: str | None) 
     speed.narrow_frozen(unet, run.weight_dtype)
     speed.apply(unet, args)
     return unet
-
-
-def optimizer(weights: list[nn.Parameter], run: runtime.Run, args: argparse.Namespace, global_batch: int) -> tuple[Any, Any]:
-    """The optimizer and its schedule; prints the resulting learning rate."""
-    rate = optim.learning_rate(args.learning_rate, args.scale_lr, global_batch)
-    scaled = f" = {args.learning_rate:g} x {global_batch} samples" if args.scale_lr else ""
-    run.print(f"{sum(p.numel() for p in weights):,} trainable parameters, learning rate {rate:.3g}{scaled}")
-    built = optim.build(weights, name=args.optimizer, learning_rate=rate, betas=(args.adam_beta1, args.adam_beta2),
-                        weight_decay=args.adam_weight_decay, epsilon=args.adam_epsilon, device=run.device)  # fmt: skip
-    return built, optim.schedule(built, args.lr_scheduler, warmup_steps=args.lr_warmup_steps, total_steps=args.max_train_steps,
-                                 cycles=args.lr_num_cycles, power=args.lr_power)  # fmt: skip
