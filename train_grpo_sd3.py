@@ -220,7 +220,7 @@ def main(args: argparse.Namespace) -> None:
             with ema.applied(old_policy):
                 trajectory = sd3_rollout.sample(
                     actor.transformer, texts.condition(batch.texts), negative=negative, seed=args.seed, epoch=epoch,
-                    positions=batch.positions, noise_keys=batch.groups if args.same_noise else batch.positions, sigmas=sigmas,
+                    positions=batch.positions, noise_keys=batch.groups if args.same_noise else None, sigmas=sigmas,
                     height=args.resolution, width=args.resolution, guidance_scale=args.guidance_scale,
                     transition=args.transition if window else "ode", noise_level=args.noise_level if window else None, window=window,
                     keep_means=args.loss == "guard",

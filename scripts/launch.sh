@@ -38,21 +38,26 @@ tiny_processes() {
 # On Ctrl-C. A trainer that catches it (SigCgt: bit 2) has begun and will save: one hears it by itself, several have sessions of their own.
 # Before that there is nothing to save, and launcher and trainers end at once, without reports of each other's end.
 interrupt() {
-  local trainer caught begun=
-  for trainer in $(pgrep -P "$launcher" || true); do
+  local trainers trainer caught begun=
+  if ! command -v pgrep > /dev/null || [ ! -r "/proc/$launcher/status" ]; then # nobody knows: torchrun passes it on
+    if [ "$processes" -gt 1 ]; then kill -TERM "$launcher" 2>/dev/null || true; fi
+    return 0
+  fi
+  trainers=$(pgrep -P "$launcher" || true)
+  for trainer in $trainers; do
     caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$trainer/status" 2>/dev/null || true)
-    if [ $((16#${caught:-0} & 2)) -eq 0 ]; then kill -TERM "$trainer" 2>/dev/null || true
-    else begun=1; if [ "$processes" -gt 1 ]; then kill -INT "$trainer" 2>/dev/null || true; fi; fi
+    if [ $((16#${caught:-0} & 2)) -ne 0 ]; then begun="$begun $trainer"; fi
   done
   if [ -z "$begun" ]; then
     echo "interrupted before the first step; what is cached stays" >&2
+    kill -TERM $trainers 2>/dev/null || true
     kill -KILL "$launcher" 2>/dev/null || true
     stopped=130
-  fi
+  elif [ "$processes" -gt 1 ]; then kill -INT $begun 2>/dev/null || true; fi # one that has not begun yet hears of it from these
 }
 
 launch() {
-  local script=$1 gpus processes launcher status; shift
+  local script=$1 gpus processes launcher status stopped=; shift
   if [ "${!#}" = -- ]; then set -- "${@:1:$#-1}"; fi
   if [ "${PRINT_COMMAND:-}" = 1 ]; then printf '%q ' python "$script" "$@"; echo; return; fi
   require_torch

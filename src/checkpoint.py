@@ -8,6 +8,7 @@ disk and renamed: a run killed at any moment leaves the previous checkpoint inta
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -123,7 +124,7 @@ def _write_failures() -> tuple[type[BaseException], ...]:
 
 @contextlib.contextmanager
 def writing_result(output_dir: Path) -> Iterator[None]:
-    """Inside, the result of a run is written to its folder: a full disk ends the program with one line.
+    """Inside, the result of a run is written to its folder: what the disk refuses ends the program with one line.
 
     Raises:
         SystemExit: says which checkpoint is intact and what to do.
@@ -134,9 +135,9 @@ def writing_result(output_dir: Path) -> Iterator[None]:
         latest = find_latest(output_dir)
         again = "continue with --resume_from_checkpoint latest" if latest else "run again"
         intact = f"; {latest.name} is intact" if latest else ""
-        raise SystemExit(
-            f"error: could not write the result to {output_dir} ({first_line(error)}){intact}. Free space there, then {again}"
-        ) from error
+        full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT)  # safetensors' own error has no number
+        cure = f"{'Free space there' if full else 'Mend that'}, then {again}"
+        raise SystemExit(f"error: could not write the result to {output_dir} ({first_line(error)}){intact}. {cure}") from error
 
 
 def _difference(saved: dict, here: dict) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import re
 import struct
@@ -277,9 +278,16 @@ def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
         return ImageFont.load_default(size=size)
     from matplotlib import font_manager
 
-    wide = (font.fname for font in font_manager.fontManager.ttflist if re.search("CJK|WenQuanYi|Hei|Song|Gothic", font.name))
-    found = next(wide, None) if re.search("[\u2e80-\ud7ff\uf900-\ufaff]", text) else None
-    return ImageFont.truetype(found or font_manager.findfont("DejaVu Sans"), size)
+    first = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
+    names = "CJK|WenQuanYi|Source Han|PingFang|Hei|Song|Ming|Gothic"
+    others = (ImageFont.truetype(one.fname, size) for one in font_manager.fontManager.ttflist if re.search(names, one.name))
+    return next((font for font in itertools.chain([first], others) if _has(font, text)), first)
+
+
+def _has(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    """Whether the font has all letters: one that it lacks is drawn as a box, like U+0378, which is assigned to nothing."""
+    box = bytes(font.getmask("\u0378"))
+    return all(bytes(font.getmask(letter)) != box for letter in set(text) if not letter.isspace())
 
 
 class _Text:

@@ -324,14 +324,21 @@ def _prepare(
     pictures: list[captions.CaptionedImages], name: str,
 ) -> Inputs:  # fmt: skip
     """List what was left out, encode the prompts, load the parts that are needed after that, and `assemble`."""
-    if run.is_main and parts[0].skipped:
-        listed = run.output_dir / "skipped.txt"
-        listed.write_text("".join(f"{captions.printable(line)}\n" for line in parts[0].skipped), encoding="utf-8")
-        run.print(f"what was skipped is listed in {listed}")
+    list_skipped(run, parts[0])
     text = encode_texts(run, args, [record.prompt for part in parts for record in part.records], family)
     path, options = args.pretrained_model_name_or_path, dict(revision=args.revision, variant=args.variant)
     model = family.load(path, **options, dtype=run.weight_dtype, device=run.device, parts=resident(args, text))
     return assemble(run, args, family, kind, parts, pictures, name, model=model, text=text)
+
+
+def list_skipped(run: runtime.Run, *parts: Any) -> None:
+    """Write skipped.txt: what is wrong with each picture or row that is not used; that of an earlier start does not stay."""
+    listed, lines = run.output_dir / "skipped.txt", [line for part in parts for line in part.skipped]
+    if run.is_main:
+        listed.unlink(missing_ok=True)
+    if run.is_main and lines:
+        listed.write_text("".join(f"{captions.printable(line)}\n" for line in lines), encoding="utf-8")
+        run.print(f"what was skipped is listed in {listed}")
 
 
 def resident(args: argparse.Namespace, text: cache.TensorCache | None) -> tuple[str, ...]:

@@ -169,6 +169,7 @@ def show_rollouts(args: argparse.Namespace, *, updates: int, trained_steps: int,
         ("  a picture", f"{each / forward:.1f} forward passes' worth; decoding and scoring come on top"),
         ("checkpoints", _checkpoints(args, trained, written, args.num_epochs // args.checkpointing_epochs, averages=other_passes)),
         _cache_row(args, "text", len(texts), len(texts) * (entry + ENTRY_BYTES)),
+        *(("needed", text) for text in rewards.lacking(args)),
     ]  # fmt: skip
     _print(rows)
 
@@ -222,6 +223,7 @@ def show_reward_gradient(
         ("", "decoding and scoring come on top"),
         ("checkpoints", _checkpoints(args, trained, _written(weights, whole), args.max_train_steps // args.checkpointing_steps)),
         _cache_row(args, "text", len(texts), len(texts) * ((tokens * width + pooled) * BYTES[args.mixed_precision] + ENTRY_BYTES)),
+        *(("needed", text) for text in rewards.lacking(args)),
     ]  # fmt: skip
     _print(rows)
 

@@ -60,6 +60,17 @@ def check(args: argparse.Namespace, *, differentiable: bool = False) -> None:
         read_prompts(args)
 
 
+def lacking(args: argparse.Namespace) -> list[str]:
+    """What --dry_run passed over and a run will not: weights of scorers that are not here, with the cure."""
+    found = []
+    for flag, spec in (("--scorer", args.scorer), ("--eval_scorers", args.eval_scorers)):
+        try:
+            scorers.check(spec, flag=flag, **cli.scorer_options(args)) if spec else None
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
 def read_prompts(args: argparse.Namespace) -> Prompts:
     """Raises ValueError naming the flag, if a source cannot be read, or holds a prompt that a scorer cannot judge."""
     training = _read(args, "--prompts", args.prompts)

@@ -367,13 +367,12 @@ def _unused_gpu() -> str | None:
 
 def plan_without_download(args: argparse.Namespace) -> None:
     """With --dry_run a published model that is not there yet is planned from its configuration, which is written to --cache_dir."""
-    if not args.dry_run:
-        return
-    path = Path(args.pretrained_model_name_or_path)
-    if path.name in geometry.FOLDERS and not path.exists() and not common.is_hub_id(str(path)):
-        print(f"{path} is not there: its plan follows from the published configuration")
-        args.pretrained_model_name_or_path = str(args.cache_dir / "published" / path.name)
-        geometry.write_configs(geometry.MODELS[geometry.FOLDERS[path.name]], args.pretrained_model_name_or_path)
+    for flag in ("pretrained_model_name_or_path", "reference_model"):
+        path = Path(vars(args).get(flag) or "") if args.dry_run else Path()
+        if path.name in geometry.FOLDERS and not path.exists() and not common.is_hub_id(str(path)):
+            print(f"{path} is not there: its plan follows from the published configuration; the run needs it there")
+            setattr(args, flag, str(args.cache_dir / "published" / path.name))
+            geometry.write_configs(geometry.MODELS[geometry.FOLDERS[path.name]], vars(args)[flag])
 
 
 def check(args: argparse.Namespace) -> None:

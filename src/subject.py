@@ -104,6 +104,7 @@ def prepare(run: runtime.Run, args: argparse.Namespace) -> tuple[inputs.Inputs, 
     if there:
         _render_class(run, args, there, text)
         pictures = run.require(lambda: dreambooth.open_class(there, cache_dir=args.cache_dir, strict=args.strict_data))
+    inputs.list_skipped(run, train, *([pictures] if there else []))
     model = _load(run, args, inputs.resident(args, text))
 
     def assemble(*parts: captions.CaptionedImages, name: str, **options: Any) -> inputs.Inputs:

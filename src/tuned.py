@@ -60,7 +60,6 @@ class Tuned:
 
     def save(self, folder: Path, average: ema.Ema | None) -> None:
         """Write the weights to `folder`; with a moving average, that goes there, the weights to `folder`/raw."""
-
         args = self.args
         export_format = getattr(args, "export_format", "diffusers")
 

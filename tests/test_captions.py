@@ -141,7 +141,7 @@ def test_other_files_are_ignored_with_a_count(tmp_path, capsys):
 
 
 def test_pictures_in_subfolders_are_not_read_but_counted(tmp_path, capsys):
-    for name in ("0", "more/1", "more/2"):
+    for name in ("0", "more/1", "more/2", ".thumbnails/3"):
         (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "d" / f"{name}.png").write_bytes(picture(0))
         (tmp_path / "d" / f"{name}.txt").write_text("a caption")
@@ -498,7 +498,6 @@ def test_parquet(tmp_path, plain):
     assert images.column_names == ["image", "text", "id"]
 
 
-@pytest.mark.slow
 def test_a_folder_of_parts_is_read_for_its_training_part(tmp_path):
     """As the Hub converts data sets: default/train/0000.parquet."""
     for part in ("test", "train"):
@@ -524,6 +523,7 @@ def test_a_table_names_the_file_that_is_gone(tmp_path):
         load(tmp_path / "d.parquet", tmp_path)
 
 
+@pytest.mark.slow
 def test_of_parquet_only_the_columns_in_use_are_copied(tmp_path):
     """`datasets` reads parquet from an Arrow file of its own in --cache_dir: here without 1 MB of masks, which nobody asked for."""
     import pyarrow

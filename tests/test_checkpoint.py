@@ -340,6 +340,13 @@ def test_an_epoch_of_drawn_pictures_of_other_size_is_named(tmp_path):
     assert checkpoint.other_batch(before, 1, now, 1).endswith("--sample_num_batches_per_epoch 8 would keep them")
 
 
+def test_another_failure_at_the_result_does_not_ask_for_space(tmp_path):
+    """The base model's other files are gone: the result is completed from them."""
+    with pytest.raises(SystemExit, match=r"No such file or directory.*gone\.json.*\. Mend that, then run again$"):
+        with checkpoint.writing_result(tmp_path):
+            (tmp_path / "gone.json").read_bytes()
+
+
 @pytest.mark.parametrize("earlier", [True, False])
 def test_a_full_disk_at_the_result_says_what_is_intact(tmp_path, earlier):
     if earlier:

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -64,6 +65,15 @@ def opened(monkeypatch, prepare, args: Namespace) -> list:
         blind.setattr(sources.Folder, "read", lambda *_: pytest.fail("read again"))
         found.append(prepare(Process(sent, False), args, None))
     return found
+
+
+def test_what_is_skipped_is_listed_and_a_list_of_an_earlier_start_does_not_stay(tmp_path):
+    """Of a subject's pictures and of its class, as DreamBooth has them: in one list."""
+    run = SimpleNamespace(is_main=True, output_dir=tmp_path, print=print)
+    inputs.list_skipped(run, SimpleNamespace(skipped=["a.png: empty"]), SimpleNamespace(skipped=["b.png: no caption"]))
+    assert (tmp_path / "skipped.txt").read_text() == "a.png: empty\nb.png: no caption\n"
+    inputs.list_skipped(run, SimpleNamespace(skipped=[]))
+    assert not (tmp_path / "skipped.txt").exists()
 
 
 def arguments(folder: Path, tmp_path: Path, **changes) -> Namespace:

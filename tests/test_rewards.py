@@ -55,6 +55,14 @@ def test_the_gradient_of_hps_is_not_deterministic_on_a_gpu(monkeypatch):
         rewards.check(args, differentiable=True)
 
 
+def test_a_plan_names_the_weights_that_the_run_will_need(monkeypatch):
+    monkeypatch.setattr(rewards.cli, "scorer_options", lambda args: {})
+    args = argparse.Namespace(scorer="jpeg_compressibility", eval_scorers="no_such_scorer")
+    (line,) = rewards.lacking(args)
+    assert line.startswith("--eval_scorers no_such_scorer: ")
+    assert rewards.lacking(argparse.Namespace(scorer="jpeg_compressibility", eval_scorers=None)) == []
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_scores_come_back_in_the_order_of_positions(run, background):
     scoring = rewards.Rewards(run, mean_colour, background=background)

@@ -248,6 +248,10 @@ def test_a_published_model_is_planned_without_its_download(tmp_path, capsys):
     args = argparse.Namespace(pretrained_model_name_or_path=str(tmp_path / "stable-diffusion-3.5-medium"), dry_run=True, **flags)
     runtime.check(args)
     assert "stable-diffusion-3.5-medium is not there" in capsys.readouterr().out
+    two = argparse.Namespace(pretrained_model_name_or_path="models/tiny-sd15", reference_model=str(tmp_path / "stable-diffusion-v1-5"),
+                             dry_run=True, **flags)  # fmt: skip
+    runtime.plan_without_download(two)
+    assert two.reference_model == str(tmp_path / "cache/published/stable-diffusion-v1-5")
     sd3.check_folder(args.pretrained_model_name_or_path)
     assert sd3.parameter_counts(args.pretrained_model_name_or_path)["transformer"] == 2_243_171_520
 

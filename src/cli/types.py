@@ -38,14 +38,14 @@ class Number:
 
 positive_int = Number(1, whole=True)
 non_negative_int = Number(0, whole=True)
-t5_length = Number(1, 512, whole=True, wrong="must lie in 1 .. 512")  # what diffusers' pipeline takes; the model was trained with 256
+t5_length = Number(1, 512, whole=True, wrong="must lie in 1 .. 512, like 256")  # what diffusers takes; the model was trained with 256
 seed = Number(0, 2**63 - 1, whole=True, wrong="must lie in 0 .. 2**63 - 1")  # what a random generator takes, with room for more pictures
 number = Number()
 positive_float = Number(0, but=(0,), wrong="must be greater than 0")
 non_negative_float = Number(0)
 fraction = Number(0, 1, wrong="must lie in [0, 1]")
 positive_fraction = Number(0, 1, but=(0,), wrong="must be greater than 0, at most 1")
-decay = Number(0, 1, but=(1,), wrong="must lie in [0, 1)")  # a decay of 1 would never forget its first value
+decay = Number(0, 1, but=(1,), wrong="must lie in [0, 1), like 0.999")  # a decay of 1 would never forget its first value
 
 
 def multiple_of_16(text: str) -> int:

@@ -119,7 +119,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
     elif kind == "rows":
         file = Path(source).expanduser()
         file = next(file / name for name in _METADATA if (file / name).is_file()) if file.is_dir() else file
-        rows = _json_list(file, where) if file.suffix.lower() == ".json" else list(sources.text_rows(file, where))
+        rows = _json_list(file, where) if file.suffix.lower() == ".json" else list(sources.text_rows(file, where, '{"prompt": "a fox"}'))
         found = _from_rows(rows, column, where)
     else:
         found = _from_table(source, kind, column, cache_dir, revision, where)
@@ -131,7 +131,7 @@ def read(source: str, *, column: str | None = None, cache_dir: Path, revision: s
 def read_file(file: Path, flag: str) -> list[Prompt]:
     """`read` for a flag that takes files alone: ValueError for another kind of file, too."""
     if file.suffix.lower() not in _KINDS:
-        raise ValueError(f"{flag} {file}: cannot be read as prompts; give a {', '.join(_KINDS)} file")
+        raise ValueError(f"{flag} {file}: cannot be read as prompts; give a {', '.join(_KINDS)} file (a list of lines: rename it to .txt)")
     return read(str(file), cache_dir=file.parent, flag=flag)
 
 

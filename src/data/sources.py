@@ -174,7 +174,7 @@ def csv_rows(lines: Iterable[str]) -> Iterator[dict[str, str | None]]:
         raise csv.Error(f"line {reader.reader.line_num}: {error}") from error  # the DictReader's own count stops at the last good row
 
 
-def text_rows(file: Path, where: str) -> Iterator[tuple[str, dict]]:
+def text_rows(file: Path, where: str, example: str) -> Iterator[tuple[str, dict]]:
     """The rows of a .csv file, else of JSON lines, and what to call each: row 1, row 2 of CSV; line 1, line 4 of JSON.
 
     Raises:
@@ -192,7 +192,7 @@ def text_rows(file: Path, where: str) -> Iterator[tuple[str, dict]]:
                     except json.JSONDecodeError as error:
                         raise ValueError(f"{where}: line {number} is not JSON ({error.msg}); one object a line") from error
                     if not isinstance(row, dict):
-                        raise ValueError(f"{where}: line {number} must be an object like {{'text': 'a fox'}}")
+                        raise ValueError(f"{where}: line {number} must be an object like {example}")
                     yield f"line {number}", row
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
@@ -202,7 +202,7 @@ def text_rows(file: Path, where: str) -> Iterator[tuple[str, dict]]:
 
 def metadata_lines(file: Path) -> Iterator[dict]:
     """The rows of metadata.jsonl or metadata.csv; raises as `text_rows`."""
-    return (row for _, row in text_rows(file, f"--dataset_name: {file}"))
+    return (row for _, row in text_rows(file, f"--dataset_name: {file}", '{"file_name": "a.png", "text": "a fox"}'))
 
 
 def columns_of(entries: list[dict]) -> list[str]:
@@ -235,6 +235,14 @@ def _open_metadata(at: Located, image_column: str, caption_column: str, captione
     return Folder(rows, columns, sum(file.is_file() and file not in named for file in at.path.iterdir()) - 1)  # 1: the metadata itself
 
 
+def _pictures_below(folder: Path) -> int:
+    """How many pictures a subfolder holds, for a message; 0 if it is none, hidden, or may not be read (a disk's lost+found)."""
+    try:
+        return 0 if folder.name.startswith(".") or not folder.is_dir() else len(_pictures(folder))
+    except OSError:
+        return 0
+
+
 def _open_txt(at: Located) -> Folder:
     rows = []
     for picture in at.files:
@@ -249,8 +257,7 @@ def _open_txt(at: Located) -> Folder:
             rows.append(Row(picture.name, picture, None, f"{beside.name} cannot be read ({error.strerror})", unreadable=True))
     used = {file for picture in at.files for file in (picture, picture.with_suffix(".txt"))}
     ignored = sum(file.is_file() and file not in used for file in at.path.iterdir())
-    deeper = sum(len(_pictures(folder)) for folder in at.path.iterdir() if folder.is_dir())
-    return Folder(rows, ["text"], ignored, deeper)
+    return Folder(rows, ["text"], ignored, sum(map(_pictures_below, at.path.iterdir())))
 
 
 # --------------------------------------------------------------------------- tar files
