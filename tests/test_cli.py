@@ -239,7 +239,7 @@ def test_nothing_given_means_the_command_line(monkeypatch):
         (["--learning_rate", "nan"], "--learning_rate: must be a finite number"),
         (["--max_grad_norm", "-1"], "--max_grad_norm: must be at least 0"),
         (["--caption_dropout", "1.5"], "--caption_dropout: must lie in [0, 1]"),
-        (["--adam_beta1", "1"], "--adam_beta1: must lie in [0, 1), got 1"),
+        (["--adam_beta1", "1"], "--adam_beta1: must lie in [0, 1), like 0.999, got 1"),
         (["--shift", "big"], '--shift: must be "model", "resolution" or a number'),
         (["--checkpoints_total_limit", "0"], "--checkpoints_total_limit: must be at least 1"),
         (["--mixed_precision", "fp8"], "--mixed_precision: invalid choice: 'fp8'"),
