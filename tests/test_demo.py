@@ -510,7 +510,7 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
     (["--resolution", "500"], "--resolution: must be a multiple of 16 (8x VAE, 2x2 patches), got 500; try 496"),
     (["--resolution", "64", "--height", "64", "--width", "64"], "--resolution has no effect beside"),
     (["--resolution", "4096"], "the position embeddings of"),
-    (["--max_sequence_length", "600"], "--max_sequence_length: must lie in 1 .. 512, got 600"),
+    (["--max_sequence_length", "600"], "--max_sequence_length: must lie in 1 .. 512, like 256, got 600"),
     (["--prompts_file", "nowhere"], "--prompts_file: no such file: nowhere"),
     (["--prompts_file", "README.md"], "README.md: cannot be read as prompts; give a .txt, .json, .jsonl, .csv, .parquet file"),
     (["--prompt", "\udcff"], "--prompt is not UTF-8"),
