@@ -177,6 +177,7 @@ def test_pictures_of_one_seed_stand_beside_each_other(monkeypatch):
 # ---------------------------------------------------------------------------------------------- scores
 
 
+@pytest.mark.slow
 def test_scores_stand_in_names_files_grid_and_output(draw, lora_folder, capsys):
     """--compare with two scorers that need no weights: each picture carries what its own pixels score."""
     from src.scorers import jpeg
@@ -344,6 +345,7 @@ def test_sd15_is_drawn_with_its_own_pipeline(draw, tiny_sd15_folder):
     assert [picture.size for picture in pictures(out).values()] == [(32, 32)] * 2
 
 
+@pytest.mark.slow
 def test_another_sampler_draws_what_it_draws_in_diffusers(draw, tiny_sd15_folder):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 

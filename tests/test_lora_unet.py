@@ -83,6 +83,7 @@ def test_the_reference_is_the_base_bit_for_bit(model):
     assert not torch.equal(sd15.eps(unet, *inputs), sd15.eps(model.unet, *inputs))
 
 
+@pytest.mark.slow
 def test_a_saved_lora_starts_another_one(model, tmp_path):
     unet, other = adapted(model), adapted(model)
     lora.save(unet, tmp_path)

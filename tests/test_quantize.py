@@ -87,6 +87,7 @@ def test_products_and_gradients_are_those_of_the_full_weight(kind, autocast):
     assert packed.weight.grad is None and packed.bias.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", [None, "aot_eager_decomp_partition"])
 def test_nothing_full_is_kept_for_the_backward_pass(kind, backend):

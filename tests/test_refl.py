@@ -188,6 +188,7 @@ def test_draft_lv_adds_re_noised_copies_of_the_picture(unet):
     torch.testing.assert_close(gradient(unet, value), gradient(unet, by_hand), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "first"), [("refl", 3), ("draft", STEPS - 2)])
 def test_the_gradient_agrees_with_finite_differences(unet, model, method, first):
     """d reward / d theta along a random direction, in fp64 through UNet and VAE, clamping and rounding left out, to 1e-3.

@@ -247,6 +247,7 @@ def loader(weights, monkeypatch):
     return Loader(torch.device("cpu"), torch.float32, {})
 
 
+@pytest.mark.slow
 def test_the_detector_reads_masks_classes_and_scores_from_mask2former(loader):
     """One query of the first picture is made sure of class 16 on the left half, score 1; all others are sure of no object."""
     detector = geneval.load_detector(loader)

@@ -238,6 +238,7 @@ def test_reads_pictures_that_are_not_square(drawn):
     assert accuracy(wide, drawn[:48]) >= 0.97
 
 
+@pytest.mark.slow
 def test_reads_mirrored_pictures(pictures, drawn):
     assert accuracy(pictures.flip(3), drawn) == 1.0
 
@@ -297,6 +298,7 @@ def test_says_none_without_a_shape(kind):
     assert sum(reading.color is not None for reading in readings) <= (0 if kind != "smeared" else 0.05 * len(readings))
 
 
+@pytest.mark.slow
 def test_half_blended_pictures_are_read_only_where_they_agree():
     """Two drawings mixed half and half: their colours are off the palette unless both share them."""
     drawn = shapes.drawings(128, 2)

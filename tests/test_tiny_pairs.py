@@ -56,6 +56,7 @@ def test_captions_are_those_of_training_and_all_different():
     assert not any(shapes.is_held_out(one.shape, one.color, one.background) for one in asked)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_read_by_the_trainer_and_the_winner_is_right(painted, tmp_path):
     assert painted("--num_prompts", "3", "--num_images", "4", "--pairs_per_prompt", "2") == 6
     assert parquet.read_table(tmp_path / "pairs/pairs.parquet")["label_0"].to_pylist() == [1, 0, 1, 0, 1, 0]

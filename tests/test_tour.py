@@ -224,6 +224,7 @@ def test_the_pairs_are_those_of_the_page():
     assert f"`python -m {module} --output datas/pairs {arguments}` made them" in (runs.ROOT / "docs/dpo.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tour.TRAINERS)
 def test_every_recipe_takes_what_the_tour_adds(name, tmp_path, monkeypatch):
     """The command that the wrapper prints, parsed by its program with all refusals, as it stands and cut down to a few steps."""

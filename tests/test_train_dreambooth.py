@@ -169,6 +169,7 @@ def finished(world, tmp_path_factory) -> Path:
         return train_in(world, tmp_path_factory.mktemp("finished"))(**flags, learning_rate=3e-2, export_format="kohya")
 
 
+@pytest.mark.slow
 def test_every_adapter_is_trained_and_no_base_weight_changes(train, world, live):
     out = train(**PRIOR, **TEXT, adam_weight_decay=0.0)  # else decay alone would move A
     modules = live["modules"]
@@ -343,6 +344,7 @@ def test_a_class_picture_is_what_the_stock_pipeline_draws_from_its_prompt_and_se
         assert (tmp_path / f"class/generated-{index:05d}.txt").read_text().strip() == prompts[index % 2]
 
 
+@pytest.mark.slow
 def test_pictures_and_captions_of_ones_own_need_no_prompt_and_no_rendering(train, tmp_path, rendered):
     flags = dict(with_prior_preservation=True, class_data_dir=runs.make_pictures(tmp_path / "class", 5), num_class_images=5)
     out = train(**flags, aspect_buckets=True, resolution=64)
@@ -375,6 +377,7 @@ def test_a_mask_of_everything_is_no_mask_and_alpha_is_a_mask_folder(train, world
         assert abs(runs.values(alpha, name)[0] / runs.values(plain, name)[0] - 1) > 0.01
 
 
+@pytest.mark.slow
 def test_the_class_has_no_mask(train, tmp_path):
     flags = PRIOR | dict(max_train_steps=1)
     plain, masked = train("plain", **flags), train("masked", mask_from_alpha=True, **flags)

@@ -116,6 +116,7 @@ def test_frozen_blocks_stay_bit_for_bit(train, world, flags, frozen):
     assert still == {name for name in base if frozen(name) or name == "pos_embed.pos_embed" or name.startswith(DEAD)}
 
 
+@pytest.mark.slow
 def test_the_text_encoders_are_trained_and_saved(train, world):
     """Words that no caption has keep their embeddings, so tensors are compared whole. T5 stays what it was."""
     out = train(train_text_encoder=True, adam_weight_decay=0.0, text_encoder_learning_rate=1e-3, use_ema=True, **SHOWN)
@@ -211,6 +212,7 @@ def test_gradient_checkpointing_and_where_the_average_lies_change_nothing(train)
     runs.assert_identical(saved(one / "raw"), saved(other / "raw"))
 
 
+@pytest.mark.slow
 def test_one_batch_of_four_equals_four_accumulated(train, world):
     """Both sum the same four gradients, in another order: fp32 rounding of some hundred operations, 100 x 2^-24 < 1e-5 relative.
 

@@ -196,6 +196,7 @@ def test_a_constant_added_to_all_rewards_changes_nothing(train, judge):
     assert not any(torch.equal(value, opposite[name]) for name, value in weights(one).items())
 
 
+@pytest.mark.slow
 def test_equal_rewards_skip_the_update_as_a_whole(train, judge, live):
     """Momentum and decay would move the weights without any reason to."""
     judge(lambda images, texts: torch.ones(len(images)))
@@ -669,6 +670,7 @@ def test_a_held_out_measure_that_falls_ends_the_run(train, judge, capsys, monkey
 # --------------------------------------------------------------------------- the result, elsewhere
 
 
+@pytest.mark.slow
 def test_stock_diffusers_draws_the_last_evaluation_picture(train, world):
     from diffusers import StableDiffusion3Pipeline
 
@@ -736,6 +738,7 @@ def test_nft_samples_with_the_old_policy_which_follows(train, live, monkeypatch)
     assert not torch.equal(drawn_with[-1][1], live["actor"].weights[1])
 
 
+@pytest.mark.slow
 def test_guidance_of_the_evaluation_moves_away_from_what_training_does(train, monkeypatch):
     asked, condition = [], script.inputs.Texts.condition
     monkeypatch.setattr(script.inputs.Texts, "condition", lambda self, texts: asked.append(list(texts)) or condition(self, texts))

@@ -173,6 +173,7 @@ def test_the_reward_rises(train, judge, method):
     assert after > before + 0.01, (before, after)
 
 
+@pytest.mark.slow
 def test_the_threshold_stops_learning(train, judge, world):
     judge(lambda images: 5 + images.mean((1, 2, 3)))
     out = train(reward_threshold=2.0, adam_weight_decay=0.0, max_train_steps=1)

@@ -302,6 +302,7 @@ def test_the_film_strip_goes_from_first_to_last(tmp_path):
     assert shown == {(step, 40 * row, 0) for step in (0, 20, 40, 60, 100, 120, 140, 160) for row in range(4)}
 
 
+@pytest.mark.slow
 def test_the_strip_of_large_pictures_stays_small(tmp_path):
     sheet = Image.open(validation.summary(fake_run(tmp_path, [5], prompts=1, size=1024), ["a"]))
     assert sheet.width == 1100 and sheet.height < 1000
@@ -321,6 +322,7 @@ def test_a_run_without_prompts_or_with_lost_samples_still_has_a_summary(tmp_path
     assert {colour[0] for colour in colours(validation.summary(folder, ["a", "b"]))} == {0, 10}
 
 
+@pytest.mark.slow
 def test_curves_take_gaps_of_non_finite_values_and_any_number_of_points(tmp_path):
     folder = fake_run(tmp_path, range(0, 60, 2))
     lines = metrics.read(folder / "metrics.jsonl")
