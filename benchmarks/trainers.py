@@ -57,7 +57,7 @@ def planned_lora_sd3(setting: Setting, args: argparse.Namespace) -> memory.StepM
     trained = sum(p.numel() for p in lora.parameters(transformer))
     twice = True if getattr(args, "with_prior_preservation", False) else None  # the subject's gradients stay until the class's are added
     return memory.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=None, family=sd3,
-                               batch=args.train_batch_size, accumulated=twice)  # fmt: skip
+                              batch=args.train_batch_size, accumulated=twice)  # fmt: skip
 
 
 def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> memory.StepMemory:
@@ -68,7 +68,7 @@ def planned_full_sd3(setting: Setting, args: argparse.Namespace) -> memory.StepM
     train_full_finetuning_sd3.select(transformer, args)
     trained = sum(p.numel() for p in full.parameters(transformer))
     return memory.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=whole, family=sd3,
-                               batch=args.train_batch_size)  # fmt: skip
+                              batch=args.train_batch_size)  # fmt: skip
 
 
 def planned_rollouts(setting: Setting, args: argparse.Namespace) -> memory.StepMemory:
@@ -81,7 +81,7 @@ def planned_rollouts(setting: Setting, args: argparse.Namespace) -> memory.StepM
     trained = sum(p.numel() for p in lora.parameters(transformer))
     passes = 2 if args.guidance_scale > 1 else 1
     return memory.step_memory(args, transformer, weights, trained=trained, tokens=setting.tokens, whole=None, family=sd3,
-                               batch=passes * memory.rollout_batch(args), accumulated=True)  # fmt: skip
+                              batch=passes * memory.rollout_batch(args), accumulated=True)  # fmt: skip
 
 
 def planned_unet(setting: Setting, args: argparse.Namespace) -> tuple[torch.nn.Module, dict]:

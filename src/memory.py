@@ -153,7 +153,7 @@ def reward_gradient_memory(
     decoding, passes = decoding_bytes(args, vae, family), 2 if args.guidance_scale > 1 else 1
     several = args.gradient_accumulation_steps > 1 or (args.method == "draft_lv" and args.num_renoised > 0)
     found = step_memory(args, unet, **known, batch=passes * args.train_batch_size, after=decoding,
-                           chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
+                        chained=args.method == "draft" and args.draft_k > 1, accumulated=several)  # fmt: skip
     if args.pretrain_dataset_name:  # its pass comes after the reward's, unguided
         after = step_memory(args, unet, **known, batch=args.train_batch_size, accumulated=True)
         found = replace(found, peak=max(found.peak, after.peak))

@@ -94,7 +94,7 @@ def show(
     twice = True if subject and subject.class_images else None  # gradients of the subject wait for those of the class
     together = args.train_batch_size * (2 if preference and preference.reference else 1)
     step = memory.step_memory(args, denoiser, weights, trained=trained, tokens=tokens, whole=whole, family=family, batch=together,
-                          frozen_copy=reference > 0, accumulated=twice)  # fmt: skip
+                              frozen_copy=reference > 0, accumulated=twice)  # fmt: skip
 
     rows = _model_rows(args, counts, weights, trained, trained_bytes, whole)
     if reference:

@@ -140,7 +140,7 @@ def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
         whole = plan.Whole(("unet",), weight=4, gradient=4)
         weights = {"unet": 850_000_000 * weights, "text_encoder": 10**9}  # gone when training begins
         found = memory.step_memory(args, unet, weights, trained=850_000_000, tokens=77, whole=whole, family=sd15, batch=4,
-                                    **options)  # fmt: skip
+                                   **options)  # fmt: skip
         assert (found.kept, found.working, found.uncompiled) == (2 * 10**9, 6 * 10**8, args.compile)
         return found.peak / 1e9
 
