@@ -103,6 +103,7 @@ def preference_loss(logits: Tensor, loss_type: str = "sigmoid", label_smoothing:
         return (logits - 0.5).square()
     if loss_type == "hinge":
         return F.relu(1 - logits)
+    assert loss_type == "sigmoid", f"no formula for {loss_type}"
     return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
 
 

@@ -93,6 +93,7 @@ def group_advantages(reward: Tensor, groups: Tensor, scale: str = "group", limit
         total, count = (torch.zeros(len(size), dtype=torch.float64).index_add_(0, index, part) for part in (x, judged.double()))
         return (total / count.clamp_min(1))[index]  # (n,)
 
+    assert scale in ("group", "global"), f"no formula for {scale}"
     centred = torch.where(judged, values - group_mean(values), 0)
     variance = group_mean(centred**2) if scale == "group" else values[judged].var(correction=0)
     return (centred / (variance.sqrt() + 1e-4)).clamp(-limit, limit).float()  # 1e-4: as the authors', for rewards of the order of 1
@@ -129,6 +130,7 @@ def surrogate(
     factors: dict[int, tuple[float, float]], args: argparse.Namespace,
 ) -> tuple[Tensor, dict[str, Tensor], sd3_rollout.Step]:  # fmt: skip
     """Loss (b,) of step t of the window, its metrics, and the step itself."""
+    assert args.loss in ("ppo", "guard"), f"no surrogate for {args.loss}"
     trajectory, kl = rollout.trajectory, torch.zeros_like(rollout.advantage)
     if args.kl_weight:  # first, before there is an autograd graph: the reference may swap values into the same parameters
         with actor.reference() as network:

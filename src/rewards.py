@@ -195,7 +195,11 @@ class Rewards:
         names = list(found[0][1])
         rows = [torch.stack([total, *(parts[name] for name in names)], dim=1) for total, parts in found]  # (b, 1 + parts) each
         positions, groups = (torch.tensor(numbers, device=self.run.device) for numbers in (self._positions, self._groups))
-        order = self.run.gather(positions).argsort().cpu()
+        everywhere = self.run.gather(positions)
+        order = everywhere.argsort().cpu()
+        assert torch.equal(everywhere.cpu()[order], torch.arange(len(order))), (  # a picture's reward is looked up by its position
+            "every position of the epoch has to be scored once: number the pictures anew where some are left out or drawn again"
+        )
         together = self.run.gather(torch.cat(rows).to(self.run.device)).cpu()[order]  # (N, 1 + parts)
         groups = self.run.gather(groups).cpu()[order]  # (N,)
         self._scored, self._positions, self._groups = [], [], []

@@ -77,7 +77,9 @@ def coefficients(
     if transition == "cps":
         angle = noise_level * math.pi / 2
         kept, step_std = n * math.cos(angle), n * math.sin(angle)
-    else:  # r^(a^2) by its logarithm: near r = 1 the difference 1 - r^(a^2) would lose its digits
+    else:
+        assert transition == "precise", f"no formula for {transition}"
+        # r^(a^2) by its logarithm: near r = 1 the difference 1 - r^(a^2) would lose its digits
         power = noise_level**2 * torch.log(n * (1 - s) / (s * (1 - n)))
         kept, step_std = n * (power / 2).exp(), n * (-torch.expm1(power)).sqrt()
     return 1 - n + kept, kept * (1 - s) - (1 - n) * s, step_std

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from src import cli
+from src.cli import refusals
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path.stem for path in [*ROOT.glob("train_*.py"), ROOT / "demo.py"] if path.exists())
@@ -323,6 +324,25 @@ def test_an_option_without_effect_is_an_error(refusal, argv, words):
 )
 def test_the_same_options_with_effect_pass(parse, argv):
     parse(*argv)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_rules_ask_for_flags_that_the_program_has(name):
+    """A rule that asks for another is passed over, as in a trainer of one's own; here it would be a slip."""
+    args = importlib.import_module(name).build_parser().parse_args([])
+    for names, counts, _ in refusals.WITHOUT_EFFECT:
+        if any(hasattr(args, flag) for flag in names):
+            counts(args)
+
+
+def test_a_program_may_have_some_flags_of_a_rule_and_set_others_itself():
+    """--beta_dpo without --sft, which the rule for it reads; --logit_mean where the density is fixed."""
+    parser = cli.make_parser("A trainer of one's own.")
+    parser.add_argument("--beta_dpo", type=cli.positive_float, default=1.0, help="as in Diffusion-DPO")
+    parser.add_argument("--logit_mean", type=cli.number, default=0.0, help="as in SD3")
+    parser.set_defaults(timestep_density="logit_normal")
+    args = cli.parse(parser, ["--beta_dpo", "500", "--logit_mean", "1"])
+    assert vars(args) == {"beta_dpo": 500.0, "logit_mean": 1.0, "timestep_density": "logit_normal"}
 
 
 # --------------------------------------------------------------------------- --config

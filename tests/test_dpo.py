@@ -52,6 +52,8 @@ def test_logits_by_hand():
 def test_losses_by_hand(loss_type, smoothing, expected):
     assert dpo.preference_loss(torch.tensor([2.0]), loss_type, smoothing).item() == pytest.approx(expected)
     assert dpo.preference_loss(torch.tensor([-2.0]), "hinge").item() == 3.0
+    with pytest.raises(AssertionError, match="no formula for kto"):
+        dpo.preference_loss(torch.tensor([2.0]), "kto")
 
 
 def test_ties_count_one_half():

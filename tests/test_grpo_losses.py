@@ -1,5 +1,6 @@
 """GRPO's maths against numbers derived by hand, plain loops, torch.distributions, and the plain policy gradient of a chain of two steps."""
 
+import argparse
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from test_transitions import SIGMAS
 from torch.distributions import Normal
 
 from src import flow, grpo_variants, policy, transitions
-from train_grpo_sd3 import group_advantages, policy_loss
+from train_grpo_sd3 import group_advantages, policy_loss, surrogate
 
 D512 = 16 * 64 * 64  # numbers in a latent of 512 x 512 px
 
@@ -55,6 +56,14 @@ def test_permuting_the_batch_permutes_the_result(scale):
 def test_a_group_of_one_is_refused():
     with pytest.raises(ValueError, match="--group_size"):
         group_advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]))
+
+
+def test_a_new_choice_needs_a_formula_of_its_own():
+    with pytest.raises(AssertionError, match="no formula for none"):
+        group_advantages(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]), "none")
+    rollout = argparse.Namespace(trajectory=None, advantage=torch.zeros(1))
+    with pytest.raises(AssertionError, match="no surrogate for cispo"):
+        surrogate(None, rollout, 0, None, None, {}, argparse.Namespace(loss="cispo"))
 
 
 def test_groups_are_told_apart_by_number_not_by_prompt():

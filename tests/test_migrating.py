@@ -55,12 +55,37 @@ def replaced(section):
     return {flag for cell in cells for flag in re.findall(r"`--(\w+)", cell)}
 
 
+def flags_of(program):
+    return {option[2:] for action in importlib.import_module(program).build_parser()._actions for option in action.option_strings}
+
+
 @pytest.mark.parametrize("program", sorted(OLD))
 def test_every_older_flag_parses_or_is_on_the_page(program):
-    known = {option[2:] for action in importlib.import_module(program).build_parser()._actions for option in action.option_strings}
     told = replaced("All trainers") | (replaced(SECTIONS[program]) if program in SECTIONS else set())
-    lost = set(OLD[program].split()) - known - told
+    lost = set(OLD[program].split()) - flags_of(program) - told
     assert not lost, f"{program}: {sorted(lost)} neither parse nor stand on docs/migrating.md"
+
+
+def successors(section, flag):
+    """Second column of the flag's row, "" without one."""
+    text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return next((row[2] for row in re.findall(r"^(\|)([^|]*)\|([^|]*)\|$", text, re.M) if f"`--{flag}`" in row[1]), "")
+
+
+@pytest.mark.parametrize("program", sorted(OLD))
+def test_an_older_flag_is_refused_with_what_the_page_says(program, capsys):
+    """The flag in "did you mean" stands in the row of the page; "--help lists the flags" is for those of which the row says none."""
+    module, known = importlib.import_module(program), flags_of(program)
+    for flag in sorted(set(OLD[program].split()) - known):
+        with pytest.raises(SystemExit):
+            module.parse_args([f"--{flag}", "1"])
+        said = capsys.readouterr().err.rstrip().rpartition(f"unknown flag --{flag}; ")[2]
+        row = successors(SECTIONS[program], flag) if program in SECTIONS else ""
+        row = row or successors("All trainers", flag)
+        if asked := re.fullmatch(r"did you mean --([\w ]+)\?", said):
+            assert f"--{asked[1]}" in row or "the same without" in row, (program, flag, said, row)
+        elif said == "--help lists the flags":
+            assert not {name for name in re.findall(r"--(\w+)", row)} & known, (program, flag, said, row)
 
 
 def test_the_page_names_no_flag_as_gone_that_all_its_programs_have():

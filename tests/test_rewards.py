@@ -73,6 +73,11 @@ def test_scores_come_back_in_the_order_of_positions(run, background):
     assert found.total.tolist() == [2.25, 3.5, 1.0, 0.5] and found.groups.tolist() == [0, 0, 1, 1]
     scoring.submit(pictures(0.0), batch([0]))
     assert scoring.collect().total.tolist() == [0.0]  # the epoch before is forgotten
+    for positions in ([0, 0], [1, 2]):  # drawn twice, left out
+        scoring.submit(pictures(0.5, 0.25), batch(positions))
+        with pytest.raises(AssertionError, match="number the pictures anew"):
+            scoring.collect()
+        scoring._scored, scoring._positions, scoring._groups = [], [], []
     scoring.close()
 
 

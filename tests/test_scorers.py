@@ -182,6 +182,19 @@ def test_a_gradient_through_a_scorer_without_one_is_refused_by_name():
         mixture(pictures(0.5).clone().requires_grad_(), ["a"])
 
 
+def test_a_judge_that_cuts_the_gradient_it_declares_is_named(monkeypatch):
+    """Beside `dark` the sum still has a gradient, and training would go on without the cut part."""
+    toys = sys.modules["src.scorers.toys"]
+    cut = Scorer("cut", load=lambda loader: lambda images, prompts, metadata: images.detach().mean((1, 2, 3)), differentiable=True,
+                 normalizer=1.0, **COMMON)  # fmt: skip
+    monkeypatch.setattr(toys, "SCORERS", (*toys.SCORERS, cut))
+    monkeypatch.setitem(scorers.FILES, "toys", (*scorers.FILES["toys"], "cut"))
+    mixture = scorers.build("dark,cut", batch_size=1)
+    assert mixture(pictures(0.5, 0.25), ["a"] * 2).total.shape == (2,)
+    with pytest.raises(AssertionError, match="cut is declared differentiable, but its judge cuts the gradient"):
+        mixture(pictures(0.5, 0.25).clone().requires_grad_(), ["a"] * 2)
+
+
 # --------------------------------------------------------------------------- pictures outside the contract
 
 

@@ -490,6 +490,8 @@ BAD = {  # what is wrong: flags, set-up, what the line must name, the cure in it
     "weight of no class": (dict(prior_loss_weight=0.5), None, "--prior_loss_weight 0.5", "--with_prior_preservation"),
     "weight 0": (PRIOR | dict(prior_loss_weight=0), None, "--prior_loss_weight", "greater than 0"),
     "two masks": (dict(mask_from_alpha=True, mask_data_dir="masks"), one_mask, "--mask_data_dir", "one of them"),
+    "masks that are the pictures": (
+        dict(instance_data_dir="masks", mask_data_dir="./masks/"), one_mask, "--mask_data_dir masks holds", "folder of their own"),
     "a mask that is missing": (dict(mask_data_dir="masks"), one_mask, "--mask_data_dir masks", "1.png"),
     "masks that are not there": (dict(mask_data_dir="nowhere"), None, "--mask_data_dir nowhere", "black and white"),
     "masks of random crops": (dict(mask_from_alpha=True, random_crop=True, cache_latents=False), None, "--random_crop", "leave it out"),

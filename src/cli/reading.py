@@ -14,13 +14,54 @@ from src.cli.parser import Parser
 from src.cli.scorers import parts
 
 Check = Callable[[argparse.Namespace], None]
-# What other trainers call a flag -> its name here
-ELSEWHERE = {
-    "lr": "learning_rate", "bs": "train_batch_size", "batch_size": "train_batch_size", "steps": "max_train_steps", "epochs": "num_epochs",
-    "num_train_epochs": "max_train_steps", "model": "pretrained_model_name_or_path", "resume": "resume_from_checkpoint",
-    "wandb": "report_to", "data": "dataset_name", "train_data_dir": "dataset_name", "instance_data_root": "instance_data_dir",
-    "network_dim": "rank", "lora_rank": "rank", "network_alpha": "lora_alpha", "precision": "mixed_precision", "reward": "scorer",
+# What other trainers, and the older scripts of docs/migrating.md, call a flag -> its names here, the first that a program has; perhaps with
+# a value
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "lr": ("learning_rate",), "text_encoder_lr": ("text_encoder_learning_rate",), "weighting_scheme": ("timestep_density",),
+    "bs": ("train_batch_size", "sample_batch_size"), "batch_size": ("train_batch_size", "sample_batch_size"),
+    "train_batch_size": ("sample_batch_size",), "gradient_accumulation_steps": ("updates_per_epoch",),
+    "steps": ("max_train_steps", "num_epochs"), "epochs": ("num_epochs", "max_train_steps"), "max_train_steps": ("num_epochs",),
+    "num_train_epochs": ("max_train_steps", "num_epochs"), "checkpointing_steps": ("checkpointing_epochs",),
+    "validation_epochs": ("validation_steps", "eval_epochs"), "validation_steps": ("eval_epochs",), "validation_prompt": ("eval_prompts",),
+    "num_validation_images": ("num_eval_images",), "num_images_per_prompt": ("num_images",),
+    "model": ("pretrained_model_name_or_path",), "unet_init": ("pretrained_model_name_or_path",), "pretrained_revision": ("revision",),
+    "data": ("dataset_name", "prompts"), "train_data_dir": ("dataset_name", "prompts"), "dataset_name": ("prompts",),
+    "caption_column": ("prompt_column",), "instance_data_root": ("instance_data_dir",), "proportion_empty_prompts": ("caption_dropout",),
+    "network_dim": ("rank",), "lora_rank": ("rank",), "network_alpha": ("lora_alpha",),
+    "precision": ("mixed_precision",), "prior_generation_precision": ("mixed_precision",),
+    "enable_xformers_memory_efficient_attention": ("attention_backend",),
+    "use_8bit_adam": ("optimizer adamw8bit",), "train_use_8bit_adam": ("optimizer adamw8bit",), "use_adafactor": ("optimizer adafactor",),
+    "prodigy_beta3": ("optimizer prodigy",), "prodigy_decouple": ("optimizer prodigy",),
+    "prodigy_use_bias_correction": ("optimizer prodigy",), "prodigy_safeguard_warmup": ("optimizer prodigy",),
+    "adam_weight_decay_text_encoder": ("adam_weight_decay",), "train_learning_rate": ("learning_rate",),
+    "train_adam_beta1": ("adam_beta1",), "train_adam_beta2": ("adam_beta2",), "train_adam_epsilon": ("adam_epsilon",),
+    "train_adam_weight_decay": ("adam_weight_decay",), "train_max_grad_norm": ("max_grad_norm",),
+    "train_num_inner_epochs": ("num_inner_epochs",), "train_cfg": ("guidance_scale",), "train_adv_clip_max": ("max_advantage",),
+    "train_clip_range": ("clip_nats",), "grpo_epsilon": ("clip_nats",), "grpo_beta": ("kl_weight",), "sample_eta": ("noise_level",),
+    "reward": ("scorer",), "aesthetic_predictor_name_or_path": ("scorer aesthetic_v1",), "aesthetic_model_filename": ("aesthetic_head",),
+    "async_reward_computation": ("async_rewards",), "max_workers": ("async_rewards",), "train_method": ("sft",),
+    "resume": ("resume_from_checkpoint",), "resume_from": ("resume_from_checkpoint",), "save_freq": ("checkpointing_epochs",),
+    "num_checkpoint_limit": ("checkpoints_total_limit",), "exp_name": ("output_dir",), "run_name": ("output_dir",),
+    "wandb": ("report_to",), "log_with": ("report_to",), "hf_hub_model_id": ("hub_model_id",),
 }  # fmt: skip
+# Flags of theirs that have no counterpart -> what to do without them
+GONE = {
+    "center_crop": "leave it out: pictures are cut in the middle by default",
+    "random_flip": "leave it out: pictures are mirrored half of the time by default",
+    "hub_token": "log in by hf auth login, or set the variable HF_TOKEN: no secret on a command line",
+    "logging_dir": "leave it out: logs are in logs/ of --output_dir",
+    "logdir": "leave it out: logs are in logs/ of --output_dir",
+    "dataset_config_name": "a Hub id's default configuration is read; download another one, and name its folder",
+    "precondition_outputs": "leave it out: the loss is the plain one of the velocity",
+    "upcast_before_saving": "leave it out: what is trained in low precision is saved as it is, a LoRA always in fp32",
+    "local_rank": "leave it out: the launcher says it",
+    "sdxl": "leave it out: the model's folder says it",
+    "hard_skip_resume": "leave it out: resuming finds its place at once",
+    "choice_model": "label the pairs beforehand, for example with python -m src.scorers",
+    "aesthetic_model_path": "leave it out: scorers find their weights in models/ (docs/scorers.md)",
+    "clip_model_path": "leave it out: scorers find their weights in models/ (docs/scorers.md)",
+    "image_path": "python -m src.scorers NAME PICTURE scores a picture",
+}
 
 
 def _flag(action: argparse.Action) -> str:
@@ -74,8 +115,7 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str],
     tokens, unset = [], []
     for key, value in content.items():
         if key not in actions:
-            near = _nearest(str(key), actions)
-            raise ValueError(f"{where}: unknown key {key!r}; " + (f"did you mean {near}?" if near else "--help lists the flags"))
+            raise ValueError(f"{where}: unknown key {key!r}; {_cure(str(key), actions, lambda near: near.replace(' ', ': '))}")
         found = _tokens(actions[key], value, where)
         tokens += found
         if not found:
@@ -83,19 +123,23 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str],
     return tokens, unset
 
 
-def _nearest(name: str, names: Collection[str]) -> str | None:
-    """Which of the names is meant by one that is none of them: by what it is called elsewhere, its beginning, or its spelling."""
+def _cure(name: str, names: Collection[str], spelt: Callable[[str], str]) -> str:
+    """What to write instead of a name that is none of `names`: by what it is called elsewhere, its beginning, or its spelling."""
+    there = (one for one in ELSEWHERE.get(name, ()) if one.split()[0] in names)
     begun = [one for one in names if one.startswith(name)]
     alike = begun if len(begun) == 1 else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return ELSEWHERE[name] if ELSEWHERE.get(name) in names else next(iter(alike), None)
+    if near := next(there, None):
+        return f"did you mean {spelt(near)}?"
+    if name in GONE:
+        return GONE[name]
+    return f"did you mean {spelt(alike[0])}?" if alike else "--help lists the flags"
 
 
 def _unknown(parser: argparse.ArgumentParser, rest: list[str]) -> str:
     if not rest[0].startswith("-"):
         return f"unexpected argument {rest[0]}; --help lists the flags"
     names = [option.removeprefix("--") for action in parser._actions for option in action.option_strings if option.startswith("--")]
-    near = _nearest(rest[0].split("=")[0].lstrip("-"), names)
-    return f"unknown flag {rest[0]}; " + (f"did you mean --{near}?" if near else "--help lists the flags")
+    return f"unknown flag {rest[0]}; {_cure(rest[0].split('=')[0].lstrip('-'), names, '--{}'.format)}"
 
 
 def _given(parser: Parser, tokens: list[str]) -> dict[str, object]:
@@ -105,7 +149,7 @@ def _given(parser: Parser, tokens: list[str]) -> dict[str, object]:
     found, rest = parser.parse_known_args(tokens, argparse.Namespace(**unset))
     if rest:
         raise ValueError(_unknown(parser, rest))
-    return {name: value for name, value in vars(found).items() if value is not unset[name]}
+    return {name: value for name, value in vars(found).items() if value is not unset.get(name, value)}
 
 
 def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:

@@ -114,12 +114,23 @@ def _dreambooth_refusals(args: argparse.Namespace) -> Iterator[str]:
         yield f"--dataset_revision {args.dataset_revision} has no effect on a local --instance_data_dir"
     if args.mask_from_alpha and args.mask_data_dir:
         yield "--mask_data_dir contradicts --mask_from_alpha, which is another mask; give one of them"
+    pictures = args.instance_data_dir or args.dataset_name
+    if args.mask_data_dir and pictures and os.path.realpath(args.mask_data_dir) == os.path.realpath(pictures):
+        yield f"--mask_data_dir {args.mask_data_dir} holds the pictures: every one would be its own mask; give masks a folder of their own"
     if args.random_crop and (args.mask_from_alpha or args.mask_data_dir):
         yield "--random_crop may cut off all of what a mask shows: leave it out"
     if args.with_prior_preservation and not (args.class_prompt or args.class_prompts_file or args.class_data_dir):
         yield "--with_prior_preservation needs --class_prompt, what to render without your subject, or pictures in --class_data_dir"
     if args.train_text_encoder and args.export_merged:
         yield "--export_merged writes the transformer alone, without what --train_text_encoder trains; leave one out"
+
+
+def _counts(rule: Callable[[argparse.Namespace], bool], args: argparse.Namespace) -> bool:
+    """Whether a flag has an effect; True where the rule asks for a flag that this program does not have, as a trainer of your own may."""
+    try:
+        return rule(args)
+    except AttributeError:
+        return True
 
 
 def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[str]:
@@ -130,7 +141,7 @@ def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[
     has = vars(args)
     for names, counts, why in WITHOUT_EFFECT:
         for name in names:
-            if name in has and has[name] != parser.get_default(name) and not counts(args):
+            if name in has and has[name] != parser.get_default(name) and not _counts(counts, args):
                 yield f"--{name} {has[name]} has no effect {why}"
     if has.get("random_crop") and has.get("cache_latents"):
         yield "--random_crop needs fresh latents for every crop: add --no-cache_latents"

@@ -145,7 +145,7 @@ class TensorCache:
             data = self.file(key).read_bytes()
             tensors = load(data)  # refuses a file of another length than its header states
         except FileNotFoundError:
-            raise KeyError(f"{self.folder.name} has no entry for {key!r}") from None
+            raise KeyError(f"{self.folder.name} has no entry for {key!r}: hand over all that the run reads before its first step") from None
         except SafetensorError:
             tensors = None
         header = {} if tensors is None else json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -98,6 +98,10 @@ class Mixture:
             else:
                 verdict = judge(batch, start)
             assert verdict.shape == (len(batch),), f"{part.scorer.name} gave {tuple(verdict.shape)} for {len(batch)} picture(s)"
+            # beside other parts it would train nothing, and nobody would see it
+            assert verdict.requires_grad or not torch.is_grad_enabled(), (
+                f"{part.scorer.name} is declared differentiable, but its judge cuts the gradient: by torch.no_grad, detach or rounding?"
+            )
             verdicts.append(verdict.to(images.device, torch.float32))
         scores = torch.cat(verdicts) if verdicts else images.new_zeros(0, dtype=torch.float32)  # (b,)
         if part.scorer.differentiable and not torch.isfinite(scores).all():
