@@ -35,22 +35,32 @@ tiny_processes() {
   else echo 1; fi
 }
 
+# Processes that the launcher has started. A slim container may lack pgrep, another system /proc.
+trainers() { pgrep -P "$launcher" 2>/dev/null || cat /proc/"$launcher"/task/*/children 2>/dev/null || true; }
+
+# On SIGTERM, which the launcher does not pass on: the trainers save and exit with 0. It may have none yet.
+terminate() {
+  local below
+  below=$(trainers)
+  kill -TERM ${below:-"$launcher"} 2>/dev/null || true
+}
+
 # On Ctrl-C. A trainer that catches it (SigCgt: bit 2) has begun and will save: one hears it by itself, several have sessions of their own.
 # Before that there is nothing to save, and launcher and trainers end at once, without reports of each other's end.
 interrupt() {
-  local trainers trainer caught begun=
-  if ! command -v pgrep > /dev/null || [ ! -r "/proc/$launcher/status" ]; then # nobody knows: torchrun passes it on
+  local below trainer caught begun=
+  if [ ! -r "/proc/$launcher/status" ]; then # nobody knows: torchrun passes it on
     if [ "$processes" -gt 1 ]; then kill -TERM "$launcher" 2>/dev/null || true; fi
     return 0
   fi
-  trainers=$(pgrep -P "$launcher" || true)
-  for trainer in $trainers; do
+  below=$(trainers)
+  for trainer in $below; do
     caught=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$trainer/status" 2>/dev/null || true)
     if [ $((16#${caught:-0} & 2)) -ne 0 ]; then begun="$begun $trainer"; fi
   done
   if [ -z "$begun" ]; then
     echo "interrupted before the first step; what is cached stays" >&2
-    kill -TERM $trainers 2>/dev/null || true
+    kill -TERM $below 2>/dev/null || true
     kill -KILL "$launcher" 2>/dev/null || true
     stopped=130
   elif [ "$processes" -gt 1 ]; then kill -INT $begun 2>/dev/null || true; fi # one that has not begun yet hears of it from these
@@ -85,8 +95,7 @@ launch() {
   # shellcheck disable=SC2086  # ACCELERATE_ARGS is a list of words
   accelerate launch --quiet $ACCELERATE_ARGS "$script" "$@" &
   launcher=$!
-  # The launcher does not pass SIGTERM on; its children are the trainers, which save and exit with 0. It may have none yet.
-  trap 'pkill -TERM -P "$launcher" || kill -TERM "$launcher" || true' TERM
+  trap terminate TERM
   trap interrupt INT
   while true; do
     wait "$launcher" 2>/dev/null && status=0 || status=$?

@@ -1,6 +1,7 @@
 """scripts/launch.sh with stubs of nvidia-smi, python and accelerate: how many processes it starts, and on what."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -70,6 +71,27 @@ def test_without_an_environment_one_line_says_how_to_get_one(tmp_path, command):
     assert refused.returncode == 1 and not refused.stdout
     (line,) = refused.stderr.splitlines()
     assert "no Python with PyTorch" in line and "bash scripts/quickstart.sh" in line and f"bash {ROOT / command}" in line
+
+
+@pytest.mark.parametrize("found_by", ["pgrep", "/proc"])
+def test_sigterm_reaches_the_trainer_also_where_there_is_no_pgrep(tmp_path, found_by):
+    """The launcher ends by SIGTERM, and would leave the trainer behind; the trainer saves. Of the shell's tools only these are there."""
+    tools = ["bash", "cat", "dirname", "env", "grep", "sed", "sleep", *(["pgrep"] if found_by == "pgrep" else [])]
+    for name in tools:
+        if shutil.which(name) is None:
+            pytest.skip(f"no {name} here")
+        (tmp_path / name).symlink_to(shutil.which(name))
+    (tmp_path / "trainer").write_text("#!/usr/bin/env bash\ntrap 'echo saved; exit 0' TERM\necho begun\nwhile true; do sleep 0.05; done\n")
+    for name, text in {"python": "exit 0", "accelerate": "trainer & wait $!", "nvidia-smi": "exit 9"}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+    for name in ("trainer", "python", "accelerate", "nvidia-smi"):
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": str(tmp_path), "VENV": str(tmp_path / "none"), "NUM_PROCESSES": "1"}
+    command = ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/launch.sh; launch train.py"]
+    shell = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert shell.stdout.readline() == "begun\n"
+    shell.terminate()
+    assert (shell.communicate(timeout=20)[0], shell.returncode) == ("saved\n", 0)
 
 
 @pytest.mark.slow
