@@ -13,7 +13,7 @@ import torch
 
 import train_text_to_image_lora_sd3 as script
 from src import inputs, runtime
-from src.data import sources
+from src.data import buckets, captions, preferences, samples, sources
 from src.data.cache import TensorCache
 from src.pipelines import common, sd3
 
@@ -36,6 +36,44 @@ def test_embeddings_come_in_the_order_of_the_prompts_and_are_read_once_each(tmp_
     assert texts.condition(prompts).embeds[:, 0, 0].tolist() == [2, 0]
     prompts[0] = "owl"  # the list is the caller's
     assert texts.condition(prompts).embeds[:, 0, 0].tolist() == [1, 0]
+
+
+# --------------------------------------------------------------------------- what the flags reach
+
+
+def test_every_flag_of_the_data_reaches_its_reader(tmp_path, monkeypatch):
+    seen = []
+
+    def reader(*given, **named):
+        seen.append((*given, named))
+        return SimpleNamespace(records=[])
+
+    monkeypatch.setattr(captions, "open_captioned", reader)
+    monkeypatch.setattr(preferences, "open_preferences", reader)
+    args = arguments(
+        tmp_path, tmp_path, strict_data=True, max_train_samples=7, dataset_revision="v2", image_column="photo", caption_column="words",
+        num_validation_loss_images=0, num_validation_pairs=0, chosen_column="good", rejected_column="bad", label_column="which",
+    )  # fmt: skip
+    inputs.open_images(args, default_prompt="a dog")
+    inputs.open_pairs(args)
+    both = dict(cache_dir=tmp_path / "cache", max_train_samples=7, strict=True, revision="v2")
+    assert seen == [
+        (str(tmp_path), both | dict(image_column="photo", caption_column="words", default_prompt="a dog")),
+        (str(tmp_path), preferences.Columns("good", "bad", "which", "words"), both),
+    ]
+
+
+def test_the_loader_gets_this_processs_part_of_the_steps_that_are_left(monkeypatch):
+    """The second of two processes, 2 passes of 2 samples a step, positions from 8 on: of 8 + 0..7 it has 8 + 2..3 and 8 + 6..7."""
+    args = Namespace(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=5, dataloader_num_workers=3)
+    run = SimpleNamespace(args=args, rank=1, world=2, device=torch.device("cuda"))
+    order, made = buckets.Order([(16, 16)] * 8, 8, seed=0), []
+    data = inputs.Inputs(run, sd3, encoders=None, training="pictures", held_out=[], order=order, text=None, sequence_length=16,
+                         first_position=8)  # fmt: skip
+    monkeypatch.setattr(samples, "loader", lambda what, sampler, **named: made.append((what, named)) or sampler)
+    found = [[(key.step, key.position) for key in batch] for batch in data.batches(3)]
+    assert made == [("pictures", dict(num_workers=3, pin_memory=True))]
+    assert found == [[(step, first), (step, first + 1)] for step in (3, 4) for first in (10, 14)]
 
 
 # --------------------------------------------------------------------------- several processes
@@ -150,6 +188,42 @@ def test_a_part_that_is_not_loaded_does_not_name_the_cache(tiny_sd3_folder, tmp_
     for name in ("text_encoder_3", "tokenizer_3"):
         shutil.rmtree(model / name)
     assert found() == without
+
+
+def test_a_cache_is_named_by_all_that_its_entries_depend_on_and_by_nothing_else(tiny_sd3_folder, tmp_path):
+    """Latents by the VAE, embeddings by encoders, tokenizers and the number of tokens, both by variant and precision."""
+
+    def names(model=tiny_sd3_folder, dtype=torch.float32, **changes):
+        run = SimpleNamespace(weight_dtype=dtype, device="cpu", rank=0, world=1, is_main=True, barrier=lambda: None)
+        flags = dict(pretrained_model_name_or_path=str(model), variant=None, max_sequence_length=16, cache_dir=tmp_path, no_hflip=True)
+        args, nothing = Namespace(**flags | dict(cache_batch_size=1) | changes), SimpleNamespace(records=[], image=None)
+        latents = inputs._latent_cache(run, args, sd3, [nothing, nothing], [[], []], None)
+        return inputs.prepare_texts(run, args, []).cache.folder.name, latents.folder.name
+
+    def changed(part: str) -> Path:
+        model = shutil.copytree(tiny_sd3_folder, tmp_path / f"other {part}")
+        file = next((model / part).glob("*.json"))
+        file.write_text(file.read_text() + "\n")
+        return model
+
+    others = {
+        "both": [dict(variant="fp16"), dict(dtype=torch.bfloat16)],
+        "text": [dict(max_sequence_length=8), *(dict(model=changed(part)) for part in ("text_encoder", "text_encoder_3", "tokenizer_2"))],
+        "latents": [dict(model=changed("vae"))],
+        "neither": [dict(model=changed("transformer")), dict(cache_batch_size=4), dict(no_hflip=False)],
+    }
+    plain = names()
+    for which, changes in others.items():
+        for change in changes:
+            found = tuple(one != other for one, other in zip(names(**change), plain, strict=True))
+            assert found == (which in ("both", "text"), which in ("both", "latents")), change
+
+
+def test_a_model_of_the_hub_names_the_caches_by_the_commit_of_its_revision(monkeypatch):
+    snapshots = {"v2": "/hub/snapshots/1a2b", None: "/hub/snapshots/3c4d"}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, *, revision=None, allow_patterns: snapshots[revision])
+    args = Namespace(pretrained_model_name_or_path="owner/model", revision="v2")
+    assert inputs.fingerprint(args, "vae") == "owner/model@1a2b"
 
 
 # --------------------------------------------------------------------------- another data set than that of the checkpoint
