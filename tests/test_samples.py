@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from src import seeds
-from src.data.buckets import Key, Order, StepSampler, assign, buckets, fit
+from src.data.buckets import FIT, Key, Order, StepSampler, assign, buckets, fit
 from src.data.cache import TensorCache
 from src.data.captions import CaptionedImages, open_captioned
 from src.data.samples import Samples, collate, fill_latents, fill_text, latent_key, loader
@@ -205,6 +205,13 @@ def test_workers_change_nothing(images, sizes):
     assert same(run(samples, order, 8, batch_size=4, workers=2), run(samples, order, 8, batch_size=4))
 
 
+def test_the_loader_has_the_workers_and_the_pinned_memory_asked_for(images, sizes):
+    sampler = StepSampler(Order(sizes, 4, seed=0), batch_size=4, max_steps=1)
+    for workers, pinned in ((0, False), (2, True)):
+        made = loader(Samples(images, sizes, seed=0), sampler, num_workers=workers, pin_memory=pinned)
+        assert (made.num_workers, made.pin_memory) == (workers, pinned)
+
+
 @pytest.mark.slow
 def test_ctrl_c_is_for_the_main_process_to_answer(images, sizes, capfd):
     """A terminal sends it to the workers as well, which have the main process's handler: each would announce that it stops."""
@@ -356,7 +363,7 @@ def test_changed_bytes_are_a_miss_for_that_picture_only(tmp_path):
 def test_a_latent_key_names_everything_that_was_done(images):
     first, second, third, copy = (images.records[i] for i in (0, 1, 3, 12))
     keys = [latent_key(r, s, f) for r, s, f in ((first, (16, 16), False), (first, (16, 16), True), (first, (16, 32), False))]
-    assert len({*keys, latent_key(second, (16, 16), False)}) == 4
+    assert len({*keys, latent_key(second, (16, 16), False)}) == 4 and all(FIT in key for key in keys)
     assert latent_key(third, (16, 16), False) == latent_key(copy, (16, 16), False)
 
 

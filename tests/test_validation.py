@@ -1,10 +1,12 @@
 """Validation and summary.png: the loss by a plain loop, pictures by the stock pipeline's seeds, what is kept and what is replaced."""
 
 import argparse
+import contextlib
 import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -140,6 +142,22 @@ class Half:
         return tensor
 
 
+def test_a_validation_is_not_timed_and_runs_uncompiled(validator, monkeypatch):
+    seen, one = [], validator(validation_prompt=None)
+
+    @contextlib.contextmanager
+    def inside(name):
+        seen.append(name)
+        yield
+        seen.append(f"no longer {name}")
+
+    monkeypatch.setattr(one.log, "untimed", lambda: inside("untimed"))
+    monkeypatch.setattr(validation.speed, "as_written", lambda args: inside("as written"))
+    one.measure = lambda: seen.append("measured") or {"val_loss": 1.0}
+    one.validate(1)
+    assert seen.index("measured") == 2 and set(seen[:2]) == {"untimed", "as written"}
+
+
 @torch.no_grad()
 def test_two_processes_share_the_work_and_find_the_same(parts, validator, tmp_path):
     """3 held-out pictures, so 2 and 1; 2 prompts x 2 seeds, so 2 and 2; of a single picture, both make the same one: a gather is even."""
@@ -192,6 +210,7 @@ def test_pictures_are_those_of_their_prompt_and_seed(parts, validator, tmp_path)
                        guidance_scale=args.validation_guidance_scale)  # fmt: skip
     picture = Image.open(tmp_path / "samples" / "step-000004" / "01-6.png")
     assert picture.text["prompt"] == PROMPTS[1]
+    assert Image.open(tmp_path / "samples" / "step-000004" / "00-6.png").text["prompt"] == PROMPTS[0]
     assert np.abs(np.asarray(picture, dtype=float) - 255 * alone[0].permute(1, 2, 0).numpy()).max() <= 1.5
 
 
@@ -241,6 +260,24 @@ def test_the_grid_shows_before_and_after(validator, tmp_path):
     one.validate(3)
     first, later = (Image.open(tmp_path / "samples" / f"step-{step:06d}.png") for step in (0, 3))
     assert first.height == later.height and later.width > first.width + 2 * 128
+
+
+def test_before_stands_left_of_after_and_each_prompt_has_a_row(tmp_path, monkeypatch):
+    """Two prompts with two seeds each; picture k has the grey level 10 k at step 0, and 100 + 10 k at step 3."""
+    names, laid = [["00-5.png", "00-6.png"], ["01-5.png", "01-6.png"]], []
+
+    def grid(cells, **named):
+        laid.append(([cell.getpixel((0, 0))[0] for cell in cells], named["columns"], named["row_labels"], named["column_labels"]))
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(validation.images, "grid", grid)
+    album = validation.Album(fake_run_of(tmp_path, argparse.Namespace()), tmp_path, ["a", "b"], names)
+    album.run.log_image = lambda *_: None
+    for step, first in ((0, 0), (3, 100)):
+        levels = torch.tensor([first + 10.0 * k for k in range(4)]) / 255
+        album.save(step, levels.view(4, 1, 1, 1).expand(4, 3, 8, 8))
+    assert laid[0] == ([0, 10, 20, 30], 2, ["a", "b"], ["step 0"] * 2)
+    assert laid[1] == ([0, 10, 100, 110, 20, 30, 120, 130], 4, ["a", "b"], ["before"] * 2 + ["step 3"] * 2)
 
 
 def test_the_grid_is_of_smaller_pictures_but_the_files_are_whole(tmp_path):
@@ -339,6 +376,24 @@ def test_a_run_that_only_validates_has_the_curves_of_that(tmp_path):
     lines = [line for line in metrics.read(folder / "metrics.jsonl") if "loss" not in line]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert validation.summary(folder, ["a", "b"]).exists()
+
+
+def test_the_summary_has_the_panels_of_its_algorithm(validator, tmp_path, monkeypatch):
+    done, one = [], validator()
+    monkeypatch.setattr(validation, "summary", lambda *given: done.append(given))
+    monkeypatch.setattr(one, "validate", done.append)
+    one.panels = {"accuracy, held out": "val_accuracy"}
+    one.validate_last(9)
+    assert done == [9, (tmp_path, PROMPTS, one.panels)]
+
+
+def test_a_levels_change_is_in_percent_of_its_first_value():
+    """2 -> 3 is +50 %, 4 -> 3 is -25 %, 1 -> 1 nothing."""
+    axis, levels = mock.Mock(), [f"val_loss_sigma_{sigma}" for sigma in validation.SIGMAS]
+    lines = [{"step": 0} | dict(zip(levels, (2.0, 4.0, 1.0, 1.0), strict=True)), {"step": 8} | dict.fromkeys(levels[:2], 3.0)]
+    validation._changes(axis, lines, lambda share: share)
+    drawn = [call.args for call in axis.plot.call_args_list]
+    assert drawn == [((0, 8), (0.0, 50.0)), ((0, 8), (0.0, -25.0)), ((0,), (0.0,)), ((0,), (0.0,))]
 
 
 def test_the_running_mean_by_hand():
