@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 import train_text_to_image_lora_sd3 as script
-from src import checkpoint, lora, metrics
-from src.data import cache
+from src import checkpoint, lora, metrics, seeds
+from src.data import buckets, cache, samples
 from src.pipelines import sd3
 
 pytestmark = pytest.mark.usefixtures("summaries")
@@ -113,7 +113,8 @@ def test_a_run_leaves_what_the_outputs_page_promises(train, summaries):
         "step-000004", "step-000004.png", "step-000004/00-7.png",
     ]  # fmt: skip
     assert Image.open(out / "summary.png").width > 500
-    assert "load_lora_weights" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "load_lora_weights" in card and "6 pictures of" in card  # the other 2 are held out
 
     written = metrics.read(out / "metrics.jsonl")
     names = {"step", "loss", "grad_norm", "lr", "epoch", "images_per_second", "seconds", "memory_gb", "val_loss"}
@@ -134,6 +135,67 @@ def test_text_encoders_are_gone_while_training(train, monkeypatch):
     monkeypatch.setattr(script.validation, "Validator", spy)
     train(max_train_steps=1)
     assert seen == ["called"]
+
+
+def test_variant_and_cache_batch_size_reach_all_that_loads_and_fills(train, tmp_path, monkeypatch):
+    loaded, filled, load = [], [], sd3.load
+
+    def loading(path, *, parts, variant, **options):
+        loaded.append((parts, variant))
+        return load(path, parts=parts, **options)  # the plain files: there are no others
+
+    def filling(name):
+        fill = getattr(samples, name)
+        monkeypatch.setattr(samples, name, lambda *given, **named: filled.append(named["batch_size"]) or fill(*given, **named))
+
+    monkeypatch.setattr(sd3, "load", loading)
+    filling("fill_text")
+    filling("fill_latents")
+    train(variant="fp16", cache_batch_size=3, cache_dir=tmp_path / "cache", max_train_steps=1)
+    assert loaded == [(("text",), "fp16"), (("vae",), "fp16"), (("transformer",), "fp16")]
+    assert filled == [3, 3, 3]  # text; pictures to train on, and held out
+
+
+def expected_loss(model, world, seed: int, step: int) -> float:
+    """Of the four pictures of a step, one at a time: mean of |v - (noise - x0)|^2, all random numbers named by seed, step and position.
+
+    Captions are dropped below 0.5, pictures mirrored below 0.5 and cut anywhere. The noise level t is the paper's eq. 20 with s = 0.5,
+    shifted by 3 x 32 / 64 = 1.5, the model's shift at half its resolution: 1.5 t / (1 + 0.5 t).
+    """
+    losses = []
+    for position, index in enumerate(buckets.Order([(32, 32)] * 8, 4, seed).batch(step)):
+
+        def number(stream, position=position):
+            return seeds.uniform(seed, step, [position], stream).item()
+
+        def normal(stream, position=position):
+            return seeds.normal(seed, step, [position], stream, (16, 4, 4))
+
+        crop, flip = (number("crop_y"), number("crop_x")), number("flip") < 0.5
+        pixels = buckets.fit(Image.open(world.data / f"{index}.png"), (32, 32), crop=crop, flip=flip)
+        prompt = "" if number("caption") < 0.5 else f"{'abcdefgh'[index] * 3} picture {index}"
+        posterior = model.vae.encode(pixels[None]).latent_dist
+        x0, noise = (posterior.mean + posterior.std * normal("posterior") - 0.0609) * 1.5305, normal("noise")
+        v = 1 - number("sigma")
+        t = 1 - v - 0.5 * (np.cos(np.pi / 2 * v) ** 2 - 1 + v)
+        sigma = torch.tensor([1.5 * t / (1 + 0.5 * t)])
+        velocity = sd3.velocity(model.transformer, (1 - sigma) * x0 + sigma * noise, sigma, sd3.encode_prompts(model, [prompt]))
+        losses.append((velocity - (noise - x0)).square().mean().item())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_losses_are_those_of_a_plain_loop_at_every_step_and_of_every_flag(world, tmp_path):
+    """At a learning rate of 1e-12, times the four samples of a step, the LoRA changes nothing."""
+    flags = dict(seed=3, train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=3, learning_rate=1e-12, scale_lr=True, rank=4)
+    flags |= dict(timestep_density="mode", mode_scale=0.5, shift="resolution", random_crop=True, caption_dropout=0.5, cache_latents=False)
+    with torch.enable_grad():
+        runs.train(script, world.argv(tmp_path / "run", **flags))
+    model = sd3.load(world.model)
+    expected = [expected_loss(model, world, 3, step) for step in range(3)]
+    assert runs.values(tmp_path / "run", "loss") == pytest.approx(expected, rel=1e-5)
+    assert runs.values(tmp_path / "run", "lr") == pytest.approx([4e-12] * 3)
 
 
 # --------------------------------------------------------------------------- the same tensors
@@ -185,9 +247,16 @@ def test_one_batch_of_four_equals_four_accumulated(train):
     assert max((one[name] - another[name]).abs().max() for name in one if ".lora_B." in name) > 0.1 * changed
 
 
-def test_gradient_checkpointing_changes_nothing(train):
+def test_gradient_checkpointing_changes_nothing(train, live, monkeypatch):
+    """Not even dropout, which is another at every step and on every process."""
+    drawn, draw = [], seeds.seed_everything
+    monkeypatch.setattr(seeds, "seed_everything", lambda *key: drawn.append(key) or draw(*key))
     one = train("plain", lora_dropout=0.3)
+    assert not live["transformer"].is_gradient_checkpointing
+    assert [key for key in drawn if key[1] == "dropout"] == [(0, "dropout", step, 0) for step in range(4)]  # seed, step, rank
+    assert {module.p for name, module in live["transformer"].named_modules() if name.endswith(".lora_dropout.default")} == {0.3}
     other = train("checkpointed", lora_dropout=0.3, gradient_checkpointing=True)
+    assert live["transformer"].is_gradient_checkpointing
     runs.assert_identical(runs.weights(one), runs.weights(other))
     assert runs.lines(one) == runs.lines(other)
 
