@@ -1,7 +1,9 @@
 """The preference loss: by hand, against a plain loop, its identity at policy == reference in every precision, and what it is blind to."""
 
+import contextlib
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,3 +152,36 @@ def test_sft_is_the_winners_denoising_loss(unet):
     assert found.keys() == {"loss"}
     errors = dpo.denoising_errors(dpo.predictor(unet), *batch())
     assert found["loss"].item() == pytest.approx(errors[:, 0].mean().item(), rel=1e-5)
+
+
+# --------------------------------------------------------------------------- the held-out pairs
+
+
+class HeldOut(list):
+    """Stands for samples: `Key` -> what `collate` takes."""
+
+    def __getitem__(self, key):
+        return {"index": key.index, "position": key.position, "prompt": "", "size": (8, 8)}
+
+
+def test_processes_share_the_held_out_pairs_and_each_level_has_noise_of_its_own():
+    """Pair i has the loss i. Of three, the second of two processes has one and repeats the last: (0 + 1 + 2) / 3 = 1."""
+    noises, total = {}, 0.0
+
+    def encode(batch, seed, step):
+        return torch.full((1, 2, 4, 1, 1), float(batch.indices[0])), sd15.Conditioning(torch.zeros(1, 1, 1), torch.zeros(1, 0))
+
+    def loss(x0, noise, timestep, condition):
+        assert x0.shape == (4, 2, 4, 1, 1) and len(condition) == 4
+        assert timestep.tolist() == [125 - 1, 375 - 1, 625 - 1, 875 - 1]  # the middles of quarters of 1000, counted from 0
+        noises[x0.mean().item()] = noise
+        return {"loss": x0.mean(), "accuracy": torch.tensor(0.5), "policy_margin": x0.mean()}
+
+    for rank in (0, 1):
+        accelerator = SimpleNamespace(autocast=contextlib.nullcontext, reduce=lambda tensor, how: tensor)
+        run = SimpleNamespace(turns=lambda count, rank=rank: range(rank, 4, 2), device="cpu", accelerator=accelerator)
+        found = dpo.held_out_measures(SimpleNamespace(run=run, held_out=HeldOut([0, 1, 2]), encode=encode), loss)
+        assert found.keys() == {"val_loss", "val_accuracy"}
+        total += found["val_loss"]
+    assert total == pytest.approx(1.0)
+    assert torch.cat([noises[float(i)] for i in range(3)]).flatten(1)[:, 0].unique().numel() == 12

@@ -42,6 +42,13 @@ def random(*shape, seed=0):
 # --------------------------------------------------------------------------- loading and checking
 
 
+def test_a_variant_is_loaded_from_its_own_files(tmp_path):
+    unets.sd15_pipeline().save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(OSError):
+        sd15.load(tmp_path, parts=("vae",))
+    assert sd15.load(tmp_path, parts=("vae",), variant="fp16").vae is not None
+
+
 def test_what_is_loaded_is_what_was_asked_for(folders):
     for name, folder in folders.items():
         model = sd15.load(folder, parts=("unet",))

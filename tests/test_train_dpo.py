@@ -16,7 +16,9 @@ import unets
 from PIL import Image
 
 import train_dpo_sd15 as script
-from src import full, lora, unet
+from src import full, lora, seeds, unet
+from src.data import buckets
+from src.pipelines import sd15
 
 pytestmark = pytest.mark.usefixtures("summaries")
 PROMPT = "a red ring"
@@ -122,7 +124,8 @@ def test_a_full_run_trains_every_weight_and_leaves_a_pipeline(finished, world):
         assert one.stat().st_ino == other.stat().st_ino
     assert (finished / "summary.png").exists() and (finished / "raw/unet").is_dir() and not list(finished.rglob("*.tmp"))
     assert "DiffusionPipeline.from_pretrained" in (finished / "README.md").read_text()
-    assert "6 preference pairs" in (finished / "README.md").read_text()
+    card = (finished / "README.md").read_text()
+    assert "# Diffusion-DPO of" in card and "6 preference pairs" in card
 
 
 def test_the_metrics_are_logged(finished):
@@ -152,8 +155,12 @@ def test_stock_diffusers_draws_the_validation_pictures(finished, world):
     assert np.abs(draw(world.model, unet=finished / "raw") - draw(world.model)).mean() > 0.1
 
 
-def test_a_lora_run_trains_the_adapter_alone_and_stock_diffusers_reads_it(train, world):
+def test_a_lora_run_trains_the_adapter_alone_and_stock_diffusers_reads_it(train, world, monkeypatch):
+    drawn, draw_of = [], script.seeds.seed_everything
+    monkeypatch.setattr(script.seeds, "seed_everything", lambda *key: drawn.append(key) or draw_of(*key))
     out = train(**LORA, export_merged=True, max_train_steps=2, **SHOWN)
+    assert [key for key in drawn if key[1] == "dropout"] == [(0, "dropout", step, 0) for step in range(2)]  # seed, step, rank
+    assert "# Diffusion-DPO LoRA of" in (out / "README.md").read_text()
     assert set(path.name for path in out.iterdir()) >= {lora.WEIGHTS_NAME, "merged_unet", "README.md"} and not (out / "unet").exists()
     assert all(tensor.abs().sum() > 0 for tensor in runs.weights(out).values())
     assert np.abs(shown(out, 2) - draw(world.model, lora_folder=out)).max() <= 1 < np.abs(shown(out, 2) - shown(out, 0)).max()
@@ -190,6 +197,7 @@ def test_sft_trains_on_the_winners_alone(train, world):
     """Its loss is a denoising error, about 1 for an untrained model, and losers that are other pictures change nothing."""
     out = train("one", sft=True, beta_dpo=None, max_train_steps=2)
     assert 0.5 < runs.values(out, "loss")[0] < 2 and not runs.values(out, "accuracy")
+    assert "# SFT of" in (out / "README.md").read_text()
     data = make_pairs(out.parent / "pairs")
     for line in map(json.loads, (data / "metadata.jsonl").read_text().splitlines()):
         loser = data / (line["jpg_1"] if line["label_0"] else line["jpg_0"])
@@ -222,6 +230,45 @@ def test_every_loss_and_optimizer_trains(train, world, flags):
     start = {"ipo": 0.25, "hinge": 1.0}.get(flags.get("loss_type"), math.log(2))
     assert runs.values(out, "loss")[0] == pytest.approx(start, abs=1e-6)
     assert any(not torch.equal(saved(out)[name], tensor) for name, tensor in saved(world.model).items())
+
+
+def expected_margin(model, world, seed: int, step: int) -> float:
+    """Mean of |e(loser) - noise|^2 - |e(winner) - noise|^2 over the four pairs of a step, one picture at a time.
+
+    All random numbers are named by seed, step and position; noise, timestep and mirroring are those of the pair.
+    """
+    total = 0.0
+    for position, index in enumerate(buckets.Order([(32, 32)] * 8, 4, seed).batch(step)):
+
+        def number(stream, position=position):
+            return seeds.uniform(seed, step, [position], stream).item()
+
+        prompt = "" if number("caption") < 0.5 else f"{'abcdefgh'[index // 2]} ring"
+        condition, timestep = sd15.encode_prompts(model, [prompt]), torch.tensor([int(1000 * number("timestep"))])
+        noise = seeds.normal(seed, step, [position], "noise", (4, 4, 4))
+        draws = seeds.normal(seed, step, [position], "posterior", (2, 4, 4, 4))[0]
+        winner = 2 * index + index % 2
+        for sign, name, drawn in ((-1, winner, draws[0]), (1, 4 * index + 1 - winner, draws[1])):
+            pixels = buckets.fit(Image.open(world.data / f"{name}.png"), (32, 32), flip=number("flip") < 0.5)
+            posterior = model.vae.encode(pixels[None]).latent_dist
+            x_t = model.scheduler.add_noise((posterior.mean + posterior.std * drawn) * 0.18215, noise, timestep)
+            predicted = model.unet(x_t, timestep, encoder_hidden_states=condition.embeds).sample
+            total += sign * (predicted - noise).square().mean().item()
+    return total / 4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_margins_are_those_of_a_plain_loop_at_every_step(world, tmp_path):
+    """At a learning rate of 1e-12 the UNet stays the reference: both have this margin, the loss is log 2."""
+    with torch.enable_grad():
+        out = train_in(world, tmp_path)(seed=3, train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=3, learning_rate=1e-12,
+                                        adam_weight_decay=0.0, caption_dropout=0.5)  # fmt: skip
+    model = sd15.load(world.model)
+    expected = [expected_margin(model, world, 3, step) for step in range(3)]
+    for name in ("policy_margin", "reference_margin"):
+        assert runs.values(out, name) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert runs.values(out, "loss") == pytest.approx([math.log(2)] * 3, abs=1e-6)
 
 
 # --------------------------------------------------------------------------- XL
@@ -311,6 +358,18 @@ def test_dry_run_counts_pairs_and_the_reference(world, tmp_path, capsys):
     assert said.count(f"{count:,} parameters") == 3  # UNet, reference, trained
     assert "pair(s), " in said and "more in the backward pass" in said and "at the peak of a step" in said
     assert "8 to train on, 0 held out, 0 skipped, 0 ties dropped" in said and "32 entries" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "consulted", "copied"),
+    [({}, True, True), (LORA, True, False), (dict(sft=True, beta_dpo=None), False, False)],
+    ids=["full", "lora", "sft"],
+)
+def test_the_plan_knows_whether_a_reference_is_consulted_and_copied(world, tmp_path, monkeypatch, flags, consulted, copied):
+    planned = []
+    monkeypatch.setattr(script.plan, "show", lambda args, **named: planned.append(named["preference"]))
+    runs.train(script, world.argv(tmp_path / "out", dry_run=True, **flags))
+    assert [(preference.reference, preference.copy) for preference in planned] == [(consulted, copied)]
 
 
 BAD = {  # what is wrong: flags, what the line must name, the cure in it
