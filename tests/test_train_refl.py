@@ -5,6 +5,7 @@ What they share with the other trainers (signals, trackers, full disks, caches) 
 
 import json
 import re
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import runs
 import torch
 import unets
+from accelerate import Accelerator
 from conftest import clip_tokenizer
 from PIL import Image
 
@@ -217,6 +219,36 @@ def test_a_held_out_measure_that_falls_ends_the_run(train, judge, capsys):
     out = train(max_train_steps=6, eval_steps=1, eval_scorers="jpeg_incompressibility", stop_if_eval_drops=0.2)
     assert "stopped after step 2: jpeg_incompressibility fell from 100 to 70" in capsys.readouterr().out
     assert (out / "model_index.json").is_file() and runs.lines(out)[-1]["step"] == 2
+    assert "2 optimizer steps of 2 pictures" in (out / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_every_flag_of_the_method_reaches_it(train, tmp_path, monkeypatch):
+    """Two passes of two pictures, and two copies of each: what goes backward adds up to the mean, half the negative reward."""
+    rows = {f"picture {number}": number for number in range(6)}
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text, "number": number}) for text, number in rows.items()))
+    seen = defaultdict(list)
+
+    def watch(owner, name, note):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: seen[name].append(note(*given, **named)) or real(*given, **named))
+
+    watch(Accelerator, "backward", lambda self, loss: loss.item())
+    watch(script, "decode", lambda model, x0, size: (model.vae.is_gradient_checkpointing, size))
+    watch(script.sd15_rollout, "timetable", lambda alphas, steps, eta: (steps, eta))
+    watch(script.prompts, "GroupSampler", lambda found, **named: named["seed"])
+    watch(Mixture, "__call__", lambda self, images, texts, metadata: [rows[text] for text in texts] == [one["number"] for one in metadata])
+    load = script.sd15.load
+    monkeypatch.setattr(script.sd15, "load", lambda *given, variant, **named: seen["variant"].append(variant) or load(*given, **named))
+    out = train(**LORA | dict(learning_rate=1e-4), scale_lr=True, method="draft_lv", num_renoised=2, grad_scale=0.5, eta=0.5, seed=3,
+                gradient_accumulation_steps=2, max_train_steps=1, decode_batch_size=2, gradient_checkpointing=True,
+                prompts=tmp_path / "prompts.jsonl", variant="fp16")  # fmt: skip
+    (loss,), (reward,) = runs.values(out, "loss"), runs.values(out, "reward")
+    assert loss == pytest.approx(-0.5 * reward, rel=1e-5)
+    assert len(seen["backward"]) == 6 and sum(seen["backward"]) == pytest.approx(loss, rel=1e-5)
+    assert runs.values(out, "lr") == [pytest.approx(4e-4)]  # 2 x 2 pictures
+    assert seen["decode"] == [(True, 2)] * 6 and seen["timetable"] == [(4, 0.5)] and seen["GroupSampler"] == [3]
+    assert all(seen["__call__"]) and seen["variant"] == ["fp16"] * 3  # text encoders, UNet, VAE
 
 
 # --------------------------------------------------------------------------- the same tensors
@@ -330,6 +362,26 @@ def test_only_prompts_that_will_be_drawn_are_encoded_and_planned(world, train, t
     monkeypatch.setattr(script.inputs, "prepare_texts", spy)
     train(**few)
     assert 3 <= len(encoded[0]) <= 4 and {"", "picture number 0"} < encoded[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "before", "trained", "recomputed"),
+    [
+        (dict(method="draft", draft_k=3), 1, 3, True),  # of 4 steps
+        (dict(method="draft", draft_k=1), 3, 1, False),
+        (dict(method="draft_lv", num_renoised=2), 3, 1 + 2, False),
+        (dict(mid_range=(2, 2)), 2, 1, False),
+    ],
+    ids=["draft", "draft of one", "draft_lv", "refl"],
+)
+def test_the_plan_knows_the_steps_of_its_method(world, tmp_path, monkeypatch, flags, before, trained, recomputed):
+    planned = []
+    monkeypatch.setattr(script.plan, "show_reward_gradient", lambda args, **named: planned.append(named))
+    args = script.parse_args(world.argv(tmp_path / "out", dry_run=True, **flags))
+    script.main(args)
+    (plan,) = planned
+    assert (plan["rollout_steps"], plan["trained_steps"], plan["recomputed"]) == (before, trained, recomputed)
+    assert script.first_steps(args, (0, 0, [0, 1])).tolist() == [before] * 2
 
 
 BAD = {  # what is wrong: flags, what the line must name, the cure in it
