@@ -5,6 +5,7 @@ What it shares with the LoRA trainer (data, caches, signals, trackers, full disk
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,28 +106,43 @@ def plain_loss(model, pictures: list[Image.Image], prompt: str, positions: range
 
 
 @pytest.mark.slow
-def test_the_two_losses_are_those_of_a_plain_loop_and_their_weighted_sum_is_the_loss(train, world, tmp_path):
-    """Step 1, where the LoRA changes nothing yet: positions 0-3 are the subject's, 4-7 the class's."""
-    out = train(**PRIOR, class_data_dir=tmp_path / "class", prior_loss_weight=0.3, max_train_steps=2)
+def test_the_two_losses_are_those_of_a_plain_loop_and_their_weighted_sum_is_the_loss(train, world, tmp_path, monkeypatch):
+    """Step 1, where the LoRA changes nothing yet: positions 0-3 are the subject's, 4-7 the class's, so that it shows 8 pictures.
+
+    Two cycles of a cosine in two steps: the rate is whole again after the first, and zero after the second.
+    """
+    logs, drawn, log = [], [], script.metrics.Log
+    monkeypatch.setattr(script.metrics, "Log", lambda *given, **named: logs.append(named) or log(*given, **named))
+    monkeypatch.setattr(script.validation, "summary", lambda *given: drawn.append(given))
+    variants, load = [], sd3.load
+    monkeypatch.setattr(sd3, "load", lambda *given, variant=None, **named: variants.append(variant) or load(*given, **named))
+    out = train(**PRIOR, class_data_dir=tmp_path / "class", prior_loss_weight=0.3, max_train_steps=2, lr_scheduler="cosine_with_restarts",
+                lr_num_cycles=2, seed=3, variant="fp16")  # fmt: skip
+    assert set(variants) == {"fp16"} and len(variants) >= 3
+    assert [named["images_per_add"] for named in logs] == [8]
+    assert runs.values(out, "lr") == pytest.approx([1e-2, 0], abs=1e-9)
+    panels = drawn[0][2]
+    assert (panels["loss of the subject"], panels["loss of its class"]) == ("instance_loss", "prior_loss")
     instance, prior = runs.values(out, "instance_loss"), runs.values(out, "prior_loss")
     subject = [Image.open(path) for path in sorted(world.data.glob("*.png"))]
     subject = [Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB") for picture in subject]
     others = [Image.open(path) for path in sorted((tmp_path / "class").glob("*.png"))]
     model = sd3.load(world.model)
     with torch.no_grad():
-        expected = plain_loss(model, [subject[i] for i in first_batch(4, 4, 0, "order")], SUBJECT, range(4), 0)
+        expected = plain_loss(model, [subject[i] for i in first_batch(4, 4, 3, "order")], SUBJECT, range(4), 3)
         assert instance[0] == pytest.approx(expected, rel=1e-5)
-        expected = plain_loss(model, [others[i] for i in first_batch(6, 4, 0, "second order")], CLASS, range(4, 8), 0)
+        expected = plain_loss(model, [others[i] for i in first_batch(6, 4, 3, "second order")], CLASS, range(4, 8), 3)
         assert prior[0] == pytest.approx(expected, rel=1e-5)
     for total, one, other in zip(runs.values(out, "loss"), instance, prior, strict=True):
         assert total == pytest.approx(one + 0.3 * other, rel=1e-6)
     assert "prior_loss" not in runs.lines(train("plain", max_train_steps=1))[0]
 
 
-def update(train, name: str, world, **flags) -> torch.Tensor:
-    """What one step adds to every B, which starts at zero; Adam's epsilon is far above every gradient, so it is proportional to it."""
+def update(train, name: str, world, part: str = "transformer.", **flags) -> torch.Tensor:
+    """What one step adds to every B of a part, which starts at zero; Adam's epsilon is far above every gradient: proportional to it."""
     out = train(name, adam_epsilon=1e3, learning_rate=1.0, max_grad_norm=0, adam_weight_decay=0.0, max_train_steps=1, **flags)
-    return torch.cat([value.flatten() for key, value in sorted(runs.weights(out).items()) if ".lora_B." in key]).double()
+    found = sorted((key, value) for key, value in runs.weights(out).items() if ".lora_B." in key and key.startswith(part))
+    return torch.cat([value.flatten() for _, value in found]).double()
 
 
 @pytest.mark.slow
@@ -136,6 +152,9 @@ def test_the_weight_of_the_prior_acts_on_its_own_gradient_alone(train, world):
     whole, part = (update(train, str(weight), world, **PRIOR, prior_loss_weight=weight) for weight in (1.0, 0.25))
     assert (whole - subject).norm() > 0.1 * subject.norm()
     assert (part - (subject + 0.25 * (whole - subject))).norm() < 1e-4 * subject.norm()
+    texts = dict(part="text_encoder", train_text_encoder=True, text_encoder_learning_rate=1.0)
+    subject, both = update(train, "text", world, **texts), update(train, "text and class", world, **PRIOR, **texts)
+    assert (both - subject).norm() > 0.1 * subject.norm()  # the class teaches the text encoders, too
 
 
 @pytest.mark.slow
@@ -171,8 +190,9 @@ def finished(world, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_every_adapter_is_trained_and_no_base_weight_changes(train, world, live):
-    out = train(**PRIOR, **TEXT, adam_weight_decay=0.0)  # else decay alone would move A
+    out = train(**PRIOR, **TEXT, adam_weight_decay=0.0, gradient_checkpointing=True)  # else decay alone would move A
     modules = live["modules"]
+    assert modules["transformer"].is_gradient_checkpointing
     assert list(modules) == ["transformer", "text_encoder", "text_encoder_2"]
     trained = {f"{part}.{key}": value for part, module in modules.items() for key, value in lora.state(module).items()}
     assert not [name for name, start in live["start"].items() if torch.equal(start, trained[name])]
@@ -186,8 +206,8 @@ def test_every_adapter_is_trained_and_no_base_weight_changes(train, world, live)
 
 
 def test_the_text_encoders_have_a_learning_rate_of_their_own(train, live):
-    """Adam's first step is the learning rate itself, wherever the gradient is far above its epsilon of 1e-8."""
-    train(**TEXT, max_train_steps=1, learning_rate=1e-3, adam_weight_decay=0.0)
+    """Adam's first step is the learning rate itself, wherever the gradient is far above its epsilon of 1e-8; both times 4 pictures."""
+    train(**TEXT | dict(text_encoder_learning_rate=5e-3), max_train_steps=1, learning_rate=2.5e-4, scale_lr=True, adam_weight_decay=0.0)
     for part, rate in (("transformer", 1e-3), ("text_encoder", 2e-2), ("text_encoder_2", 2e-2)):
         largest = max(value.abs().max().item() for key, value in lora.state(live["modules"][part]).items() if ".lora_B." in key)
         assert largest == pytest.approx(rate, rel=1e-3)
@@ -219,6 +239,22 @@ def test_stock_diffusers_draws_the_last_validation_picture(finished, world, tmp_
     assert np.abs(ours[4] - draw(world, tmp_path)).max() > 1  # the text encoders' part shows
 
 
+@pytest.mark.slow
+def test_what_is_merged_is_the_average_too(train, world):
+    """Of one projection: B A times alpha / rank = 8 / 4."""
+    from diffusers import SD3Transformer2DModel
+
+    out, name = train(use_ema=True, ema_decay=0.3, export_merged=True, lora_alpha=8.0), "transformer_blocks.0.attn.to_q"
+    average, raw = (
+        2.0 * weights[f"transformer.{name}.lora_B.weight"] @ weights[f"transformer.{name}.lora_A.weight"]
+        for weights in map(runs.weights, (out, out / "raw"))
+    )
+    base, merged = (SD3Transformer2DModel.from_pretrained(path) for path in (world.model / "transformer", out / "merged_transformer"))
+    found = (merged.get_submodule(name).weight - base.get_submodule(name).weight).detach()
+    torch.testing.assert_close(found, average, rtol=1e-3, atol=1e-6)
+    assert (found - raw).abs().max() > 0.01 * raw.abs().max()
+
+
 def test_a_run_leaves_its_card_and_metrics(finished):
     card = (finished / "README.md").read_text()
     assert "# DreamBooth LoRA of" in card and "4 pictures of" in card and SUBJECT in card and "| `prior_loss` |" in card
@@ -231,6 +267,7 @@ def test_kohyas_file_holds_the_text_encoders_under_its_names(finished):
     from safetensors.torch import load_file
 
     ours, kohya = runs.weights(finished), load_file(finished / lora.KOHYA_NAME)
+    runs.assert_identical(load_file(finished / "checkpoint-4" / lora.KOHYA_NAME), kohya)
     for number, part in ((1, "text_encoder"), (2, "text_encoder_2")):
         key, layer = f"lora_te{number}_text_model_encoder_layers_1_self_attn_q_proj", f"{part}.text_model.encoder.layers.1.self_attn.q_proj"
         runs.assert_identical(kohya[f"{key}.lora_down.weight"], ours[f"{layer}.lora_A.weight"])
@@ -269,6 +306,9 @@ def test_t5_is_read_from_the_cache_where_clip_is_trained(train, monkeypatch):
     assert runs.values(cached, "loss") == pytest.approx(runs.values(plain, "loss"), rel=1e-5)
     one, other = (np.asarray(Image.open(out / "samples/step-000004/00-7.png")).astype(int) for out in (cached, plain))
     assert np.abs(one - other).max() <= 1
+    alone = train("alone", caption_dropout=0.3, max_train_steps=1)  # the same first step; the norm is that of all trained weights
+    assert runs.values(alone, "loss")[0] == pytest.approx(runs.values(plain, "loss")[0], rel=1e-5)
+    assert runs.values(plain, "grad_norm")[0] > 1.0001 * runs.values(alone, "grad_norm")[0]
 
 
 # --------------------------------------------------------------------------- class pictures
@@ -346,9 +386,13 @@ def test_a_class_picture_is_what_the_stock_pipeline_draws_from_its_prompt_and_se
 
 @pytest.mark.slow
 def test_pictures_and_captions_of_ones_own_need_no_prompt_and_no_rendering(train, tmp_path, rendered):
-    flags = dict(with_prior_preservation=True, class_data_dir=runs.make_pictures(tmp_path / "class", 5), num_class_images=5)
+    flags = dict(with_prior_preservation=True, class_data_dir=runs.make_pictures(tmp_path / "class", 6), num_class_images=6)
+    (tmp_path / "class/5.png").write_bytes(b"broken")
     out = train(**flags, aspect_buckets=True, resolution=64)
     assert not rendered.batches and len(runs.values(out, "prior_loss")) == 4
+    assert "5.png: not a picture" in (out / "skipped.txt").read_text()
+    with pytest.raises(SystemExit, match="error: --strict_data: .*5.png"):
+        train("strict", **flags, strict_data=True)
 
 
 def test_class_pictures_of_other_settings_are_refused(train, tmp_path):
@@ -356,6 +400,29 @@ def test_class_pictures_of_other_settings_are_refused(train, tmp_path):
     train(**flags)
     with pytest.raises(SystemExit, match="error: --class_data_dir .*generated with another class prompt"):
         train("other", **(flags | dict(class_prompt=["a cat"])))
+
+
+def test_class_pictures_are_known_by_all_that_they_depend_on_and_by_nothing_else(world, tmp_path):
+    flags = PRIOR | dict(dataset_name=None, instance_data_dir=world.data, instance_prompt=SUBJECT, max_sequence_length=16)
+
+    def settings(**changes):
+        return script.subject._class_settings(script.parse_args(world.argv(tmp_path / "out", **flags | changes)))
+
+    def changed(part: str) -> Path:
+        model = shutil.copytree(world.model, tmp_path / part)
+        file = next((model / part).glob("*.json"))
+        file.write_text(file.read_text() + "\n")
+        return model
+
+    plain = settings()
+    for part in ("transformer", "vae", "scheduler", "text_encoder_2", "tokenizer_3"):
+        assert settings(pretrained_model_name_or_path=changed(part)) != plain, part
+    depends = dict(class_prompt=["a cat"], resolution=64, class_inference_steps=3, class_guidance_scale=2.0, max_sequence_length=8,
+                   mixed_precision="bf16", variant="fp16")  # fmt: skip
+    for name, value in depends.items():
+        assert settings(**{name: value}) != plain, name
+    for name, value in dict(num_class_images=9, seed=5, prior_loss_weight=2.0, sample_batch_size=1, rank=2).items():
+        assert settings(**{name: value}) == plain, name
 
 
 # --------------------------------------------------------------------------- masks, captions, repeats
@@ -386,8 +453,8 @@ def test_the_class_has_no_mask(train, tmp_path):
 
 
 def test_captions_of_their_own_and_repeats(train, tmp_path, capsys):
-    data = runs.make_pictures(tmp_path / "data", 3)
-    out = train(instance_data_dir=None, dataset_name=data, instance_prompt=None, repeats=4, max_train_steps=3)
+    data, held_out = runs.make_pictures(tmp_path / "data", 4), dict(num_validation_loss_images=1)
+    out = train(instance_data_dir=None, dataset_name=data, instance_prompt=None, repeats=4, max_train_steps=3, **held_out)
     assert "12 pictures to train on" in capsys.readouterr().out
     assert runs.values(out, "epoch") == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]  # 3 pictures x 4 in batches of 4
     assert "3 pictures of" in (out / "README.md").read_text()

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import train_full_finetuning_sd3 as script
+import train_text_to_image_lora_sd3 as lora_script
 from src import full
 
 pytestmark = pytest.mark.usefixtures("summaries")
@@ -119,7 +120,8 @@ def test_frozen_blocks_stay_bit_for_bit(train, world, flags, frozen):
 @pytest.mark.slow
 def test_the_text_encoders_are_trained_and_saved(train, world):
     """Words that no caption has keep their embeddings, so tensors are compared whole. T5 stays what it was."""
-    out = train(train_text_encoder=True, adam_weight_decay=0.0, text_encoder_learning_rate=1e-3, use_ema=True, **SHOWN)
+    rates = dict(learning_rate=2.5e-3, text_encoder_learning_rate=2.5e-4, scale_lr=True)  # times 4 pictures
+    out = train(train_text_encoder=True, adam_weight_decay=0.0, use_ema=True, **rates, **SHOWN)
     for part in ("text_encoder", "text_encoder_2"):
         assert not unchanged(out, world.model, part)
         ours, theirs = saved(out, part), saved(world.model, part)
@@ -128,6 +130,8 @@ def test_the_text_encoders_are_trained_and_saved(train, world):
     assert (out / "text_encoder_3/model.safetensors").stat().st_ino == (world.model / "text_encoder_3/model.safetensors").stat().st_ino
     for part in ("text_encoder", "text_encoder_2", "transformer"):
         assert runs.files(out / "raw" / part) == runs.files(out / part)
+        ours, raw = saved(out, part), saved(out / "raw", part)
+        assert any(not torch.equal(ours[name], raw[name]) for name in ours), f"no average of {part}"
 
 
 @pytest.mark.slow
@@ -138,6 +142,9 @@ def test_trained_text_encoders_beside_cached_t5_give_what_encoding_at_every_step
     cached, encoded = (train(name, cache_text=cached, **flags) for name, cached in (("cached", True), ("encoded", False)))
     for metric in ("loss", "val_loss"):
         assert runs.values(cached, metric) == pytest.approx(runs.values(encoded, metric), rel=1e-5)
+    alone = train("alone", caption_dropout=0.5, max_train_steps=1, num_validation_loss_images=1)  # the same first step
+    assert runs.values(alone, "loss")[0] == pytest.approx(runs.values(cached, "loss")[0], rel=1e-5)
+    assert runs.values(cached, "grad_norm")[0] > 1.0001 * runs.values(alone, "grad_norm")[0]  # of all weights that are trained
 
 
 def test_a_run_leaves_a_pipeline_and_its_average(finished, world):
@@ -180,6 +187,18 @@ def test_only_the_transformer_is_saved_if_asked(train):
 # --------------------------------------------------------------------------- precisions and ways to update
 
 
+@pytest.mark.parametrize("way", [{}, BF16], ids=["fp32", "bf16"])
+def test_every_flag_of_adam_reaches_it(world, tmp_path, way):
+    adam = dict(adam_beta1=0.7, adam_beta2=0.8, adam_epsilon=1e-3, adam_weight_decay=0.3, seed=5)
+    args = script.parse_args(world.argv(tmp_path, learning_rate=1e-2, **adam, **way))
+    weight = torch.nn.Parameter(torch.zeros(2, 2, dtype=full.DTYPES[args.weights_dtype]))
+    made = script.make_optimizer([{"params": [weight], "lr": 1e-4}], args, torch.device("cpu"))
+    inside = made.pieces[0].optimizer if way else made
+    (group,) = inside.param_groups
+    assert {name: group[name] for name in ("betas", "eps", "weight_decay")} == dict(betas=(0.7, 0.8), eps=1e-3, weight_decay=0.3)
+    assert made.param_groups[0]["lr"] == 1e-4 and getattr(made, "seed", 5) == 5
+
+
 def test_bf16_weights_move_by_less_than_a_bf16_step(train, world):
     """Steps of 2e-5 on weights about 0.1, whose bf16 spacing is 2^-11 to 2^-12 = 4.9e-4 to 2.4e-4: some move by a whole spacing."""
     out = train(**BF16, learning_rate=2e-5, adam_weight_decay=0.0, checkpointing_steps=4)
@@ -205,9 +224,16 @@ def test_a_fused_backward_pass_changes_nothing(train, flags):
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_and_where_the_average_lies_change_nothing(train):
-    one = train("plain", use_ema=True, max_train_steps=2, **FUSED)
-    other = train("other", use_ema=True, max_train_steps=2, ema_device="cpu", gradient_checkpointing=True, **FUSED)
+def test_gradient_checkpointing_and_where_the_average_lies_change_nothing(train, monkeypatch):
+    """Two cycles of a cosine in two steps: the rate is whole again after the first, and zero after the second."""
+    averages, average, trained, select = [], script.ema.Ema, [], script.select
+    monkeypatch.setattr(script, "select", lambda transformer, args: trained.append(transformer) or select(transformer, args))
+    monkeypatch.setattr(script.ema, "Ema", lambda *given, device: averages.append(device) or average(*given, device=device))
+    twice = dict(use_ema=True, max_train_steps=2, lr_scheduler="cosine_with_restarts", lr_num_cycles=2, **FUSED)
+    one = train("plain", **twice)
+    other = train("other", **twice, ema_device="cpu", gradient_checkpointing=True)
+    assert [transformer.is_gradient_checkpointing for transformer in trained] == [False, True]
+    assert averages == [None, "cpu"] and runs.values(one, "lr") == pytest.approx([1e-2, 0], abs=1e-9)
     runs.assert_identical(saved(one), saved(other))
     runs.assert_identical(saved(one / "raw"), saved(other / "raw"))
 
@@ -228,6 +254,19 @@ def test_one_batch_of_four_equals_four_accumulated(train, world):
     one, other, base = saved(whole), saved(parts), saved(world.model)
     changed = max((one[name] - base[name]).abs().max() for name in one)
     assert max((one[name] - other[name]).abs().max() for name in one) < 1e-4 * changed
+
+
+@pytest.mark.slow
+def test_the_losses_are_those_of_the_lora_trainer(train, world, tmp_path, monkeypatch):
+    """Whose losses are tested against a plain loop; at a learning rate of 1e-12 both are the base model."""
+    variants, load = [], script.sd3.load
+    monkeypatch.setattr(script.sd3, "load", lambda *given, variant, **named: variants.append(variant) or load(*given, **named))
+    flags = dict(seed=3, train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-12, adam_weight_decay=0.0, caption_dropout=0.5,
+                 timestep_density="mode", mode_scale=0.5, shift="resolution", variant="fp16", cache_dir=tmp_path / "cache")  # fmt: skip
+    out = train("full", **flags)
+    assert variants == ["fp16"] * 3  # text encoders, VAE, transformer
+    runs.train(lora_script, world.argv(tmp_path / "lora", **flags))
+    assert runs.values(out, "loss") == pytest.approx(runs.values(tmp_path / "lora", "loss"), rel=1e-5)
 
 
 @pytest.mark.slow
