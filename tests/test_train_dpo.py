@@ -325,6 +325,17 @@ def test_cached_equals_encoded_at_every_step(train, world):
     assert max((tensor - saved(other)[name]).abs().max() for name, tensor in saved(one).items()) < 1e-3 * changed
 
 
+@pytest.mark.slow
+def test_pairs_of_every_shape_train_in_the_buckets_of_their_winners(train, tmp_path, capsys):
+    """Pairs 0 and 1 are wide (48 x 96), 2 and 3 tall: in an epoch 2 batches of 2, all of whose latents are in the cache."""
+    data = make_pairs(tmp_path / "pairs", 4)
+    for number in range(8):
+        Image.open(data / f"{number}.png").resize((64, 32) if number < 4 else (32, 64)).save(data / f"{number}.png")
+    out = train(dataset_name=data, aspect_buckets=True, resolution=64, train_batch_size=2, max_train_steps=2)
+    assert "4 pairs to train on in 2 bucket(s)" in capsys.readouterr().out
+    assert runs.values(out, "epoch")[-1] == 1.0 and np.isfinite(runs.values(out, "loss")).all()
+
+
 LONG = dict(
     max_train_steps=5, checkpointing_steps=2, logging_steps=3, use_ema=True, lr_scheduler="cosine", caption_dropout=0.3, train_batch_size=2,
     validation_steps=3, num_validation_pairs=2, gradient_accumulation_steps=2, **SHOWN,
