@@ -146,14 +146,13 @@ def collate(samples: list[dict]) -> Batch:
 
 
 def loader(samples: Samples, sampler: StepSampler, *, num_workers: int = 0, pin_memory: bool = False) -> DataLoader:
-    """Batches in the sampler's order. Workers stay for the whole run and use one thread each."""
+    """Batches in the sampler's order, which is that of the whole run: so workers stay. They use one thread each."""
     return DataLoader(
         samples,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(0),  # else each epoch draws from the global generator, which is the training loop's
     )
