@@ -17,6 +17,7 @@ from PIL import Image
 
 import train_dreambooth_lora_sd3 as script
 from src import flow, lora, seeds
+from src.data import buckets
 from src.pipelines import sd3
 
 pytestmark = pytest.mark.usefixtures("summaries")
@@ -260,7 +261,10 @@ def test_a_run_leaves_its_card_and_metrics(finished):
     assert "# DreamBooth LoRA of" in card and "4 pictures of" in card and SUBJECT in card and "| `prior_loss` |" in card
     assert "- dreambooth\n- lora\n" in card
     assert {"instance_loss", "prior_loss", "loss"} <= runs.lines(finished)[-1].keys()
-    assert (finished / "samples/step-000004.png").is_file() and (finished / "raw" / runs.WEIGHTS).is_file()
+    assert (finished / "samples/step-000004.png").is_file()
+    average, raw = runs.weights(finished), runs.weights(finished / "raw")
+    for part in ("transformer", *lora.TEXT_PARTS):
+        assert any(not torch.equal(average[name], raw[name]) for name in raw if name.startswith(f"{part}.")), f"no average of {part}"
 
 
 def test_kohyas_file_holds_the_text_encoders_under_its_names(finished):
@@ -442,6 +446,19 @@ def test_a_mask_of_everything_is_no_mask_and_alpha_is_a_mask_folder(train, world
     assert runs.lines(alpha) == runs.lines(folder)
     for name in ("loss", "val_loss"):
         assert abs(runs.values(alpha, name)[0] / runs.values(plain, name)[0] - 1) > 0.01
+
+
+def test_each_picture_has_its_own_mask_also_those_held_out(train, world, monkeypatch):
+    """The pictures have the size that they are trained in: a latent's weight is the mean opacity of its 8 x 8 pixels."""
+    seen, validator = [], script.validation.Validator
+    monkeypatch.setattr(script.validation, "Validator", lambda *given, **named: seen.append(given[2]) or validator(*given, **named))
+    train(mask_from_alpha=True, num_validation_loss_images=2, max_train_steps=1, train_batch_size=2, no_hflip=True)
+    for part in (seen[0].training, seen[0].held_out):
+        assert len(part) == 2
+        for index, record in enumerate(part.images.records):
+            alpha = np.asarray(Image.open(world.data / record.name).getchannel("A"), dtype=np.float32) / 255
+            expected = torch.from_numpy(alpha.reshape(4, 8, 4, 8).mean((1, 3)))
+            torch.testing.assert_close(part[buckets.Key(index, 0, index)]["mask"][0], expected)
 
 
 @pytest.mark.slow
