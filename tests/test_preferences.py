@@ -206,7 +206,9 @@ def test_pairs_are_held_out_by_caption(tmp_path):
     rows = [(f"caption {i % 5}", 2 * i, 2 * i + 1, 1.0) for i in range(15)]
     pairs = opened(parquet(tmp_path / "data", rows), tmp_path)
     rest, held = pairs.hold_out(4)  # three pairs a caption: two captions
-    assert len(rest) == 9 and len(held) == 6
+    assert len(rest) == 9 and len(held) == 6 and len(pairs.hold_out(3)[1]) == 3
+    sides = {pair.winner.key: pair.loser.key for pair in pairs.records}
+    assert all(sides[pair.winner.key] == pair.loser.key for part in (rest, held) for pair in part.records)  # none is turned round
     assert not {pair.prompt for pair in rest.records} & {pair.prompt for pair in held.records}
     again = opened(parquet(tmp_path / "other", rows[::-1]), tmp_path).hold_out(4)[1]
     assert {pair.prompt for pair in again.records} == {pair.prompt for pair in held.records}
