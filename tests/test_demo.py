@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 import demo
-from src import gallery, images, lora
+from src import gallery, images, lora, scorers
 from src.pipelines import sd3, sd15, stock
 from src.scorers import shapes
 
@@ -84,7 +85,9 @@ def test_awkward_prompts_are_drawn_and_stored_word_for_word(draw, tmp_path, caps
     stored = [picture.text["prompt"] for picture in pictures(out).values()]
     assert stored == ['a/b "c" 🙂\nnew line, ünïcode', "", ("word " * 200).strip(), "a heart"]
     printed = capsys.readouterr()
-    assert "CLIP's 16 tokens" in printed.out and "truncated" not in printed.err  # one line instead of pages
+    assert (
+        "CLIP's 16 tokens" in printed.out and "T5 alone reads the rest" in printed.out and "truncated" not in printed.err
+    )  # one line instead of pages
     assert (out / "grid.png").exists()
 
 
@@ -125,19 +128,19 @@ def test_a_picture_can_be_made_again_from_its_own_metadata(draw, lora_folder):
 
 
 def test_metadata_reads_in_other_programs(draw):
-    flags = ("--negative_prompt", "blue", "--seed", 4, "--guidance_scale", 2)
+    flags = ("--negative_prompt", "blue", "--seed", 4, "--guidance_scale", 2, "--width", 32)
     (picture,) = pictures(draw("--prompt", "a heart", *flags, steps=1)).values()
     lines = picture.text["parameters"].splitlines()
     assert lines[:2] == ["a heart", "Negative prompt: blue"]
-    assert lines[2].startswith("Steps: 1, CFG scale: 2, Seed: 4, Size: 64x64, Model: ")
+    assert lines[2].startswith("Steps: 1, CFG scale: 2, Seed: 4, Size: 32x64, Model: ")
 
 
 # ---------------------------------------------------------------------------------------------- seeds and batches
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_the_batch_or_its_place(draw):
-    """Seeds 5, 6, 7 of two prompts in batches of 4 and 2; seed 6 of the second prompt alone."""
-    together = draw("--prompt", "a red circle", "--prompt", "a blue star", "--num_images", 3, "--seed", 5, "--batch_size", 4)
+    """Seeds 5, 6, 7 of two prompts in batches of 5 and 1; seed 6 of the second prompt alone."""
+    together = draw("--prompt", "a red circle", "--prompt", "a blue star", "--num_images", 3, "--seed", 5, "--batch_size", 5)
     alone = draw("--prompt", "a blue star", "--seed", 6, name="alone")
     assert list(pictures(together))[4] == "004-a-blue-star-seed6.png"
     assert close(arrays(together)[4], arrays(alone)[0])
@@ -150,10 +153,13 @@ def test_the_same_command_gives_the_same_bytes(draw):
 
 
 def test_the_grid_of_a_long_list_is_cut_and_every_picture_is_kept(draw, monkeypatch):
-    monkeypatch.setattr(gallery, "PROMPTS", 1)
-    monkeypatch.setattr(gallery, "SEEDS", 2)
+    """Its pictures are shrunk as well, those on the disk are not."""
+    sizes, sheet = set(), gallery.sheet
+    monkeypatch.setattr(gallery, "sheet", lambda cells, *rest: sizes.update(one.size for one, _ in cells.values()) or sheet(cells, *rest))
+    for name, limit in (("PROMPTS", 1), ("SEEDS", 2), ("CELL", 32)):
+        monkeypatch.setattr(gallery, name, limit)
     out = draw("--prompt", "a", "--prompt", "b", "--num_images", 3, steps=1)
-    assert len(pictures(out)) == 6
+    assert [picture.size for picture in pictures(out).values()] == [(64, 64)] * 6 and sizes == {(32, 32)}
     wide = Image.open(out / "grid.png").width
     assert 2 * 128 < wide < 4 * 128  # label and two cells of 128
 
@@ -172,6 +178,9 @@ def test_pictures_of_one_seed_stand_beside_each_other(monkeypatch):
     assert seen[-1]["column_labels"] == ["base", "tuned"]
     gallery.sheet(cells, ["a star"], ["tuned"], range(7, 9))
     assert seen[-1]["column_labels"] == ["seed 7", "seed 8"]
+    cells = {("base", number): (Image.new("RGB", (128, 128), (number, 0, 0)), {"n": number}) for number in range(4)}
+    gallery.sheet(cells, ["a star", "a heart"], ["base"], range(7, 9))
+    assert seen[-1]["labels"] == ["n 0", "n 1", "n 2", "n 3"]  # the second prompt's pictures are 2 and 3
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -493,6 +502,100 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
     assert not np.array_equal(plain, one) and not np.array_equal(one, two)
 
 
+# ---------------------------------------------------------------------------------------------- what is handed on
+
+
+class Recorder:
+    """Stands for diffusers' pipeline: keeps what it was called with, and draws grey squares."""
+
+    def __init__(self, tokens=16):
+        self.transformer, self.tokenizer_3, self.given = None, SimpleNamespace(model_max_length=tokens), []
+
+    def __call__(self, **given):
+        self.given.append(given)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8), "grey") for _ in given["prompt"]])
+
+
+JOBS = [gallery.Job(0, "a", 5, {"caption": "a red star"}), gallery.Job(1, "a", 6, {"caption": "a blue star"})]
+
+
+@pytest.mark.parametrize(("flags", "height", "width"), [
+    ("--resolution 96", 96, 96), ("--resolution 96 --height 64", 64, 96), ("--resolution 96 --width 32", 96, 32), ("--width 32", None, 32),
+])  # fmt: skip
+def test_a_pipeline_is_asked_for_what_the_flags_say(tiny_sd3_folder, flags, height, width):
+    """Of two pictures: a noise and a negative prompt for each; --height and --width go before --resolution, unset ones are not passed."""
+    argv = f"--negative_prompt dull --num_inference_steps 7 --guidance_scale 3 --skip_layer_guidance 2.5 --skip_layers 0,2 {flags}"
+    pipeline, args = Recorder(), demo.parse_args(["--pretrained_model_name_or_path", str(tiny_sd3_folder), *argv.split()])
+    demo.draw(pipeline, JOBS, args)
+    (given,) = pipeline.given
+    assert [generator.initial_seed() for generator in given.pop("generator")] == [5, 6]
+    sides = {name: side for name, side in (("height", height), ("width", width)) if side}
+    assert given == {
+        "prompt": ["a", "a"], "negative_prompt": ["dull", "dull"], "num_inference_steps": 7, "guidance_scale": 3.0,
+        "max_sequence_length": 16, "skip_guidance_layers": [0, 2], "skip_layer_guidance_scale": 2.5, **sides,
+    }  # fmt: skip
+
+
+def test_the_text_is_as_long_as_asked_else_as_in_training(tiny_sd3_folder):
+    """Training pads T5 to the tokenizer's own length, at most 256."""
+    for flags, tokens, length in (((), 16, 16), ((), 512, 256), (("--max_sequence_length", "9"), 16, 9)):
+        pipeline = Recorder(tokens)
+        demo.draw(pipeline, JOBS, demo.parse_args(["--pretrained_model_name_or_path", str(tiny_sd3_folder), *flags]))
+        assert pipeline.given[0]["max_sequence_length"] == length and pipeline.given[0]["negative_prompt"] is None
+
+
+def test_each_picture_is_judged_by_its_own_prompt_and_metadata(tiny_sd3_folder, tmp_path):
+    seen = []
+
+    def judge(pictures, prompts, metadata):
+        seen.extend(zip(prompts, metadata, strict=True))
+        return torch.zeros(len(pictures))
+
+    args = demo.parse_args(["--pretrained_model_name_or_path", str(tiny_sd3_folder), "--output_dir", str(tmp_path)])
+    mixture = scorers.build("shapes")
+    object.__setattr__(mixture.parts[0], "judge", judge)
+    demo.render(Recorder(), mixture, JOBS, "base", args)
+    assert seen == [("a", {"caption": "a red star"}), ("a", {"caption": "a blue star"})]
+
+
+def test_models_and_scorers_are_loaded_as_the_flags_say(tiny_sd15_folder, unet_loras, monkeypatch):
+    """The precision of the judges is theirs, not the model's."""
+    asked = {}
+    monkeypatch.setattr(
+        stock, "load", lambda path, **given: asked.update(given) or SimpleNamespace(set_progress_bar_config=lambda **_: None)
+    )
+    monkeypatch.setattr(scorers, "check", lambda *_, **__: None)
+    monkeypatch.setattr(scorers, "build", lambda spec, **given: asked.update(spec=spec, judges=given))
+    file, flags = unet_loras[tiny_sd15_folder], "--lora_scale 0.5 --dtype bf16 --scheduler DDIMScheduler --scorer hps,jpeg_compressibility"
+    flags += " --scorer_dtype fp32 --scorer_batch_size 3 --hps_version v2 --prompt a"
+    args = demo.parse_args(["--pretrained_model_name_or_path", str(tiny_sd15_folder), "--lora_weights_path", str(file), *flags.split()])
+    for args.cpu_offload in (True, False):
+        demo.load(args)
+        judges = asked.pop("judges")
+        assert (judges["dtype"], judges["batch_size"], judges["hps_version"]) == (torch.float32, 3, "v2")
+        assert asked == {
+            "dtype": torch.bfloat16, "device": asked["device"], "lora_path": file, "lora_scale": 0.5, "cpu_offload": args.cpu_offload,
+            "scheduler": "DDIMScheduler", "spec": "hps,jpeg_compressibility",
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "offload", "done"), [
+    ("cpu", False, ["to cpu"]), ("cuda", False, ["slices", "to cuda"]), ("cuda", True, ["slices", "offload"]),
+])  # fmt: skip
+def test_a_pipeline_is_loaded_in_its_precision_and_goes_where_it_shall_be(tiny_sd3_folder, monkeypatch, device, offload, done):
+    """On a GPU decoding takes one picture at a time; with offloading each part moves by itself."""
+    from diffusers import StableDiffusion3Pipeline
+
+    steps, dtypes = [], []
+    pipeline = SimpleNamespace(
+        vae=SimpleNamespace(enable_slicing=lambda: steps.append("slices")), to=lambda device: steps.append(f"to {device}"),
+        enable_model_cpu_offload=lambda: steps.append("offload"),
+    )  # fmt: skip
+    monkeypatch.setattr(StableDiffusion3Pipeline, "from_pretrained", lambda path, dtype=None: dtypes.append(dtype) or pipeline)
+    assert stock.load(str(tiny_sd3_folder), dtype=torch.bfloat16, device=device, cpu_offload=offload) is pipeline
+    assert steps == done and dtypes == [torch.bfloat16]
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 
@@ -502,6 +605,7 @@ def test_skip_layer_guidance_changes_the_picture_and_its_layers_count(draw):
     (["--negative_prompt", "x", "--guidance_scale", "1"], "--negative_prompt x has no effect without --guidance_scale above 1"),
     (["--skip_layer_guidance", "2.8", "--guidance_scale", "1"], "--skip_layer_guidance has no effect at --guidance_scale 1"),
     (["--skip_layer_guidance", "2.8"], "--skip_layers 7,8,9: the blocks of"),
+    (["--skip_layer_guidance", "2.8", "--skip_layers", "0,3"], "are 0 to 2"),
     (["--skip_layer_guidance", "2.8", "--num_inference_steps", "5"], "use --num_inference_steps 6 or more"),
     (["--skip_layers", "1"], "--skip_layers has no effect without --skip_layer_guidance"),
     (["--scheduler", "DDIMScheduler"], "--scheduler DDIMScheduler is for models that predict noise; "),
