@@ -223,6 +223,75 @@ def test_the_run_of_weights_is_found_from_its_folder_a_checkpoint_or_a_file(tmp_
     assert ui.run_folder(tmp_path / "elsewhere" / "model") is None
 
 
+# --------------------------------------------------------------------------- the page
+
+
+class Part:
+    """A component: how it was made, and what its events call."""
+
+    def __init__(self, given, options):
+        self.given, self.options, self.events = given, options, {}
+
+    def __getattr__(self, event):
+        return lambda *given, **_: self.events.setdefault(event, given)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+class Gradio:
+    """Stands for gradio, which the tests do without: the parts of a page by elem_id, or else by kind, and what the button calls."""
+
+    def __init__(self):
+        self.parts = {}
+
+    def __getattr__(self, kind):
+        def make(*given, **options):
+            part = Part(given, options)
+            self.parts[options.get("elem_id", kind)] = part
+            return part
+
+        return make
+
+    def on(self, events, press, inputs, outputs, **_):
+        self.press, self.inputs = press, inputs
+
+    def update(self, **changes):
+        return changes
+
+
+@pytest.fixture
+def gradio(monkeypatch):
+    page = Gradio()
+    monkeypatch.setitem(sys.modules, "gradio", page)
+    return page
+
+
+def test_the_button_draws_what_the_controls_say_and_compares_the_second_picture_with_the_first(studio, gradio):
+    ui.build(studio, ["a red heart", "a blue star"], None)
+    assert gradio.parts["prompt"].given == ("a red heart",), "the first prompt is filled in"
+    values = {"prompt": "a blue star", "negative": "dull", "seed": 5, "steps": 2, "guidance": 3.5, "lora_scale": 0.5}
+    told = []
+    cleared, base, tuned, last = gradio.press(
+        *(values[part.options["elem_id"]] for part in gradio.inputs), progress=lambda done, desc: told.append(done)
+    )
+    command, cards = gradio.parts["command"], [gradio.parts[f"{column}-scores"] for column in ("base", "tuned")]
+    assert last[command]["value"] == studio.command(ui.Wish("a blue star", "dull", 5, 2, 3.5, 0.5))
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)], "one bar over both pictures"
+    assert "change" not in base[cards[0]] and "change" in tuned[cards[1]] and not cleared[cards[0]]
+    assert [Path(shown[gradio.parts[column]]["value"]).is_file() for column, shown in (("base", base), ("tuned", tuned))] == [True, True]
+
+
+def test_the_album_opens_with_the_first_step_beside_the_last(studio, gradio, tmp_path):
+    ui.build(studio, ["a red heart"], make_run(tmp_path))
+    step, first, chosen, summary = gradio.parts["Blocks"].events["load"][0]()
+    assert step == {"choices": [0, 20, 100], "value": 100} and (first["label"], chosen["label"]) == ("Step 0", "Step 100")
+    assert "step-000000" in first["value"][0][0] and "step-000100" in chosen["value"][0][0] and summary is None
+
+
 # --------------------------------------------------------------------------- flags
 
 
