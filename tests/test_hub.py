@@ -2,6 +2,7 @@
 
 import pytest
 import runs
+import torch
 from huggingface_hub import constants, errors
 
 import demo
@@ -92,3 +93,37 @@ def test_loading_what_the_hub_does_not_have_says_so(family, no_such_repository):
         family.load("somebody/nothing")
     with pytest.raises(ValueError, match="--pretrained_model_name_or_path somebody/nothing: cannot read vae/config.json"):
         common.read_config("somebody/nothing", "vae/config.json")
+
+
+def test_a_revision_and_a_variant_reach_everything_that_is_read(tiny_sd3_folder, monkeypatch):
+    """Weights, encoders that are read again for training, and the small files of a plan: none may be the main branch's."""
+    import diffusers
+    import transformers
+
+    files, weights = [], []
+
+    def downloaded(repository, name, revision=None):
+        files.append(revision)
+        return str(tiny_sd3_folder / name)
+
+    def watched(kind):
+        real = kind.from_pretrained
+
+        def from_pretrained(source, *, revision=None, variant=None, **options):
+            weights.append((source, revision, variant))
+            return real(tiny_sd3_folder, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_pretrained)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", downloaded)
+    watched(diffusers.StableDiffusion3Pipeline)
+    model = sd3.load("owner/name", revision="abc", variant="fp16", parts=("clip",))
+    watched(transformers.CLIPTextModelWithProjection)
+    clips = sd3.reload_clips(model, revision="abc", variant="fp16", dtype=torch.bfloat16)
+    assert {weight.dtype for clip in clips.values() for weight in clip.parameters()} == {torch.bfloat16}
+    assert list(clips.values()) == model.text_encoders and all(weight.requires_grad for weight in clips["text_encoder"].parameters())
+    assert weights == [("owner/name", "abc", "fp16")] * 3
+    sd3.random_transformer("owner/name", revision="abc", dtype=torch.float32, device="meta")
+    sd3.parameter_counts("owner/name", "abc")
+    assert sd3.text_tokens("owner/name", "abc") == 16 + 16 and sd3.text_tokens("owner/name", "abc", 9) == 16 + 9
+    assert files and set(files) == {"abc"}
