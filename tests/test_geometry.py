@@ -40,6 +40,26 @@ def test_the_count_of_medium_by_hand():
     assert 47 * stream + last + 13 * dual + outside == COUNTS["sd3.5-medium", "transformer"]
 
 
+def test_what_no_count_of_parameters_shows_is_as_published():
+    """Position embeddings of large: 192^2 places of 38 * 64. SD1.5's "attention_head_dim" 8 is the number of heads, whatever its name.
+
+    The tiny models have the published activations and noise schedule. The VAEs' latents are brought to unit variance by 1.5305, after
+    0.0609 is taken away (SD3's config.json), and by 0.18215 (SD1.5's).
+    """
+    large = geometry.build(geometry.MODELS["sd3.5-large"]["transformer"])
+    assert sum(buffer.numel() for buffer in large.buffers()) == 192**2 * 38 * 64
+    models, folder = geometry.MODELS, geometry.Path(__file__).parent.parent / "models"
+    heads = geometry.build(models["sd1.5"]["unet"]).down_blocks[0].attentions[0].transformer_blocks[0].attn1.heads
+    assert heads == 8
+    for name, part in (("tiny-sd3", "text_encoder"), ("tiny-sd3", "text_encoder_2"), ("tiny-sd15", "text_encoder")):
+        model = models["sd3.5-medium" if name == "tiny-sd3" else "sd1.5"]
+        assert model[part]["hidden_act"] == json.loads((folder / name / part / "config.json").read_text())["hidden_act"], (name, part)
+    schedule = json.loads((folder / "tiny-sd15/scheduler/scheduler_config.json").read_text())
+    assert models["sd1.5"]["scheduler"].items() <= schedule.items()
+    scales = [(model["vae"]["scaling_factor"], model["vae"].get("shift_factor")) for model in models.values()]
+    assert scales == [(1.5305, 0.0609), (1.5305, 0.0609), (0.18215, None)]
+
+
 TINY = geometry.MODELS["sd3.5-medium"]["transformer"] | {
     "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 16, "caption_projection_dim": 16,
     "pooled_projection_dim": 16, "pos_embed_max_size": 8, "sample_size": 8, "dual_attention_layers": (0,),
