@@ -150,6 +150,14 @@ def test_a_loaded_model_predicts_nearly_the_same_and_takes_adapters(tiny_sd3_fol
         assert torch.equal(sd3.velocity(packed, *inputs), found)
 
 
+def test_weights_are_packed_where_they_will_stay(tiny_sd3_folder):
+    """One at a time on the device of training, so that the whole model never has to fit there."""
+    model = sd3.load(tiny_sd3_folder, parts=("transformer",)).transformer
+    layers = list(quantize.quantizable(model))
+    quantize.linear_layers(model, "int8", "meta")
+    assert layers and all(model.get_submodule(name).weight.is_meta for name in layers) and not model.proj_out.weight.is_meta
+
+
 def test_merging_into_rounded_weights_is_refused(tiny_sd3_folder, tmp_path):
     packed = sd3.load(tiny_sd3_folder, parts=("transformer",), quantized="int8").transformer
     lora.add(packed, rank=2)

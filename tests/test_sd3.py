@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from src.pipelines import geometry, sd3
+from src.pipelines import common, geometry, sd3
 
 PROMPTS = ["a red circle", "", "a very long prompt, which no tokenizer of sixteen tokens can hold"]
 PUBLISHED = {  # geometry of SD3.5-medium's other parts. Source: the config.json files of stabilityai/stable-diffusion-3.5-medium
@@ -148,9 +148,13 @@ def test_scaled_latents_decode_to_what_the_vae_alone_decodes(model):
     torch.testing.assert_close(latents, (mean - 0.0609) * 1.5305)
 
 
-def test_decoding_in_pieces_changes_nothing_and_lets_gradients_through(model):
-    latents = torch.randn(5, 16, 4, 4, requires_grad=True)
-    images = sd3.decode_latents(model, latents, batch_size=2)
+def test_decoding_in_pieces_changes_nothing_and_lets_gradients_through(model, monkeypatch):
+    """Of five pictures at most two are in the VAE at once: the decoder is what memory is short for."""
+    latents, decode, pieces = torch.randn(5, 16, 4, 4, requires_grad=True), model.vae.decode, []
+    with monkeypatch.context() as patch:
+        patch.setattr(model.vae, "decode", lambda part, **options: pieces.append(len(part)) or decode(part, **options))
+        images = sd3.decode_latents(model, latents, batch_size=2)
+    assert pieces == [2, 2, 1]
     assert images.shape == (5, 3, 32, 32) and 0 <= images.min() and images.max() <= 1
     torch.testing.assert_close(images, sd3.decode_latents(model, latents, batch_size=5), rtol=0, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):  # as evaluation does, which has to judge the pictures that training judges
@@ -249,6 +253,23 @@ def test_a_picture_depends_on_its_seed_and_not_on_the_batch(model):
     torch.testing.assert_close(together[2:], last, rtol=0, atol=1e-5)
     other = sd3.render(model, model.transformer, condition[2:], seeds=[4], **common)
     assert (other - last).abs().max() > 0.01
+
+
+def test_fewer_pictures_may_be_decoded_than_denoised_at_once(model, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(sd3, "decode_latents", lambda model, latents, size: sizes.append((len(latents), size)) or torch.zeros(len(latents)))
+    common = dict(negative=None, seeds=[1, 2, 3], height=16, width=16, num_inference_steps=1, guidance_scale=1.0, batch_size=2)
+    for size in (1, None):
+        sd3.render(model, model.transformer, sd3.encode_prompts(model, ["a", "b", "c"]), decode_batch_size=size, **common)
+    assert sizes == [(2, 1), (1, 1), (2, 2), (1, 2)]
+
+
+def test_a_prompt_that_just_fits_is_not_called_long(model):
+    """CLIP's 16 tokens, start and end among them, hold 14 words of one letter."""
+    fits, longer = " ".join("a" * 14), " ".join("b" * 15)
+    assert common.long_prompts(model.tokenizers[0], [fits], t5=True) is None
+    note = common.long_prompts(model.tokenizers[0], [fits, longer], t5=False)
+    assert note.startswith("note: 1 of 2 prompts have more than CLIP's 16 tokens, the first begins 'b b") and note.endswith("is not read")
 
 
 def test_render_evaluates_and_puts_the_training_mode_back(model):
