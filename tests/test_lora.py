@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import json
 import re
 
 import pytest
 import runs
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -205,6 +207,8 @@ def test_the_same_seed_gives_the_same_adapter(fresh):
     assert_same(states[0], states[1])
     key = "transformer_blocks.0.attn2.to_v.lora_A.weight"
     assert not torch.equal(states[0][key], states[2][key])
+    drawn = torch.cat([tensor.flatten() for name, tensor in states[0].items() if "lora_A" in name])  # 2,000 numbers: std known to 2 %
+    assert drawn.std().item() == pytest.approx(1 / 4, rel=0.1), "N(0, 1/rank^2)"
 
 
 class Adapted(torch.nn.Module):
@@ -438,6 +442,19 @@ def test_without_metadata_alpha_is_the_rank(transformer, tmp_path):
         lora.check_init(file, rank=4, alpha=10, use_dora=False)
 
 
+@pytest.mark.parametrize("rule", [{"use_rslora": True}, {"alpha_pattern": {"attn.to_q": 2}}])
+def test_another_rule_of_scaling_is_refused(transformer, tmp_path, rule):
+    """rsLoRA divides alpha by the root of the rank; here one alpha over one rank serves every layer."""
+    lora.save(trained(transformer), tmp_path)
+    file = tmp_path / lora.WEIGHTS_NAME
+    with safe_open(file, framework="numpy") as opened:
+        about = json.loads(opened.metadata()[lora.METADATA_NAME])
+    about |= {f"transformer.{name}": value for name, value in rule.items()}
+    save_file(load_file(file), file, metadata={"format": "pt", lora.METADATA_NAME: json.dumps(about)})
+    with pytest.raises(ValueError, match="scales its layers by another rule"):
+        lora.check_init(tmp_path, rank=4, alpha=4, use_dora=False)
+
+
 def test_a_cut_file_is_known_before_anything_is_loaded(tmp_path):
     (tmp_path / lora.WEIGHTS_NAME).write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="--init_lora .*is the file complete"):
@@ -501,6 +518,9 @@ def test_kohya_file_holds_the_same_update(transformer, tmp_path, options):
             checkpoint[name] = kohya[f"{key}.alpha"] / down.shape[0] * up @ down
             read |= {f"{key}.alpha", f"{key}.lora_down.weight", f"{key}.lora_up.weight"}
     assert read == kohya.keys(), "a key that no reader would find"
+    with safe_open(tmp_path / lora.KOHYA_NAME, framework="numpy") as file:
+        about = file.metadata()
+    assert (about["ss_network_dim"], float(about["ss_network_alpha"])) == ("4", options.get("alpha", 4))
     converted, expected = convert_sd3_transformer_checkpoint_to_diffusers(checkpoint), deltas(transformer)
     for name in (key.removesuffix(".weight") for key in converted if key.endswith(".weight")):
         want = expected.pop(name, torch.zeros_like(converted[f"{name}.weight"]))
