@@ -109,6 +109,7 @@ def test_colours_belong_to_their_objects():
         ((4.1, 0, 14.1, 10), {"right of"}),  # offset 4.1, 2.1 left: 2.1 / 4.1 = 0.512
         ((20, 40, 30, 50), {"below"}),  # offset (20, 40), left (18, 38), length 44.7: 0.40 and 0.85
         ((-20, 0, 30, 10), set()),  # the same centre, five times as wide
+        ((-3, 0, 37, 10), {"right of"}),  # offset 12, of it 0.1 x (40 + 10) = 5 go: 7 / 12 = 0.58
     ],
 )
 def test_a_relation_needs_more_than_half_of_the_offset_left_after_the_margin(box, expected):
@@ -313,6 +314,13 @@ def test_detections_become_scores():
     for strict, expected in ((False, [1.0, 0.5, 0.5]), (True, [1.0, 0.0, 0.0])):
         judge = geneval.GenEval(lambda images: found, lambda image, name, found: [], strict)
         assert judge(torch.zeros(3, 3, 8, 8), ["two dogs"] * 3, [METADATA["counting"]] * 3).tolist() == expected
+
+
+def test_each_picture_is_asked_for_its_own_colours():
+    """The second picture alone is white, as its car shall be."""
+    judge = geneval.GenEval(lambda images: [[seen("car")]] * 2, lambda image, name, found: ["white" if image.all() else "black"], True)
+    pictures = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    assert judge(pictures, ["a white car"] * 2, [METADATA["colors"]] * 2).tolist() == [0.0, 1.0]
 
 
 def test_a_detector_of_other_classes_is_refused(loader, monkeypatch):

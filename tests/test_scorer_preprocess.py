@@ -12,8 +12,8 @@ from src import images
 from src.scorers import preprocess
 
 PHOTOS = sorted(path for path in (Path(__file__).parent.parent.parent / "shared/data/photos").glob("*") if path.suffix in (".png", ".jpg"))
-# (height, width): shrunk, enlarged, odd, tall, wide, one pixel
-SIZES = [(512, 512), (64, 64), (300, 301), (217, 333), (97, 41), (37, 500), (1, 1), (3, 1)]
+# (height, width): shrunk, enlarged, odd, tall, a little tall, wide, one pixel
+SIZES = [(512, 512), (64, 64), (300, 301), (217, 333), (97, 41), (48, 41), (37, 500), (1, 1), (3, 1)]
 NEW_PIL = int(PIL.__version__.split(".")[0]) >= 13  # its order of the passes: see `_resize`
 
 
@@ -145,10 +145,12 @@ def test_values_between_levels_count_as_the_level_that_a_file_would_hold():
 
 
 def test_a_batch_is_resized_as_its_pictures_are_one_by_one(monkeypatch):
+    """Where two pictures are too many pixels, no two are there in fp64 at once."""
     batch = torch.rand(3, 3, 20, 30, generator=torch.Generator().manual_seed(0))
-    together = preprocess.squash(batch, 16)
-    monkeypatch.setattr(preprocess, "_CHUNK", 20 * 30)
-    assert torch.equal(preprocess.squash(batch, 16), together)
+    together, levels_of, pieces = preprocess.squash(batch, 16), preprocess._levels, []
+    monkeypatch.setattr(preprocess, "_levels", lambda images: pieces.append(len(images)) or levels_of(images))
+    monkeypatch.setattr(preprocess, "_CHUNK", 2 * 20 * 30 - 1)
+    assert torch.equal(preprocess.squash(batch, 16), together) and pieces == [1, 1, 1]
     assert torch.equal(preprocess.squash(batch[1:2], 16)[0], together[1])
 
 

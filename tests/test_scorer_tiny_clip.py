@@ -91,6 +91,11 @@ def test_a_step_along_the_gradient_gains_what_it_promises(mixture, images, drawn
     assert (gain / promised).median().item() == pytest.approx(1, abs=0.25)
 
 
+def test_a_prompt_beyond_its_16_tokens_is_cut(mixture, images):
+    one, other = (mixture(images[:1], ["a red circle on " * count]).total.item() for count in (5, 50))
+    assert one == pytest.approx(other, abs=1e-5)
+
+
 def test_saturated_pixels_learn_too(mixture):
     white = torch.ones(1, 3, 64, 64, requires_grad=True)
     mixture(white, ["a red circle on a black background"]).total.sum().backward()

@@ -307,6 +307,16 @@ def test_the_scorer_leaves_unjudged_pictures_out(server, monkeypatch):
     assert all(headers["Authorization"] == "Bearer secret" for headers in server.headers_seen)
 
 
+def test_settings_reach_the_judge(server, tmp_path):
+    template = tmp_path / "question.txt"
+    template.write_text("{prompt}?")
+    given = {"judge_url": server.url, "judge_model": "looker", "judge_template": str(template), "judge_max": 5.0, "judge_timeout": 3.0,
+             "judge_concurrency": 2, "judge_cache": str(tmp_path / "replies")}  # fmt: skip
+    judge = scorers.build("vlm_judge", **given).parts[0].judge
+    assert (judge.endpoint.url, judge.endpoint.model, judge.endpoint.timeout) == (server.url + "/chat/completions", "looker", 3.0)
+    assert (judge.template, judge.maximum, judge.concurrency, judge.cache.folder) == ("{prompt}?", 5.0, 2, tmp_path / "replies")
+
+
 def test_a_server_that_is_down_or_refuses_the_key_is_noticed_while_loading(server):
     with pytest.raises(ValueError, match="--judge_url .*start the server"):
         scorers.build("vlm_judge", judge_url=f"http://127.0.0.1:{free_port()}/v1", judge_model="looker")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from src import cli, scorers
 from src.scorers.base import Loader, Option, Scorer, Weights
+from src.scorers.mixture import score_pictures
 
 ROOT = Path(__file__).parent.parent
 COMMON = {"summary": "a toy", "range": (0.0, 1.0), "licence": "none"}
@@ -135,6 +137,21 @@ def test_metadata_follows_its_picture(monkeypatch):
     assert seen == [[{"n": 1}, {"n": 2}], [{"n": 3}]]
 
 
+def test_pictures_of_several_sizes_keep_their_prompts_metadata_and_places(monkeypatch):
+    """Sizes 4, 8, 4 and a hidden 8: sizes are judged together, and a score is the number in its picture's metadata."""
+    seen = []
+    toy = Scorer("told", load=lambda loader: lambda images, prompts, metadata: (
+        seen.extend(zip([len(image[0]) for image in images], prompts, strict=True)), torch.tensor([one["n"] for one in metadata]))[1],
+        differentiable=False, normalizer=2.0, **COMMON)  # fmt: skip
+    monkeypatch.setattr(sys.modules["src.scorers.toys"], "SCORERS", (toy,))
+    monkeypatch.setitem(scorers.FILES, "toys", ("told",))
+    pictures = [Image.new("RGB", (side, side)) for side in (4, 8, 4, 8)]
+    metadata = [{"n": float(number)} for number in range(4)]
+    found = score_pictures(scorers.build("told"), pictures, list("abcd"), metadata, hidden=[False, False, False, True])
+    assert sorted(seen) == [(4, "a"), (4, "c"), (8, "b")]
+    assert found[:3] == [{"told": n, "total": n / 2} for n in (0.0, 1.0, 2.0)] and all(value != value for value in found[3].values())
+
+
 # --------------------------------------------------------------------------- gradients
 
 
@@ -251,7 +268,7 @@ def test_one_prompt_for_each_picture(prompts, metadata, message):
         ("mean,", {}, "--scorer mean,: 'mean,' lacks a name; write NAME=WEIGHT,NAME=WEIGHT"),
         ("picky", {"picky_kind": "c"}, "--scorer picky: --picky_kind must be one of a, b; got 'c'"),
         ("needy", {}, "--scorer needy: needs --needy_url"),
-        ("mean", {"piky_kind": "a"}, "--scorer mean: no scorer has an option piky_kind; did you mean picky_kind?"),
+        ("mean", {"piky_kind": 0}, "--scorer mean: no scorer has an option piky_kind; did you mean picky_kind?"),
         ("lone", {}, f"--scorer lone: no_such_package is not installed: {sys.executable} -m pip install such"),
         ("mean,far", {}, "--scorer mean,far: far: weights are missing: models/far has no a.bin or b.bin; run bash scripts/download.sh far"),
     ],
@@ -375,6 +392,8 @@ def test_every_option_of_a_scorer_is_a_flag_and_the_other_way_round(monkeypatch)
     parser = cli.make_parser("x")
     cli.add_scorer_args(parser, default=None)
     assert set(cli.scorer_options(cli.parse(parser, []))) == set(declared)
+    args = types.SimpleNamespace(**{name: f"of --{name}" for name in declared})
+    assert cli.scorer_options(args) == vars(args), "each is handed on under its own name"
 
 
 @pytest.mark.parametrize(
@@ -395,6 +414,8 @@ def test_a_flag_of_a_scorer_that_is_not_used_is_refused(argv, message, capsys):
     parser = cli.make_parser("x")
     cli.add_scorer_args(parser, default="hps")
     assert cli.parse(parser, ["--scorer", "clip, hps=0.5", "--hps_version", "v2"]).hps_version == "v2"
+    parser.add_argument("--eval_scorers")  # whose settings are those of --scorer
+    assert cli.parse(parser, ["--scorer", "clip", "--eval_scorers", "hps", "--hps_version", "v2"]).hps_version == "v2"
 
 
 @pytest.mark.slow
@@ -408,8 +429,6 @@ def test_one_file_and_one_line_add_a_scorer(tmp_path):
     )
     registry = tmp_path / "src/scorers/__init__.py"
     registry.write_text(registry.read_text().replace('    "clip": ("clip",),\n', '    "clip": ("clip",),\n    "redness": ("redness",),\n'))
-    from PIL import Image
-
     Image.new("RGB", (8, 8), (255, 0, 51)).save(tmp_path / "red.png")
     command = [sys.executable, "-m", "src.scorers"]
     listed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout

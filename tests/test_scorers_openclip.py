@@ -128,18 +128,20 @@ def test_they_keep_to_what_every_network_scorer_does(mixtures, name):
 # --------------------------------------------------------------------------- what open_clip knows of its weights
 
 
-def test_a_tag_brings_its_own_preparation_and_activation(monkeypatch):
+@pytest.mark.parametrize("mode", ["squash", "shortest"])
+def test_a_tag_brings_its_own_preparation_and_activation(monkeypatch, mode):
     """As for OpenAI's tags (QuickGELU) and SigLIP's (squashed, mean 0.5): what the tag says, not the defaults."""
     import open_clip
     from open_clip import pretrained
+    from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-    recipe = {"quick_gelu": True, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": "squash", "interpolation": "bilinear"}
+    recipe = {"quick_gelu": True, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_mode": mode, "interpolation": "bilinear"}
     monkeypatch.setitem(pretrained._PRETRAINED["tiny-clip"], "tiny", recipe)
     pictures = scorer_runs.photos(size=(45, 60))
     model = open_clip.CLIP(**scorer_runs.weights.TINY_OPENCLIP, quick_gelu=True).eval()
     model.load_state_dict(networks.read(OPENCLIP))
-    pixels = [picture.resize((32, 32), 2) for picture in pictures]  # 2: PIL's bilinear
-    pixels = scorer_runs.batch(pixels) * 2 - 1
+    resize = Resize((32, 32) if mode == "squash" else 32, InterpolationMode.BILINEAR)
+    pixels = scorer_runs.batch([CenterCrop(32)(resize(picture)) for picture in pictures]) * 2 - 1
     with torch.no_grad():
         texts = model.encode_text(open_clip.tokenize(scorer_runs.PROMPTS), normalize=True)
         expected = (model.encode_image(pixels, normalize=True) * texts).sum(-1)

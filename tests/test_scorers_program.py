@@ -136,10 +136,10 @@ def test_json_lines_have_null_where_a_picture_could_not_be_judged(capsys, drawin
 
 
 def test_the_mean_is_that_of_the_pictures_that_could_be_judged(capsys):
-    results = [{"ocr": 0.5, "total": 0.5}, {"ocr": math.nan, "total": math.nan}, {"ocr": 1.0, "total": 1.0}]
+    results = [{"ocr": one, "clip": 0.3, "total": one} for one in (0.5, math.nan, 1.0)]
     program.show_scores([Path(name) for name in "abc"], results, as_json=False)
     rows = capsys.readouterr().out.splitlines()
-    assert rows[2].split() == ["nan", "nan", "b"] and rows[4].split("  ")[-1] == "mean of 2; 1 could not be judged"
+    assert rows[2].split() == ["nan", "0.3000", "nan", "b"] and rows[4].split("  ")[-1] == "mean of 2; 1 could not be judged"
     assert rows[4].split()[0] == "0.7500"
 
 
@@ -171,13 +171,27 @@ def test_what_cannot_be_scored_is_refused_in_one_line(capsys, drawings, tmp_path
     assert "--hps_version v2 has no effect without hps" in refusal(capsys, "shapes", drawings[0], *red, "--hps_version", "v2")
 
 
-def test_pictures_are_opened_a_batch_at_a_time(capsys, drawings, monkeypatch):
+def test_pictures_are_opened_a_batch_at_a_time(capsys, drawings, monkeypatch, tmp_path):
+    """And each batch has its own prompts and metadata."""
     opened, judged = [], []
     original_open, original_score = images.open_rgb, mixture.score_pictures
     monkeypatch.setattr(images, "open_rgb", lambda path: opened.append(path) or original_open(path))
-    monkeypatch.setattr(mixture, "score_pictures", lambda *given: judged.append((len(opened), len(given[1]))) or original_score(*given))
-    run(capsys, "jpeg_compressibility", *drawings, "--scorer_batch_size", 2)
-    assert judged == [(2, 2), (3, 1)]
+    monkeypatch.setattr(mixture, "score_pictures", lambda *given: judged.append((len(opened), *given[2:])) or original_score(*given))
+    (tmp_path / "three.jsonl").write_text('{"n": 0}\n{"n": 1}\n{"n": 2}\n')
+    prompts = [word for prompt in "abc" for word in ("--prompt", prompt)]
+    run(capsys, "jpeg_compressibility", *drawings, *prompts, "--metadata", tmp_path / "three.jsonl", "--scorer_batch_size", 2)
+    assert judged == [(2, ["a", "b"], [{"n": 0}, {"n": 1}]), (3, ["c"], [{"n": 2}])]
+
+
+def test_scorers_are_built_as_the_flags_say(drawings, monkeypatch):
+    import torch
+
+    asked, build = {}, scorers.build
+    monkeypatch.setattr(scorers, "check", lambda *_, **__: None)
+    monkeypatch.setattr(scorers, "build", lambda spec, **given: asked.update(given) or build("jpeg_compressibility"))
+    flags = "--scorer_dtype bf16 --scorer_batch_size 3 --hps_version v2 --prompt a"
+    program.score_files(program.parse_args(["hps", drawings[0], *flags.split()]))
+    assert (asked["dtype"], asked["batch_size"], asked["hps_version"]) == (torch.bfloat16, 3, "v2")
 
 
 @pytest.mark.slow
