@@ -114,6 +114,8 @@ def test_memory_counts_what_stays(arguments, monkeypatch):
         return step.resident / 1e9, step.peak / 1e9, plan._memory(args, weights, step), plan._residence(args, "text_encoder_3")
 
     assert memory.per_trained_parameter(arguments(use_ema=True, rank=2)) == 20
+    elsewhere = argparse.Namespace(optimizer="adamw", use_ema=True, ema_device="cpu")  # the average does not lie on the GPU
+    assert memory.per_trained_parameter(elsewhere) == 16
     resident, peak, text, residence = planned()
     assert (resident, peak) == pytest.approx((4.5 + 1.6, 6.1 + 3 + 1)) and residence == "only while the text cache is filled"
     assert text == "10.00 GB while the text cache is filled, 10.10 GB (9.4 GiB) at the peak of a step"
@@ -150,8 +152,25 @@ def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
     assert peak(frozen_copy=True, accumulated=True) == pytest.approx(10.2 + 1.7 + 3.4 + 2 + 0.7)
     assert peak(after=6 * 10**9) == pytest.approx(10.2 + 2 + 6)
     assert peak(chained=True) == pytest.approx(10.2 + 3.4 + 2 + 0.6)
+    assert peak(averages=2) == pytest.approx(10.2 + 6.8 + 3.4 + 0.6)  # 4 bytes of each trained weight, twice
     args.compile = True
     assert peak() == pytest.approx(10.2 + 3.4 + 0.6)
+
+
+@pytest.mark.parametrize(("gradient", "trained", "updated"), [(2, 10**6, 1000), (2, 30, 30), (0, 10**6, 48)])
+def test_memory_of_an_update_in_bf16_by_hand(monkeypatch, gradient, trained, updated):
+    """fp32 copies of a weight and its gradient, 8 bytes, for a piece of 1000, for all if there are fewer, or for the largest tensor, 6 x 8,
+    if each is updated in the backward pass; 10 bytes for each weight of the largest tensor, which is rounded. fp32 weights need neither."""
+    monkeypatch.setattr(memory.rounding, "PIECE", 1000)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(100, 100).requires_grad_(False))
+    assert memory._updating(model, trained, plan.Whole(("transformer",), 2, gradient)) == 8 * updated + 10 * 48
+    assert memory._updating(model, trained, plan.Whole(("transformer",), 4, 4)) == memory._updating(model, trained, None) == 0
+
+
+def test_a_policy_learns_from_as_many_pictures_as_it_draws_at_once():
+    """DDPO alone may train on fewer, which it then draws at once as well."""
+    assert memory.rollout_batch(argparse.Namespace(sample_batch_size=4)) == 4
+    assert memory.rollout_batch(argparse.Namespace(sample_batch_size=4, train_batch_size=2)) == 2
 
 
 REFL = ["--pretrained_model_name_or_path", "models/tiny-sd15", "--resolution", "64", "--mixed_precision", "bf16", "--train_batch_size", "2"]
@@ -170,12 +189,41 @@ def reward_gradient(*flags):
     return found.peak, decoding, 4 * trained
 
 
+@pytest.mark.parametrize(("flags", "asked"), [
+    ("", (4, 7, False, False)), ("--guidance_scale 1", (2, 7, False, False)), ("--gradient_accumulation_steps 2", (4, 7, False, True)),
+    ("--method draft --draft_k 3", (4, 7, True, False)), ("--method draft", (4, 7, False, False)),
+    ("--method draft_lv --num_renoised 1", (4, 7, False, True)),
+])  # fmt: skip
+def test_what_a_step_of_a_reward_gradient_holds(monkeypatch, flags, asked):
+    """(pictures in a pass, bytes of decoding, passes in a row, gradients that wait): 2 pictures, twice with guidance.
+
+    Several steps of draft follow each other; copies of draft_lv leave gradients, as micro-batches do. The pre-training pass has neither
+    guidance nor decoding.
+    """
+    calls = []
+
+    def step_memory(args, unet, *, batch, after=0, chained=False, accumulated, **known):
+        calls.append((batch, after, chained, accumulated))
+        return memory.StepMemory(0, 0, 0, peak=len(calls))
+
+    monkeypatch.setattr(memory, "step_memory", step_memory)
+    monkeypatch.setattr(memory, "decoding_bytes", lambda *_: 7)
+
+    def peak(*more):
+        args = cli.parse(train_refl_sd15.build_parser(), [*REFL, *flags.split(), *more], checks=())
+        return memory.reward_gradient_memory(args, None, None, weights={}, trained=1, tokens=77, whole=None, family=sd15)[0].peak
+
+    assert peak() == 1 and calls == [asked]
+    assert peak("--pretrain_dataset_name", "pictures") == 3 and calls[1:] == [asked, (2, 0, False, True)]
+
+
 @pytest.mark.slow
 def test_memory_of_a_reward_gradient():
     """Decoding is the peak, without gradients of the weights beside it unless micro-batches, or a picture's copies, have left some."""
     peak, decoding, gradients = reward_gradient()
     assert decoding > gradients
-    assert reward_gradient("--decode_batch_size", "2")[1] == pytest.approx(2 * decoding, rel=0.05)
+    two = reward_gradient("--decode_batch_size", "2")[1]
+    assert two == pytest.approx(2 * decoding, rel=0.05) and reward_gradient("--decode_batch_size", "3")[1] == two  # there are no more
     assert reward_gradient("--gradient_checkpointing")[1] < 0.7 * decoding
     assert reward_gradient("--pretrain_dataset_name", "pictures")[0] == peak  # its pass is smaller, gradients included
     for flags in (("--gradient_accumulation_steps", "2"), ("--method", "draft_lv", "--num_renoised", "1")):

@@ -362,9 +362,15 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, way):
 
 
 @pytest.mark.slow
-def test_dry_run_counts_pairs_and_the_reference(world, tmp_path, capsys):
-    runs.train(script, world.argv(tmp_path / "out", dry_run=True))
-    said = capsys.readouterr().out
+def test_dry_run_counts_pairs_and_the_reference(world, tmp_path, capsys, monkeypatch):
+    """Both pictures of a pair are in one forward pass; --sft has the winner alone, and no reference."""
+    asked, count = [], script.plan.memory.step_memory
+    monkeypatch.setattr(script.plan.memory, "step_memory", lambda *given, **named: asked.append(named) or count(*given, **named))
+    pairs = script.parse_args(world.argv(tmp_path / "out")).train_batch_size
+    for sft in (True, False):
+        runs.train(script, world.argv(tmp_path / "out", dry_run=True, **(dict(sft=True, beta_dpo=None) if sft else {})))
+        assert (asked[-1]["batch"], asked[-1]["frozen_copy"]) == ((pairs, False) if sft else (2 * pairs, True))
+    said = capsys.readouterr().out.split("dry run: ")[1]
     count = sum(tensor.numel() for tensor in saved(world.model).values())
     assert said.count(f"{count:,} parameters") == 3  # UNet, reference, trained
     assert "pair(s), " in said and "more in the backward pass" in said and "at the peak of a step" in said

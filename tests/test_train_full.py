@@ -340,8 +340,9 @@ def test_a_checkpoint_serves_as_a_transformer(finished):
         ({}, 4 + 8),  # gradient and two moments in fp32; the weight is counted with the model
         (BF16 | dict(use_ema=True), 2 + 8 + 4),
         (FUSED | dict(optimizer="adamw8bit", train_blocks="0-1"), 0 + 2),
+        (dict(train_text_encoder=True), 4 + 8),
     ],
-    ids=["fp32", "bf16", "fused 8-bit"],
+    ids=["fp32", "bf16", "fused 8-bit", "with both CLIPs"],
 )
 def test_dry_run_counts_what_is_trained(world, tmp_path, capsys, flags, bytes_of_one):
     if flags.get("optimizer") == "adamw8bit":
@@ -351,6 +352,9 @@ def test_dry_run_counts_what_is_trained(world, tmp_path, capsys, flags, bytes_of
     transformer = script.sd3.transformer_from_config(world.model)
     full.select(transformer, blocks=flags.get("train_blocks"))
     count = sum(parameter.numel() for parameter in full.parameters(transformer))
+    if flags.get("train_text_encoder"):
+        parts = script.sd3.parameter_counts(world.model)
+        count += parts["text_encoder"] + parts["text_encoder_2"]
     assert f"{count:,} parameters" in plan and f"{count * bytes_of_one / 1e3:.1f} kB" in plan, plan
     weights = sum(tensor.numel() for tensor in transformer.state_dict().values()) * (2 if "weights_dtype" in flags else 4)
     assert f"{weights / 1e3:.1f} kB" in plan and not (tmp_path / "out").exists()

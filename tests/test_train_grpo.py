@@ -788,27 +788,40 @@ def test_only_prompts_that_will_be_drawn_are_encoded(train, monkeypatch, capsys)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "copies"), [(dict(), 0), (dict(loss="nft", transition=None, window_size=None, window_range=None), 2)])
-def test_the_plan_counts_what_lies_aside_while_the_old_policy_is_asked(world, tmp_path, monkeypatch, flags, copies):
-    """nft keeps the old policy, and while that is in the place of the new one, the new one as well: 18 GB of all weights in fp32."""
+def test_the_plan_counts_what_lies_aside_while_the_old_policy_is_asked(world, tmp_path, monkeypatch, capsys, flags, copies):
+    """nft keeps the old policy, and while that is in the place of the new one, the new one as well: 18 GB of all weights in fp32.
+
+    16 bytes are a trained number, its gradient and two moments; 4 the old policy's. A picture is 4 steps of 1 and 2 trained ones of 3
+    forward passes; with nft, 3 trained ones of 3 and the old policy's 1.
+    """
     counted, memory = [], script.plan.memory
+    monkeypatch.setattr(script.plan, "step_flops", lambda *_, **__: (10**9, 3 * 10**9))
     count = memory.step_memory
     monkeypatch.setattr(memory, "step_memory", lambda *args, **named: counted.append(named["averages"]) or count(*args, **named))
     runs.train(script, world.argv(tmp_path / "out", **(GRPO | flags), dry_run=True))
     assert counted == [copies]
+    shown = capsys.readouterr().out
+    trained = int(re.search(r"trained +([\d,]+) parameters", shown)[1].replace(",", ""))
+    assert f"{trained:,} parameters  {script.plan._size(trained * (16 + 4 * (copies > 0))):>9}" in shown, shown
+    assert f"each beside {int(copies > 0)} without gradient" in shown
+    assert f"{4 + 3 * 4 if copies else 4 + 2 * 3}.0 forward passes' worth" in shown, shown
 
 
 @pytest.mark.slow
 def test_the_plans_checkpoints_hold_all_weights_and_no_reference(world, tmp_path, capsys):
     """fp32 weights with what is frozen of them, and two moments of what is trained; --kl_weight adds a copy in memory, none on the disk."""
-    rows = []
+    rows, resident = [], []
     for kl_weight in (0.0, 0.01):
         runs.train(script, world.argv(tmp_path / "out", group_size=4, full_weights=True, kl_weight=kl_weight, dry_run=True))
-        rows.append(next(line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoints")).split(" each")[0])
+        lines = capsys.readouterr().out.splitlines()
+        rows.append(next(line for line in lines if line.startswith("checkpoints")).split(" each")[0])
+        resident.append(next(line for line in lines if line.startswith("  transformer")).split("parameters")[1].strip())
     transformer = sd3.transformer_from_config(str(world.model), None)
     held = sum(tensor.numel() for tensor in transformer.state_dict().values()) * 4
     full.select(transformer)
     moments = sum(p.numel() for p in transformer.parameters() if p.requires_grad) * 8
     assert rows[0] == rows[1] and rows[0].split(maxsplit=1)[1] == script.plan._size(held + moments)
+    assert resident == [script.plan._size(held), script.plan._size(2 * held)]
 
 
 def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_path, capsys):

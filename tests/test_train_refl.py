@@ -332,18 +332,25 @@ def test_defaults_that_depend_on_others(world):
 
 
 @pytest.mark.slow
-def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys):
-    """Late step 3 of 4: 3 steps before, 1 with gradient; guidance doubles each."""
+def test_dry_run_prints_the_plan_and_writes_nothing(world, tmp_path, capsys, monkeypatch):
+    """Late step 3 of 4: 3 steps before, 1 with gradient; guidance doubles each.
+
+    A forward pass of 1 GFLOP, 3 with its backward pass: 2 (3 * 1 + 1 * 3) and 3 of the pre-training loss for each of 2 pictures, 30; of
+    draft, which recomputes 3 steps with gradient after 1 without, 2 (1 + 3 (3 + 1)) for each, 52. The VAE decodes in fp32.
+    """
+    monkeypatch.setattr(script.plan, "step_flops", lambda *_, **__: (10**9, 3 * 10**9))
     runs.train(script, world.argv(tmp_path / "out", dry_run=True, **world.pretraining))
     plan = capsys.readouterr().out
     count = sum(tensor.numel() for tensor in saved(world.model).values())
     for part in (f"{count:,} parameters", "6 of ", "2 evaluated every 100 steps", "8 for the pre-training loss", "3 of 2 drawn picture(s)",
                  "3 denoising steps without gradient, 1 with, 2 pass(es) each", "text cache", "kept of 4 picture(s)",
-                 "decoding  ", "1 picture(s) at a time", "at the peak of a step; scorers come on top"):  # fmt: skip
+                 "decoding  ", "1 picture(s) at a time", "at the peak of a step; scorers come on top", "30 GFLOP per step"):  # fmt: skip
         assert part in plan, plan
     assert not (tmp_path / "out").exists()
-    runs.train(script, world.argv(tmp_path / "out", dry_run=True, **LORA, method="draft", draft_k=3))
-    assert "1 denoising steps without gradient, 3 with" in capsys.readouterr().out
+    runs.train(script, world.argv(tmp_path / "out", dry_run=True, **LORA, method="draft", draft_k=3, mixed_precision="bf16"))
+    plan, decoder = capsys.readouterr().out, script.sd15.parameter_counts(world.model)["vae"]
+    assert "1 denoising steps without gradient, 3 with" in plan and "52 GFLOP per step" in plan
+    assert re.search(rf"vae +{decoder:,} parameters +{re.escape(script.plan._size(4 * decoder))}", plan), plan
 
 
 @pytest.mark.slow
