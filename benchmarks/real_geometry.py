@@ -451,7 +451,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             file.write_text(json.dumps(result, indent=1) + "\n")
 
     def is_open(kind: str, name: str) -> bool:
-        return name not in result[kind] or (args.again and name not in done[kind]) or "not_measured" in result[kind][name]
+        return name not in result[kind] or args.again or "not_measured" in result[kind][name]
 
     def run(kind: str, name: str, work: Callable[..., dict], *given: Any) -> bool:
         """False when the time is over."""
@@ -459,11 +459,10 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         found = in_process(work, *given, seconds=limit) if limit > 2 * args.seconds else {"failed": OVER}
         over = limit < 4 * args.seconds and found.get("failed", "").startswith(OVER)
         if not over:
-            done[kind].add(name)
             keep(kind, name, found)
         return not over
 
-    end, done, left = time.time() + 60 * args.minutes, {"checks": set(), "rows": set()}, []
+    end, left = time.time() + 60 * args.minutes, []
     print(f"{'row':<58} {'batch':>5} {'speed':>14} {'TFLOP/s':>8} {'of matmul':>9}   peak GiB: tensors, reserved, planned")
     shown = set()
     for row in selected(args):

@@ -248,6 +248,31 @@ def test_a_rollout_is_told_in_forward_passes(loop):
     assert 5 < found["passes_by_work"] < 6.1 and found["passes_by_time"] > 0
 
 
+def test_passes_of_a_batch_by_hand():
+    """A pass of the batch is a product of 8 x 8 matrices, 2 * 8^3 operations; 3 samples of twice that are worth 6."""
+
+    class Product(loops.Loop):
+        def forward(self):
+            torch.ones(8, 8) @ torch.ones(8, 8)
+
+    found = benchmark.in_forward_passes(object.__new__(Product), 1.0, 2 * 2 * 8**3, 3)
+    assert found["passes_by_work"] == 6 and benchmark.in_forward_passes(object.__new__(loops.Loop), 1.0, 1, 1) == {}
+
+
+def test_one_slow_window_does_not_count(monkeypatch):
+    """A call of 0.1 s, so 2 in each of 5 windows of a second; the median of their means."""
+    seen, means = [], iter([0.1, 3.0, 1.0, 100.0, 2.0, 4.0])
+    monkeypatch.setattr(benchmark, "seconds_of", lambda work, times: seen.append(times) or next(means))
+    assert benchmark.steady(None, 1.0) == (3.0, 2) and seen == [2] * 6
+
+
+def test_growth_is_what_a_loop_leaves_after_its_first_tenth(monkeypatch):
+    steps, sizes = [], iter([100, 250])
+    monkeypatch.setattr(benchmark, "allocated", lambda: steps.append("measured") or next(sizes))
+    assert benchmark.growth(argparse.Namespace(step=lambda: steps.append("step")), 20) == 150
+    assert steps == ["step"] * 2 + ["measured"] + ["step"] * 18 + ["measured"]
+
+
 @pytest.mark.usefixtures("plain_attention")
 def test_flops_of_a_step_are_the_planned_ones(loop):
     """Planned on the meta device: 6 text tokens, 64 px; recomputing costs a forward pass."""
