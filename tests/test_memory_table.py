@@ -5,15 +5,17 @@ import pytest
 from benchmarks import memory_table, real_geometry, trainers
 
 
-def result(date, peak, flags="compile"):
-    row = next(row for row in real_geometry.ROWS if row.trainer == "lora" and row.resolution == 1024 and row.flags == ("--compile",))
+def result(date, peak, flags=("--compile",)):
+    row = next(row for row in real_geometry.ROWS if row.trainer == "lora" and row.resolution == 1024 and row.flags == flags)
     return {"rows": {row.name: {"about": {"date": date}, "uncompiled": {"1": {"peak_allocated": peak}}}}}
 
 
 def test_the_newest_measurement_of_the_same_flags_counts():
     """Two results; a row that failed, and one whose batch of 1 did not fit, say nothing."""
-    results = [result("2026-01-02", 5), result("2026-01-03", 7), result("2026-01-01", 9)]
+    checkpointed = result("2026-01-04", 3, ("--gradient_checkpointing", "--compile"))
+    results = [result("2026-01-02", 5), result("2026-01-03", 7), result("2026-01-01", 9), checkpointed]
     assert memory_table.measured(results, "lora", 1024, ()) == 7
+    assert memory_table.measured(results, "lora", 1024, ("--gradient_checkpointing",)) == 3
     assert memory_table.measured(results, "lora", 512, ()) is None
     assert memory_table.measured(results, "lora", 1024, ("--rank", "128")) is None
     name = next(iter(results[0]["rows"]))
