@@ -157,6 +157,22 @@ def test_memory_of_a_unet_counts_what_stands_beside_it(monkeypatch):
     assert peak() == pytest.approx(10.2 + 3.4 + 0.6)
 
 
+@pytest.mark.parametrize(("flags", "recomputed"), [
+    ({}, []), (dict(gradient_checkpointing=True), [0, 1, 2, 3, 4]), (dict(gradient_checkpointing=True, checkpoint_every=2), [0, 2, 4]),
+])  # fmt: skip
+def test_memory_is_counted_with_the_blocks_that_are_recomputed(arguments, monkeypatch, flags, recomputed):
+    found, denoiser = [], torch.nn.Module()
+    denoiser.transformer_blocks = torch.nn.ModuleList(torch.nn.Identity() for _ in range(5))
+
+    def count(module, forward, *, autocast, units):
+        found.extend(list(module.transformer_blocks).index(block) for block in units(module))
+        return activations.Kept(0, 0, 0, 0)
+
+    monkeypatch.setattr(memory.activations, "count", count)
+    memory.step_memory(arguments(rank=2, **flags), denoiser, {}, trained=1, tokens=32, whole=None, family=sd3, batch=1)
+    assert found == recomputed
+
+
 @pytest.mark.parametrize(("gradient", "trained", "updated"), [(2, 10**6, 1000), (2, 30, 30), (0, 10**6, 48)])
 def test_memory_of_an_update_in_bf16_by_hand(monkeypatch, gradient, trained, updated):
     """fp32 copies of a weight and its gradient, 8 bytes, for a piece of 1000, for all if there are fewer, or for the largest tensor, 6 x 8,
