@@ -55,6 +55,9 @@ def test_what_the_hub_is_not_to_blame_for_is_told_apart():
     next_name = ValueError("not a checkpoint")
     next_name.__context__ = raised(errors.RemoteEntryNotFoundError)
     assert not hub.concerned(next_name) and hub.reason(next_name) == "not a checkpoint"
+    wrapped = ValueError("no such model")  # while another error was handled, not from it
+    wrapped.__context__ = raised(errors.HTTPError, "timed out")
+    assert hub.concerned(wrapped) and "could not be reached" in hub.reason(wrapped)
 
 
 def test_a_switch_that_forbids_asking_is_named(monkeypatch):

@@ -309,6 +309,16 @@ def test_labels_take_room_and_leave_the_pictures_alone():
     assert any(x < left for x, y in dark) and any(y < top for x, y in dark)
 
 
+def test_every_label_stands_below_its_own_picture():
+    """Two rows; the first label takes more lines. Neither may be pushed over the next picture, or off the sheet."""
+    sheet = grid([Image.new("RGB", (128, 128), colour) for colour in (RED, BLUE)], 1, labels=["a cat that sits on a mat", "w"])
+    first, second = find(sheet, RED), find(sheet, BLUE)
+    plain = find(grid([Image.new("RGB", (128, 128), RED)], 1), RED)
+    assert first == plain, "no label above the first picture moves it"
+    for above, below in ((first[3], second[1]), (second[3], sheet.height)):
+        assert any(sum(sheet.getpixel((x, y))) < 200 for y in range(above, below) for x in range(sheet.width))
+
+
 def test_long_labels_are_wrapped_and_then_cut():
     picture = Image.new("RGB", (128, 128), RED)
     normal = grid([picture], 1, labels=["a cat"])
