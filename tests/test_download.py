@@ -22,19 +22,20 @@ case "$1 $2" in
   "auth token") exit "${NO_LOGIN:-0}" ;;
   "cache verify") exit "${DAMAGED:-0}" ;;
 esac
-shift; repository=$1; shift; folder=; includes=()
+shift; repository=$1; shift; folder=; includes=() excludes=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --local-dir) folder=$2 ;;
     --repo-type) ;;
     --include) includes+=("$2") ;;
-    --exclude) ;;
+    --exclude) excludes+=("$2") ;;
     *) echo "no such file: $1" >&2; exit 1 ;;
   esac
   shift 2
 done
 mkdir -p "$folder"
 for name in $REPOSITORY_FILES; do
+  for pattern in "${excludes[@]}"; do [[ $name == $pattern ]] && continue 2; done
   for pattern in "${includes[@]}"; do [[ $name == $pattern ]] && { mkdir -p "$(dirname "$folder/$name")"; echo x > "$folder/$name"; }; done
 done
 exit 0
@@ -125,19 +126,27 @@ def test_weights_in_torchs_format_are_fetched_only_where_there_are_no_others(dow
     assert (tmp_path / "models/clip-vit-large-patch14/pytorch_model.bin").exists()
 
 
+TWICE = ("model.safetensors text_encoders/t5.safetensors unet/a.bin unet/a.fp16.safetensors unet/model.fp16-00001-of-00002.safetensors "
+         "unet/a.non_ema.safetensors unet/a.msgpack vae/a.onnx vae/a.onnx_data unet/a.ckpt vae_1_0/a.safetensors")  # fmt: skip
+
+
 def test_without_a_name_the_base_model_is_fetched_in_folders(download, tmp_path):
-    code, error, log = download()
+    """Its weights once: no single files at the top, and no other variants and formats, of which SD1.5 and SDXL have several."""
+    code, error, log = download(files=f"{FILES} transformer/a.safetensors {TWICE}")
     assert code == 0, error
     name = "stable-diffusion-3.5-medium"
     assert log[0] == "hf auth token"
     assert log[1].startswith(f"hf download stabilityai/{name} --repo-type model --local-dir models/{name} --include")
     assert log[2:] == [f"hf cache verify stabilityai/{name} --repo-type model --local-dir models/{name}"]
     assert (tmp_path / "models/stable-diffusion-3.5-medium/transformer/config.json").exists()
-    assert not (tmp_path / "models/stable-diffusion-3.5-medium/model.safetensors").exists()  # a single-file copy
+    kept = {path.name for path in (tmp_path / "models/stable-diffusion-3.5-medium").rglob("*") if path.is_file()}
+    assert kept == {"config.json", "a.safetensors", "model_index.json", "train-0.parquet", "test-0.parquet"}
+    assert not any((tmp_path / "models/stable-diffusion-3.5-medium" / name).exists() for name in TWICE.split())
 
 
-def test_several_names_at_once_and_an_unknown_one(download):
+def test_several_names_at_once_and_an_unknown_one(download, tmp_path):
     code, _, log = download("hps", "image-reward")
+    assert sorted(path.name for path in (tmp_path / "models/hps").iterdir()) == ["HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt"]
     assert code == 0 and fetched(log) == ["xswu/HPSv2", "THUDM/ImageReward", "google-bert/bert-base-uncased"]
     code, error, again = download("hps", "hpz")
     assert code == 1 and "unknown name 'hpz'" in error and again == log  # nothing was fetched before it was seen

@@ -41,6 +41,28 @@ def test_one_process_for_each_gpu_that_may_be_seen(tmp_path, visible, asked, exp
 
 
 @pytest.mark.parametrize(
+    ("given", "world"),
+    [
+        ({}, "2"),
+        ({"NUM_PROCESSES": "3"}, "3"),
+        ({"ACCELERATE_ARGS": "--config_file fsdp.yaml --num_processes 4"}, "4"),
+        ({"ACCELERATE_ARGS": "--num_processes=4"}, "4"),
+    ],
+)
+def test_arguments_are_checked_for_as_many_processes_as_will_run(tmp_path, given, world):
+    """Some batches suit one process and not four: that is said before any is started."""
+    for name, text in (STUBS | {"python": 'case "$*" in *parse_args*) echo "$WORLD_SIZE" > "$SEEN" ;; esac'}).items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    ours = ("CUDA_VISIBLE_DEVICES", "NUM_PROCESSES", "ACCELERATE_ARGS", "WORLD_SIZE")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}", "VENV": str(tmp_path / "none"), "SEEN": str(tmp_path / "seen"), **given}
+    command = ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/launch.sh; launch train.py"]
+    subprocess.run(command, env=env, check=True, capture_output=True)
+    assert (tmp_path / "seen").read_text().strip() == world
+
+
+@pytest.mark.parametrize(
     ("cores", "gpus", "given", "expected"),
     [
         (1, 0, {}, "1"),
