@@ -277,6 +277,7 @@ def test_warm_up_is_500_steps_or_a_quarter_of_a_shorter_run(parse, steps, warmup
         (["--lr_num_cycles", "3", "--lr_scheduler", "cosine"], "--lr_num_cycles 3 has no effect without"),
         (["--lr_power", "2"], "--lr_power 2.0 has no effect without --lr_scheduler polynomial"),
         (["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"], "--lr_scheduler polynomial ends at 1e-7, --learning_rate 1e-08"),
+        (["--lr_scheduler", "polynomial", "--learning_rate", "1e-7"], "--learning_rate 1e-07 is no more than that"),
         (["--optimizer", "adafactor", "--adam_beta2", "0.9"], "--adam_beta2 0.9 has no effect with --optimizer adafactor"),
         (["--optimizer", "adafactor", "--adam_epsilon", "1e-6"], "--adam_epsilon"),
         (["--optimizer", "prodigy", "--scale_lr"], "--scale_lr contradicts --optimizer prodigy"),
@@ -314,6 +315,7 @@ def test_an_option_without_effect_is_an_error(refusal, argv, words):
         ["--use_ema", "--ema_decay", "0.9"],
         ["--logit_mean", "1", "--logit_std", "2"],
         ["--timestep_density", "mode", "--mode_scale", "1"],
+        ["--timestep_density", "mode", "--mode_scale", "-1"],
         ["--random_crop", "--no-cache_latents"],
         ["--no-cache_latents", "--cache_batch_size", "2"],
         ["--hub_model_id", "me/it", "--push_to_hub"],
@@ -408,7 +410,9 @@ def test_a_repeatable_flag_that_is_given_replaces_a_wrappers(parse, config):
 def test_a_wrappers_flag_without_effect_yields_and_ones_own_is_refused(parse, refusal):
     """The wrapper speaks for its own recipe: --optimizer prodigy makes another of it, whose learning rate is 1."""
     assert parse("--learning_rate", "1e-4", "--", "--optimizer", "prodigy").learning_rate == 1
-    assert "--learning_rate 0.0001 has no effect with --optimizer prodigy" in refusal("--optimizer", "prodigy", "--learning_rate", "1e-4")
+    own = ("--optimizer", "prodigy", "--learning_rate", "1e-4")
+    for argv in (own, ("--learning_rate", "1e-3", "--", *own)):  # also where it takes the place of the wrapper's
+        assert "--learning_rate 0.0001 has no effect with --optimizer prodigy" in refusal(*argv)
     assert parse("--lr_warmup_steps", "9", "--lr_scheduler", "linear", "--", "--lr_scheduler", "constant").lr_warmup_steps == 0
     assert "unknown flag --bad" in refusal("--bad", "--") and "unknown flag --bad" in refusal("--rank", "2", "--", "--bad")
 

@@ -561,6 +561,9 @@ BAD = {  # what is wrong: flags, set-up, what the line must name, the cure in it
     "pictures that are not there": (dict(instance_data_dir="nowhere"), None, "--instance_data_dir nowhere", "no such folder"),
     "an empty folder": (dict(instance_data_dir="empty"), empty, "--instance_data_dir empty has no pictures", "expected a folder"),
     "two data sets": (dict(dataset_name="captioned"), captioned, "--dataset_name", "give one of them"),
+    "graphs of two backward passes": (
+        PRIOR | dict(compile=True, compile_mode="reduce-overhead"), None, "--with_prior_preservation has several", "use default"
+    ),
     "revision of a folder": (dict(dataset_revision="main"), None, "--dataset_revision main", "--instance_data_dir"),
     "no prompt": (dict(instance_prompt=None), None, "no captions", "write a metadata.jsonl"),
     "half the captions": (dict(instance_data_dir="half", instance_prompt=None), half_captioned, "1 of 2 pictures", "--instance_prompt"),
