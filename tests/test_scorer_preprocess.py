@@ -13,7 +13,7 @@ from src.scorers import preprocess
 
 PHOTOS = sorted(path for path in (Path(__file__).parent.parent.parent / "shared/data/photos").glob("*") if path.suffix in (".png", ".jpg"))
 # (height, width): shrunk, enlarged, odd, tall, a little tall, wide, one pixel
-SIZES = [(512, 512), (64, 64), (300, 301), (217, 333), (97, 41), (48, 41), (37, 500), (1, 1), (3, 1)]
+SIZES = [(512, 512), (64, 64), (300, 301), (217, 333), (97, 41), (290, 260), (37, 500), (1, 1), (3, 1)]
 NEW_PIL = int(PIL.__version__.split(".")[0]) >= 13  # its order of the passes: see `_resize`
 
 
