@@ -209,3 +209,20 @@ def test_what_the_evaluation_refuses(argv, line, tiny_sd3_folder, monkeypatch, c
     with pytest.raises(SystemExit) as exit_:
         cli.parse(evaluate.build_parser(), argv, checks=(evaluate.check,))
     assert exit_.value.code == 2 and line in capsys.readouterr().err
+
+
+def test_the_evaluation_measures_what_its_flags_say(monkeypatch):
+    """Before and after training with the same sampler, margin and prompts: those of the new shape, then those of the known ones."""
+    loads, asked = [], []
+    monkeypatch.setattr(evaluate, "load", lambda folder, lora=None, *, scheduler=None: loads.append((str(folder), lora, scheduler)))
+    monkeypatch.setattr(
+        evaluate, "held_out_score", lambda _, prompts, **options: asked.append((prompts, options)) or (len(asked) / 10, None)
+    )
+    flags = "--pretrained_model_name_or_path models/tiny-sd15 --trained_model trained --scheduler DDIMScheduler --new_shape crescent"
+    flags += " --num_prompts 3 --min_margin 0.03 --guidance_scale 3 --num_inference_steps 4"
+    figures = evaluate.main(evaluate.build_parser().parse_args(flags.split()))
+    assert loads == [("models/tiny-sd15", None, "DDIMScheduler"), ("trained", None, "DDIMScheduler")]
+    assert all(options == {"num_inference_steps": 4, "guidance_scale": 3.0, "min_margin": 0.03} for _, options in asked)
+    shown = [{shapes.read_caption(prompt).shape for prompt in prompts} for prompts, _ in asked]
+    assert shown[0] == shown[2] == {"crescent"} and shown[1] == shown[3] <= set(shapes.SHAPES) and len(asked[0][0]) == 3
+    assert figures == {"new shape (crescent)": {"before": 0.1, "after": 0.3}, "known shapes": {"before": 0.2, "after": 0.4}}
