@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -134,6 +134,76 @@ def save_lora(model_folder: Path, folder: Path, *, alpha: float = 8.0, size: flo
 
 def train(script: ModuleType, argv: list[str]) -> None:
     script.main(script.parse_args(argv))
+
+
+def assert_settings_arrive(
+    script: ModuleType, world: Rollouts, out: Path, monkeypatch: pytest.MonkeyPatch, *, samples: int, orders: int, **flags: Any
+) -> None:  # fmt: skip
+    """Train on rewards for 4 epochs of 2 updates of `samples` pictures, no setting at its default, and see each of them at its work.
+
+    The rate falls in a line to 0 from `samples` times the flag. The average is recomputed from the weights after each update, with decay
+    0.05, which is below that of its warm-up, 1/10 and more; it is evaluated after 3 and 4 of 4 epochs, and what checkpoints and the result
+    hold, beside the weights in raw/. The batches are dealt anew `orders` times.
+    """
+    from src import checkpoint, lora, rewards
+    from src.data import prompts
+    from src.pipelines import sd3, sd3_rollout
+
+    drawn, decoded, clipped, dealt, saves, evaluated, norms, trained = [], [], [], [], [], [], [], []
+
+    def spy(owner: Any, name: str, note: Any) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **named: (note(*given, **named), real(*given, **named))[1])
+
+    def weights_of(optimizer: Any) -> list[Tensor]:
+        return [weight.detach().clone() for weight in optimizer.param_groups[0]["params"]]
+
+    def step(optimizer: Any, *given: Any) -> Any:
+        gradients = [weight.grad for weight in optimizer.param_groups[0]["params"]]
+        norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm().item())
+        trained.extend([] if trained else [weights_of(optimizer)])
+        result = update(optimizer, *given)
+        trained.append(weights_of(optimizer))
+        return result
+
+    update = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    spy(sd3_rollout, "sample", lambda *given, **named: drawn.append(named))
+    spy(sd3, "decode_latents", lambda model, latents, size: decoded.append(size))
+    spy(script, "policy_loss", lambda ratio, advantage, clip, dimensions: clipped.append(clip))
+    spy(prompts.GroupSampler, "updates", lambda sampler, order, count: dealt.append(order))
+    spy(checkpoint.Checkpointer, "save", lambda saver, done: saves.append(done))
+    spy(rewards.Evaluator, "_draw_and_score", lambda self: evaluated.append([w.clone() for w in lora.parameters(self.model.transformer)]))
+    settings = dict(
+        num_epochs=4, checkpointing_epochs=2, checkpoints_total_limit=1, eval_epochs=3, seed=5, transition="flow", noise_level=0.6,
+        guidance_scale=2.0, clip_nats=0.5, window_size=1, window_order="progressive", window_shift_epochs=1, decode_batch_size=3, rank=2,
+        learning_rate=1e-3, scale_lr=True, lr_scheduler="linear", max_grad_norm=1e-3, use_ema=True, ema_decay=0.05,
+    )  # fmt: skip
+    train(script, world.argv(out, **settings, **flags))
+
+    assert [(named["epoch"], named["window"].start) for named in drawn] == [(epoch, epoch % 3) for epoch in range(4) for _ in range(2)]
+    flow = {"seed": 5, "transition": "flow", "noise_level": 0.6, "guidance_scale": 2.0, "height": 32, "width": 32}
+    assert all(named[name] == value for named in drawn for name, value in flow.items())
+    assert set(decoded) == {3} and set(clipped) == {0.5} and dealt == list(range(orders))
+    assert saves == [4, 8] and [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-8"]
+    assert values(out, "lr") == pytest.approx([samples * 1e-3 * left / 8 for left in (6, 4, 2, 0)])
+    assert norms == pytest.approx([1e-3] * 8, rel=1e-3) and min(values(out, "grad_norm")) > 2e-3
+
+    averages = [trained[0]]
+    for now in trained[1:]:
+        averages.append([0.05 * before + 0.95 * weight for before, weight in zip(averages[-1], now, strict=True)])
+    assert [line["step"] for line in lines(out) if "eval_reward" in line] == [0, 6, 8]
+    for at, found in zip((0, 6, 8), evaluated, strict=True):
+        torch.testing.assert_close(found, averages[at], rtol=1e-5, atol=1e-7)
+    for folder in (out, out / "checkpoint-8"):
+        for place, expected in ((folder, averages[8]), (folder / "raw", trained[8])):
+            torch.testing.assert_close(sorted_norms(weights(place).values()), sorted_norms(expected), rtol=1e-5, atol=0)
+    assert sorted_norms(averages[8]) != pytest.approx(sorted_norms(trained[8]), rel=1e-4)
+
+
+def sorted_norms(tensors: Iterable[Tensor]) -> list[float]:
+    """Tells two sets of tensors apart whatever their order."""
+    return sorted(tensor.norm().item() for tensor in tensors)
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -178,6 +178,12 @@ def test_it_trains_the_adapters_alone_and_leaves_the_documented_files(train, mon
     assert len(runs.state(out / "checkpoint-8")["statistics"]["rewards"]) == 6  # 16 pictures of 6 prompts
 
 
+@pytest.mark.slow
+def test_settings_arrive_where_they_act(world, tmp_path, monkeypatch):
+    flags = dict(num_inner_epochs=2, train_gradient_accumulation_steps=2)
+    runs.assert_settings_arrive(script, world, tmp_path / "run", monkeypatch, samples=8, orders=8, **flags)
+
+
 def test_an_update_makes_good_steps_likelier_than_bad_ones(train, monkeypatch):
     """After one small update, sum of advantage x log-ratio over the very steps that were trained on is above 0; it was 0 before."""
     trained, real = [], script.surrogate

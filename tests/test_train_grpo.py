@@ -165,6 +165,11 @@ def test_text_encoders_are_gone_and_the_vae_decodes_a_few_at_a_time(train, monke
 
 
 @pytest.mark.slow
+def test_settings_arrive_where_they_act(world, tmp_path, monkeypatch):
+    runs.assert_settings_arrive(script, world, tmp_path / "run", monkeypatch, samples=4, orders=4, group_size=4, updates_per_epoch=2)
+
+
+@pytest.mark.slow
 def test_only_finished_pictures_are_scored_each_once(train, judge):
     """The seed project scored half-denoised pictures at every step."""
     scored = []
@@ -197,10 +202,12 @@ def test_a_constant_added_to_all_rewards_changes_nothing(train, judge):
 
 
 @pytest.mark.slow
-def test_equal_rewards_skip_the_update_as_a_whole(train, judge, live):
-    """Momentum and decay would move the weights without any reason to."""
+@pytest.mark.parametrize("flags", [dict(), dict(loss="nft", window_size=None, window_range=None)], ids=str)
+def test_equal_rewards_skip_the_update_as_a_whole(train, judge, live, flags):
+    """Momentum and decay would move the weights without any reason to. The schedule goes on: of a line to 0 half is left after epoch 1."""
     judge(lambda images, texts: torch.ones(len(images)))
-    out = train(adam_weight_decay=0.1)
+    out = train(**flags, adam_weight_decay=0.1, lr_scheduler="linear")
+    assert runs.values(out, "lr") == pytest.approx([1e-2 / 2, 0])
     assert all(torch.equal(weight, start) for weight, start in zip(live["actor"].weights, live["start"], strict=True))
     assert runs.values(out, "skipped_updates") == [2, 2] and runs.values(out, "no_signal") == [1.0, 1.0]
 
@@ -244,15 +251,17 @@ def test_pictures_that_cannot_be_judged_are_left_out(train, judge):
 
 
 def test_bound_window_and_mean_of_an_epoch(train, judge, monkeypatch):
-    """A progressive window of two steps in three is 0 1, then 1 2. Of four rewards one lies a deviation or more from their mean.
+    """A progressive window of two steps in three is 0 1, then 1 2.
 
-    The second of the two batches has equal rewards. A loss of 1 is then 1 / (2 batches x 2 steps) in the mean, in each pass of the first.
+    Rewards 0, 1, 3 lie -4/3, -1/3, 5/3 from their mean, and the second batch has equal ones: the deviation of all seven is sqrt(2/3), and
+    the bound of 1 is for the outer two. The fourth picture of the first batch is not judged: a loss of 1 is 3/4 / (2 batches x 2 steps)
+    in the mean, in each pass of the first.
     """
     windows, advantages, means, calls, backward = [], [], [], [], Accelerator.backward
 
     def verdict(images, texts):  # the evaluation, then two batches an epoch
         calls.append(None)
-        return brightness(images, texts) * (len(calls) % 2 == 0)
+        return torch.tensor([0, 1, 3, torch.nan])[: len(images)] if len(calls) % 2 == 0 else torch.full((len(images),), 4 / 3)
 
     judge(verdict)
     sample, with_advantage = sd3_rollout.sample, policy.with_advantage
@@ -260,10 +269,11 @@ def test_bound_window_and_mean_of_an_epoch(train, judge, monkeypatch):
     monkeypatch.setattr(policy, "with_advantage", lambda values, count: advantages.append(values) or with_advantage(values, count))
     monkeypatch.setattr(script, "policy_loss", lambda log_ratio, *rest: log_ratio * 0 + 1)
     monkeypatch.setattr(Accelerator, "backward", lambda self, loss: means.append(loss.item()) or backward(self, loss))
-    train(window_order="progressive", window_shift_epochs=1, max_advantage=0.5, updates_per_epoch=1)
+    train(window_order="progressive", window_shift_epochs=1, max_advantage=1.0, advantage_std="global", updates_per_epoch=1)
     assert windows == [range(0, 2)] * 2 + [range(1, 3)] * 2
-    assert [values.abs().max() for values in advantages] == [0.5, 0.5]
-    assert means == [0.25] * 4
+    for values in advantages:
+        assert values.tolist() == pytest.approx([-1, -1 / 3 / math.sqrt(2 / 3), 1] + [0] * 5, abs=1e-3)
+    assert len(advantages) == 2 and means == [3 / 4 / 4] * 4
 
 
 def test_pictures_of_a_group_may_start_from_the_same_noise(train, monkeypatch):
@@ -305,8 +315,9 @@ def actor_with(weights_of, world, tmp_path, **flags):
     weights_of(actor.weights)
     condition = texts.condition(["a fox"] * 4)
     trajectory = sd3_rollout.sample(
-        actor.transformer, condition, seed=0, epoch=0, positions=range(4), sigmas=sd3_rollout.schedule(actor.model, 4), height=32, width=32,
-        transition=args.transition, noise_level=args.noise_level, window=range(0, 2), keep_means=True,
+        actor.transformer, condition, seed=0, epoch=0, positions=range(4), height=32, width=32,
+        sigmas=sd3_rollout.schedule(actor.model, args.num_inference_steps), transition=args.transition, noise_level=args.noise_level,
+        window=range(0, 2), keep_means=True,
     )  # fmt: skip
     batch = script.prompts.Batch(list(range(4)), [script.prompts.Prompt("a fox")] * 4, [0] * 4)
     advantage, judged = (part.to(run.device) for part in (torch.zeros(4), torch.ones(4, dtype=torch.bool)))
@@ -364,10 +375,13 @@ def test_kl_to_the_reference_by_hand(world, tmp_path):
 
 
 def test_guards_surrogate_by_hand(world, tmp_path):
-    """With cps s = s' sin(0.4 pi); bars are over the three steps of --window_range, of which the window has two. The log-ratio without its
-    drift is sum z (mean - old mean) / s, z being the noise that was drawn, and the loss -A D (exp(that s / mean(s) / D) - 1) mean(d) / d.
+    """With cps s = s' sin(0.4 pi); bars are over the three steps of --window_range, of which the window has two, and one is in neither.
+
+    The log-ratio without its drift is sum z (mean - old mean) / s, z being the noise that was drawn, and the loss
+    -A D (exp(that s / mean(s) / D) - 1) mean(d) / d.
     """
-    args, actor, rollout, condition = actor_with(lambda weights: None, world, tmp_path, loss="guard", window_range=(0, 3))
+    flags = dict(loss="guard", window_range=(0, 3), num_inference_steps=5)
+    args, actor, rollout, condition = actor_with(lambda weights: None, world, tmp_path, **flags)
     perturb(actor.weights)
     rollout, trajectory = replace(rollout, advantage=torch.tensor([2.0, -1.0, 0.3, 0.5])), rollout.trajectory
     args.clip_nats = 1e9
@@ -381,7 +395,7 @@ def test_guards_surrogate_by_hand(world, tmp_path):
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(logged["drift"], linear, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(logged["log_ratio"], step.log_ratio.abs())
-        assert (step.log_ratio - linear).abs().max() > 0.1  # the drift is not small here
+        assert (step.log_ratio - linear).abs().max() > 0.02  # the drift is not small here
 
 
 def test_nfts_loss_by_hand(world, tmp_path):
