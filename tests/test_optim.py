@@ -1,12 +1,14 @@
 """Optimizers resume exactly; schedules follow hand-derived curves, one step per optimizer step."""
 
+import argparse
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from src import optim
+from src import optim, tuned
 
 CPU = torch.device("cpu")
 # adamw8bit keeps tensors below 4096 numbers in 32 bits: one tensor of each kind
@@ -216,3 +218,30 @@ def test_scaled_learning_rate_by_hand():
     """4 samples x 2 micro-batches x 3 processes = 24 samples per step."""
     assert optim.learning_rate(1e-4, True, 4 * 2 * 3) == pytest.approx(24e-4)
     assert optim.learning_rate(1e-4, False, 24) == 1e-4
+
+
+@pytest.mark.parametrize("schedule, expected", [
+    ("polynomial", lambda done: (1 - done) ** 3), ("cosine_with_restarts", lambda done: (1 + math.cos(math.pi * (2 * done % 1))) / 2),
+])  # fmt: skip
+def test_what_is_trained_is_optimized_as_the_flags_say(schedule, expected):
+    """10 steps of 4 samples: the peak is 4 x 1e-3, reached after 2 steps; the 8 others share the rest of the curve.
+
+    diffusers' polynomial ends at 1e-7 and not at 0, which is within the tolerance.
+    """
+    said, module = [], torch.nn.Linear(3, 2)
+    args = argparse.Namespace(
+        optimizer="adamw", learning_rate=1e-3, scale_lr=True, adam_beta1=0.5, adam_beta2=0.6, adam_weight_decay=0.03, adam_epsilon=1e-4,
+        lr_scheduler=schedule, lr_warmup_steps=2, lr_num_cycles=2, lr_power=3.0,
+    )  # fmt: skip
+    part = tuned.Tuned(SimpleNamespace(device=CPU, print=said.append), args, module, whole=True)
+    optimizer, rates = part.optimizer(10, 4)
+    (group,) = optimizer.param_groups
+    assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.6), 0.03, 1e-4)
+    assert [id(weight) for weight in group["params"]] == [id(weight) for weight in module.parameters()]
+    assert said == ["8 trainable parameters, learning rate 0.004 = 0.001 x 4 samples"]
+    found = []
+    for _ in range(10):
+        found.append(optim.rate(rates))
+        optimizer.step()
+        rates.step()
+    assert found == pytest.approx([0, 0.002] + [0.004 * expected(step / 8) for step in range(8)], abs=1e-6)

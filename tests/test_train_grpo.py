@@ -734,9 +734,15 @@ def test_variant_trains_every_weight(train, live, name):
 @pytest.mark.slow
 def test_nft_samples_with_the_old_policy_which_follows(train, live, monkeypatch):
     """After epoch e the old policy moves by 1 - min(0.25 e, 0.5) towards the new one, and it is what draws the pictures."""
-    decays, drawn_with = [], []
+    decays, followed, drawn_with = [], [], []
     update, sample = ema.Ema.update, sd3_rollout.sample
-    monkeypatch.setattr(ema.Ema, "update", lambda self: (decays.append(self.decay), update(self))[1])
+
+    def noting(self):
+        decays.append(self.decay)
+        followed.append(self.parameters[1].detach().clone())
+        update(self)
+
+    monkeypatch.setattr(ema.Ema, "update", noting)
 
     def spy(policy, *args, **named):
         drawn_with.append((named["epoch"], live["actor"].weights[1].detach().clone()))
@@ -747,7 +753,11 @@ def test_nft_samples_with_the_old_policy_which_follows(train, live, monkeypatch)
     out = train(loss="nft", num_epochs=3, nft_old_rate=0.25, checkpointing_epochs=3, window_size=None, window_range=None)
     assert decays == [0.25, 0.5, 0.5]
     state = runs.state(out / "checkpoint-6")
-    assert not torch.equal(state["old"]["average"][1], list(state["lora"].values())[1])
+    old = live["start"][1]
+    for decay, policy_now in zip(decays, followed, strict=True):
+        old = decay * old + (1 - decay) * policy_now
+    torch.testing.assert_close(state["old"]["average"][1], old)
+    assert not torch.equal(old, list(state["lora"].values())[1])
     assert torch.equal(drawn_with[0][1], live["start"][1]) and not torch.equal(drawn_with[-1][1], live["start"][1])
     assert not torch.equal(drawn_with[-1][1], live["actor"].weights[1])
 
