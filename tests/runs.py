@@ -172,7 +172,7 @@ def assert_settings_arrive(
     spy(sd3_rollout, "sample", lambda *given, **named: drawn.append(named))
     spy(sd3, "decode_latents", lambda model, latents, size: decoded.append(size))
     spy(rewards.Rewards, "_score", lambda *_: threads.append(threading.current_thread().name))
-    spy(script, "policy_loss", lambda ratio, advantage, clip, dimensions: clipped.append(clip))
+    spy(script, "policy_loss", lambda ratio, advantage, *clip: clipped.append((clip[0], advantage.abs().max().item())))
     spy(prompts.GroupSampler, "updates", lambda sampler, order, count: dealt.append(order))
     spy(checkpoint.Checkpointer, "save", lambda saver, done: saves.append(done))
     spy(metrics.Log, "write", lambda log, done, **floats: logged.append((log.images_per_add, log.total)))
@@ -181,7 +181,7 @@ def assert_settings_arrive(
         num_epochs=4, checkpointing_epochs=2, checkpoints_total_limit=1, eval_epochs=3, seed=5, transition="flow", noise_level=0.6,
         guidance_scale=2.0, clip_nats=0.5, window_size=1, window_order="progressive", window_shift_epochs=1, decode_batch_size=3, rank=2,
         learning_rate=1e-3, scale_lr=True, lr_scheduler="linear", max_grad_norm=1e-3, use_ema=True, ema_decay=0.05,
-        async_rewards=True,
+        async_rewards=True, max_advantage=0.75,
     )  # fmt: skip
     train(script, world.argv(out, **settings, **flags))
 
@@ -190,7 +190,12 @@ def assert_settings_arrive(
     assert all(named[name] == value for named in drawn for name, value in flow.items())
     assert not any(named.get("keep_means") for named in drawn)  # as much memory as the latents, for --loss guard alone
     assert threads == ["rewards_0"] * 8 and logged == [(8, 8)] * 4
-    assert set(decoded) == {3} and set(clipped) == {0.5} and dealt == list(range(orders))
+    assert (
+        set(decoded) == {3}
+        and {clip for clip, _ in clipped} == {0.5}
+        and max(size for _, size in clipped) == 0.75
+        and dealt == list(range(orders))
+    )
     assert saves == [4, 8] and [folder.name for folder in out.glob("checkpoint-*")] == ["checkpoint-8"]
     assert values(out, "lr") == pytest.approx([samples * 1e-3 * left / 8 for left in (6, 4, 2, 0)])
     assert norms == pytest.approx([1e-3] * 8, rel=1e-3) and min(values(out, "grad_norm")) > 2e-3

@@ -1,6 +1,7 @@
 """DDPO: running statistics, order of the steps, the clipped surrogate, and the trainer in this process on the smallest model."""
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from accelerate import Accelerator
 
 import train_ddpo_sd3 as script
 from src import cli, lora, metrics
@@ -175,7 +177,8 @@ def test_it_trains_the_adapters_alone_and_leaves_the_documented_files(train, mon
     assert evaluated == [0, 8]
     state = runs.state(out / "checkpoint-4")
     assert sum(len(values) for values in state["statistics"]["rewards"].values()) == 8
-    assert len(runs.state(out / "checkpoint-8")["statistics"]["rewards"]) == 6  # 16 pictures of 6 prompts
+    seen = runs.state(out / "checkpoint-8")["statistics"]["rewards"]
+    assert sorted(map(len, seen.values())) == [2, 2, 3, 3, 3, 3]  # 16 pictures: 6 prompts twice, and 4 of them once more
 
 
 @pytest.mark.slow
@@ -220,6 +223,10 @@ def test_a_batch_without_advantage_is_not_replayed_and_changes_nothing(train, mo
     assert len(replayed) == 4 + 8
     runs.assert_identical(runs.weights(one), runs.weights(other))
     assert runs.values(one, "grad_norm") == runs.values(other, "grad_norm")
+    monkeypatch.undo()
+    monkeypatch.setattr(script.PromptStatistics, "advantages", half)
+    skipping = train("skipping", num_epochs=1, num_inner_epochs=2, train_gradient_accumulation_steps=1, lr_scheduler="linear")
+    assert runs.values(skipping, "skipped_updates") == [2] and runs.values(skipping, "lr") == [0]  # the schedule counts them
 
 
 @pytest.mark.slow
@@ -262,17 +269,26 @@ def test_statistics_change_the_update_only_once_they_are_used(train):
 
 
 def test_a_share_of_the_steps_costs_that_share(train, monkeypatch):
-    replayed = []
-    replay = sd3_rollout.replay
-
-    def counted(network, trajectory, t, *rest):
-        replayed.append(t)
-        return replay(network, trajectory, t, *rest)
-
-    monkeypatch.setattr(sd3_rollout, "replay", counted)
-    train(num_epochs=1, window_size=0, train_timestep_fraction=0.34, num_inner_epochs=2)
-    assert len(replayed) == 2 * 2 and all(t.shape == (4,) for t in replayed)  # 1 of 3 steps, 2 batches, 2 inner epochs
-    assert len({t.item() for batch in replayed for t in batch}) > 1  # not the same step for all
+    """0.5 of 3 steps are 2: so many passes for each batch of 4 in each of 2 inner epochs. An update has one batch, a loss of 1 is 1/2 in
+    each pass. A picture has other steps in its two passes, and pictures, inner epochs and epochs an order of their own."""
+    passes, means, backward = [], [], Accelerator.backward
+    surrogate = script.surrogate
+    monkeypatch.setattr(script, "surrogate", lambda *given: passes.append((given[1].batch.positions, given[2])) or surrogate(*given))
+    monkeypatch.setattr(script, "policy_loss", lambda log_ratio, *rest: log_ratio * 0 + 1)
+    monkeypatch.setattr(Accelerator, "backward", lambda self, loss: means.append(loss.item()) or backward(self, loss))
+    train(window_size=0, train_timestep_fraction=0.5, num_inner_epochs=2, train_gradient_accumulation_steps=1, seed=3)
+    assert means == [1 / 2] * 16
+    orders = []  # of each inner epoch: picture -> its steps
+    for start in range(0, 16, 4):
+        orders.append({})
+        for positions, steps in passes[start : start + 4]:
+            for position, step in zip(positions, steps.tolist(), strict=True):
+                orders[-1].setdefault(position, []).append(step)
+    for order in orders:
+        assert sorted(order) == list(range(8)) and all(len(set(steps)) == 2 for steps in order.values())
+        assert len(set(map(tuple, order.values()))) > 1
+    assert all(one != other for one, other in itertools.combinations(orders, 2))
+    assert orders[0] == dict(enumerate(script.shuffled_steps(range(3), range(8), 2, 3, 0, 0).tolist()))  # the run's seed
 
 
 def test_a_replay_that_is_not_the_sampled_step_stops_the_run(train, monkeypatch):
