@@ -149,6 +149,90 @@ def test_the_deviation_within_groups_is_not_that_between_them():
     assert "group_std" not in rewards.Scored(total, {}, torch.arange(6)).metrics()  # DDPO: every picture is a group
 
 
+def test_flags_reach_the_scorers_and_the_reader_of_prompts(monkeypatch):
+    """Half of the scorers' memory, and the prompts of a published data set as they were on some day."""
+    built, read = [], []
+    monkeypatch.setattr(rewards.scorers, "build", lambda spec, **options: built.append((spec, options)))
+    monkeypatch.setattr(rewards.cli, "scorer_options", lambda args: {"vlm_url": "here"})
+    monkeypatch.setattr(rewards.scorers, "check_prompts", lambda *_: None)
+    monkeypatch.setattr(
+        rewards.prompts, "read", lambda source, **options: read.append((source, options)) or [prompts.Prompt(source + n) for n in "123"]
+    )
+    args = argparse.Namespace(
+        scorer="clip", eval_scorers=None, scorer_dtype="bf16", scorer_batch_size=3, prompts="some/set", eval_prompts="held.txt",
+        num_eval_prompts=2, prompt_column="words", cache_dir="there", prompts_revision="v2",
+    )  # fmt: skip
+    rewards.build(SimpleNamespace(device="cpu"), args, "clip=1")
+    assert built == [("clip=1", dict(device="cpu", dtype=torch.bfloat16, batch_size=3, vlm_url="here"))]
+    found = rewards.read_prompts(args)
+    assert [prompt.text for prompt in found.training] == ["some/set1", "some/set2", "some/set3"] and found.evaluated == [
+        "held.txt1",
+        "held.txt2",
+    ]
+    same = dict(column="words", cache_dir="there", revision="v2")
+    assert read == [("some/set", same | {"flag": "--prompts"}), ("held.txt", same | {"flag": "--eval_prompts"})]
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_evaluation_draws_every_prompt_from_the_seed_of_its_number(world):
+    """Five prompts in batches of two; picture i has the brightness i / 10 and a bonus of i. On two processes the second draws 3, 4 and,
+    to be as long, 4 again: that one is dropped. The first three pictures are kept, in steps of 1/255."""
+    asked, inside = [], []
+
+    @contextlib.contextmanager
+    def autocast():
+        inside.append(None)
+        yield
+        inside.pop()
+
+    def render(model, denoiser, condition, **options):
+        assert model == "model" and denoiser == "denoiser" and inside
+        asked.append((condition, options))
+        return pictures(*(seed / 10 for seed in options["seeds"]))
+
+    class Model(str):
+        denoiser = "denoiser"
+
+    def evaluator(rank, gather):
+        found = rewards.Evaluator.__new__(rewards.Evaluator)
+        found.args = argparse.Namespace(
+            eval_guidance_scale=3.0, negative_prompt="blurry", resolution=32, eval_num_inference_steps=7, decode_batch_size=1,
+            num_eval_images=3,
+        )  # fmt: skip
+        found.run = SimpleNamespace(rank=rank, world=world, gather=gather, accelerator=SimpleNamespace(autocast=autocast))
+        found.prompts = [prompts.Prompt(f"prompt {i}", {"bonus": i}) for i in range(5)]
+        found.model, found.batch_size, found.mixtures = Model("model"), 2, [mean_colour]
+        found.texts = SimpleNamespace(family=SimpleNamespace(render=render), condition=list)
+        return found
+
+    parts = []  # of each call of gather, over the ranks
+    for rank in range(world):
+        sent = []
+        evaluator(rank, lambda tensor, sent=sent: sent.append(tensor) or tensor)._draw_and_score()
+        parts.append(sent)
+    together = iter(map(torch.cat, zip(*parts, strict=True)))
+    asked.clear()
+    scores, kept = evaluator(0, lambda tensor: next(together))._draw_and_score()
+    assert scores["brightness"].tolist() == pytest.approx([i + i / 10 for i in range(5)])
+    assert scores["reward"].tolist() == pytest.approx([2 * (i + i / 10) for i in range(5)])
+    assert torch.equal(kept, torch.tensor([0, 26, 51]).view(3, 1, 1, 1).expand(3, 3, 4, 4) / 255)  # 25.5 is rounded to the even number
+    same = dict(negative=["blurry"], height=32, width=32, num_inference_steps=7, guidance_scale=3.0, batch_size=2, decode_batch_size=1)
+    batches = [[0, 1], [2, 3], [4]] if world == 1 else [[0, 1], [2]]
+    assert asked == [([f"prompt {i}" for i in batch], same | {"seeds": batch}) for batch in batches]
+
+
+def test_evaluations_are_due_between_the_first_and_the_last_epoch():
+    evaluator = rewards.Evaluator.__new__(rewards.Evaluator)
+    evaluator.every, evaluator.rounds, done = 2, 6, []
+    evaluator.evaluate = done.append
+    for epoch in range(1, 7):
+        evaluator.evaluate_if_due(epoch, 10 * epoch)
+    assert done == [20, 40]  # the last one, after epoch 6, is `evaluate_last`'s
+
+
 # --------------------------------------------------------------------------- when an evaluation ends a run
 
 

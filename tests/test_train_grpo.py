@@ -1,5 +1,6 @@
 """The GRPO trainer in this process, on the smallest model: what it trains, writes, repeats, resumes and refuses."""
 
+import argparse
 import contextlib
 import gc
 import json
@@ -428,6 +429,33 @@ def test_nfts_loss_by_hand(world, tmp_path):
         assert min((new - before).abs().max(), kl.min()) > 1e-3
 
 
+def test_a_policy_is_made_and_its_window_drawn_as_the_flags_say(monkeypatch):
+    added, loaded = [], []
+    monkeypatch.setattr(lora, "add", lambda module, **options: added.append(options))
+    monkeypatch.setattr(sd3, "load", lambda path, **options: loaded.append((path, options)))
+    args = argparse.Namespace(
+        full_weights=False, rank=3, lora_alpha=5.0, use_dora=True, lora_layers="attn.to_q", lora_blocks="0-1", quantize_base="int8",
+        pretrained_model_name_or_path="some/model", revision="v2", variant="fp16", num_inference_steps=9, window_size=2,
+        window_range=(0, 8), window_order="random", window_shift_epochs=25,
+    )  # fmt: skip
+    policy.adapt(torch.nn.Identity(), args)
+    assert added == [dict(rank=3, alpha=5.0, use_dora=True, layers="attn.to_q", blocks="0-1")]
+    policy.Policy._load(argparse.Namespace(args=args, run=argparse.Namespace(device="here")), ("vae",), torch.bfloat16)
+    options = dict(revision="v2", variant="fp16", dtype=torch.bfloat16, device="here", parts=("vae",), quantized="int8")
+    assert loaded == [("some/model", options)]
+    one, other = ([policy.window(argparse.Namespace(**vars(args), seed=seed), epoch) for epoch in range(8)] for seed in (1, 2))
+    assert one != other
+
+
+def test_advantages_and_verdicts_go_beside_their_pictures():
+    """This process has positions 2, 3 and 6, 7 of eight."""
+    batches = [script.prompts.Batch(positions, [], []) for positions in ([2, 3], [6, 7])]
+    advantage, judged = torch.arange(8.0), torch.tensor([True, True, True, False, True, True, False, True])
+    one, other = policy.rollouts(batches, ["first", "second"], advantage, judged, torch.device("cpu"))
+    assert (one.trajectory, one.advantage.tolist(), one.judged.tolist()) == ("first", [2, 3], [True, False])
+    assert (other.trajectory, other.advantage.tolist(), other.judged.tolist()) == ("second", [6, 7], [False, True])
+
+
 @pytest.mark.slow
 def test_an_initial_lora_belongs_to_the_reference(train, world, tmp_path):
     """At its start the policy is the reference, KL 0, though both differ from the base model; later it is not. Files may change since."""
@@ -439,6 +467,11 @@ def test_an_initial_lora_belongs_to_the_reference(train, world, tmp_path):
     assert (base.mean - rollout.trajectory.means[:, 1]).abs().max() > 1e-4
     perturb(actor.weights)
     assert surrogate(args, actor, rollout, 1, condition)[1]["kl"].min() > 0
+    start = actor.parts(1)["reference"]
+    start.load_state_dict({name: value + 1 for name, value in start.state_dict().items()})  # of a checkpoint, from before the file changed
+    with actor.reference(), torch.no_grad():
+        moved = [weight.clone() for weight in actor.weights]
+    assert sum(w.sum().item() for w in moved) == pytest.approx(sum(w.sum().item() + w.numel() for w in weights(first).values()), rel=1e-4)
     second = train("second", lora_alpha=8.0, init_lora=first, checkpointing_epochs=2, kl_weight=0.01)
     held = runs.state(second / "checkpoint-4")["reference"]
     runs.assert_identical(sorted(value.sum().item() for value in held.values()), sorted(v.sum().item() for v in weights(first).values()))
