@@ -66,6 +66,14 @@ def test_loss_is_one_mean_per_sample():
     assert got.tolist() == pytest.approx(loop, rel=1e-5)
 
 
+def test_a_mask_weights_the_mean_over_what_it_shows():
+    """Two channels of two pixels, errors 1, 2 and 3, 4: the second pixel alone gives (4 + 16) / 2, half of the first one's weight beside it
+    (0.5 (1 + 9) + 4 + 16) / 3, and a mask of ones the plain mean 30 / 4."""
+    prediction, masks = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]).expand(3, 2, 1, 2), torch.tensor([[0.0, 1.0], [0.5, 1.0], [1.0, 1.0]])
+    got = flow.velocity_loss(prediction, torch.zeros(3, 2, 1, 2), masks.view(3, 1, 1, 2))
+    assert got.tolist() == pytest.approx([10, 25 / 3, 7.5])
+
+
 def test_logit_normal_with_shift_3_has_the_known_quantiles():
     """Phi^-1(0.1) = -1.28155, sigmoid of it 0.21727; 3 u / (1 + 2 u) = 0.4544. At the median 3 * 0.5 / 2 = 0.75; at 90 % 0.9153."""
     got = [at(u, density="logit_normal", shift=3.0) for u in (0.1, 0.5, 0.9)]

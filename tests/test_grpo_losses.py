@@ -299,6 +299,14 @@ def test_nft_at_full_advantage_is_flow_matching_on_the_good_picture():
     torch.testing.assert_close(got, 5 * sigma**2 * flow.velocity_loss(velocity, target) / size, rtol=1e-4, atol=1e-5)
 
 
+def test_nft_of_a_velocity_that_is_exact_is_zero():
+    """Halves and quarters, so that x_t - sigma v is x0 to the bit: the error is divided by its own size, 0."""
+    x0, noise, sigma = torch.full((1, 4, 2, 2), 0.5), torch.full((1, 4, 2, 2), -0.25), torch.tensor([0.5])
+    exact = noise - x0
+    given = dict(x_t=flow.interpolate(x0, noise, sigma), x0=x0, sigma=sigma, advantage=torch.zeros(1), strength=1.0, limit=5.0)
+    assert grpo_variants.nft_loss(exact, exact, **given).tolist() == [0.0]
+
+
 def test_nft_replays_all_batches_of_an_update_or_none():
     """Batch 1 alone teaches: of two updates the one that has it replays its other batch, too."""
     teaches = torch.tensor([False, True, False, False])
