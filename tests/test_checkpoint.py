@@ -107,6 +107,50 @@ def test_rotation_keeps_the_newest_by_step_not_by_name(tmp_path):
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-11"]  # by name, 10 would come before 9
 
 
+def test_rotation_never_takes_what_was_just_written(tmp_path):
+    """An older run's later step lies there: by step it is the newest."""
+    keep = saver(tmp_path, keep=1)
+    keep.save(9)
+    keep.save(3)
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-9"]
+
+
+def test_stopped_right_after_it_was_resumed_a_run_leaves_a_checkpoint_in_its_own_folder(tmp_path):
+    """That of another folder is not there; its own is, and is not written again."""
+    saver(tmp_path / "one").save(7)
+    other = saver(tmp_path / "other")
+    other.resume(tmp_path / "one/checkpoint-7")
+    other.save(7)
+    assert names(tmp_path / "other") == ["checkpoint-7"]
+    before = (tmp_path / "one/checkpoint-7/state.pt").stat().st_ino
+    own = saver(tmp_path / "one")
+    own.resume("latest")
+    own.save(7)
+    assert (tmp_path / "one/checkpoint-7/state.pt").stat().st_ino == before
+
+
+def test_what_was_held_comes_back_and_is_saved_though_the_weights_went_on(tmp_path):
+    """Live tensors, as those of a LoRA: held as a copy. Without a copy what is there is saved, for a loop that has changed nothing."""
+
+    class Live(Weights):
+        def state_dict(self):
+            return dict(self.tensors)
+
+    part = Live(value=1.0)
+    held = saver(tmp_path, parts={"lora": part})
+    held.hold(4)
+    part.tensors["a"].add_(1)
+    assert held.save_held() == 4
+    assert (part.tensors["a"] == 1).all() and (state_of(tmp_path / "checkpoint-4")["lora"]["a"] == 1).all()
+    held.hold(6, copy=False)
+    part.tensors["a"].add_(1)
+    assert held.save_held() == 6 and (part.tensors["a"] == 2).all()
+
+
+def state_of(folder):
+    return torch.load(folder / "state.pt", weights_only=True)
+
+
 def test_rotation_removes_only_after_the_new_one_is_complete(tmp_path):
     seen = []
     keep = saver(tmp_path, keep=1, write_weights=lambda folder: seen.append(names(tmp_path)))

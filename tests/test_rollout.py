@@ -135,6 +135,14 @@ def test_equal_noise_keys_are_equal_starts_and_the_steps_noise_stays_each_pictur
     assert len({value.sum().item() for value in starts}) == 3 and len({value.sum().item() for value in after}) == 4
 
 
+def test_only_steps_of_the_window_run_the_kernels_of_training(world, monkeypatch):
+    """Their velocity is that of a pass with gradient, as in a replay; the others need no graph."""
+    modes, velocity = [], sd3.velocity
+    monkeypatch.setattr(sd3, "velocity", lambda *given: modes.append(torch.is_grad_enabled()) or velocity(*given))
+    assert not draw(world, window=range(1, 3)).final.requires_grad
+    assert modes == [False, True, True] + [False] * (STEPS - 3)
+
+
 def test_steps_outside_the_window_are_deterministic(world):
     early, late = draw(world, window=range(0, 1)), draw(world, window=range(3, 4))
     plain = draw(world, transition="ode", noise_level=None, window=range(0))
@@ -241,6 +249,15 @@ def test_nan_is_no_ratio_of_one(world):
     step = replay(world, draw(world), 1)
     with pytest.raises(RuntimeError, match="nan nats"):
         sd3_rollout.check_on_policy(replace(step, log_prob=step.log_prob * torch.nan), tolerance=1.0)
+    with pytest.raises(RuntimeError, match="log-ratio of 2 nats, at most 1 "):
+        sd3_rollout.check_on_policy(replace(step, log_prob=step.old_log_prob - 2), tolerance=1.0)  # less likely than it was
+    sd3_rollout.check_on_policy(replace(step, log_prob=step.old_log_prob - 0.5), tolerance=1.0)
+
+
+def test_rounding_is_allowed_where_kernels_may_differ_and_to_a_tenth_of_the_clip():
+    assert sd3_rollout.tolerance(torch.float32, compiled=False) == 0
+    for dtype, compiled in ((torch.float32, True), (torch.bfloat16, False), (torch.float16, True)):
+        assert 0 < sd3_rollout.tolerance(dtype, compiled) <= 0.66 / 10
 
 
 def test_the_gradient_is_that_of_the_log_probability(world):
