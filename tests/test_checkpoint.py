@@ -382,6 +382,13 @@ def test_an_epoch_of_drawn_pictures_of_other_size_is_named(tmp_path):
     assert checkpoint.other_batch(before, 1, now, 2) is None
     assert checkpoint.other_batch(before, 1, now, 1).startswith("an epoch has 16 samples on 1 process(es), 32 on 1 before")
     assert checkpoint.other_batch(before, 1, now, 1).endswith("--sample_num_batches_per_epoch 8 would keep them")
+    assert checkpoint.other_batch(before, 2, now, 2).endswith("--sample_num_batches_per_epoch 8 would keep them")  # on each
+
+
+def test_flags_that_differ_in_every_resumed_run_are_not_named():
+    before = dict(rank=4, dry_run=None, output_dir="a", resume_from_checkpoint=None, gone=1)
+    now = dict(rank=8, dry_run=False, output_dir="b", resume_from_checkpoint="latest", added=2)
+    assert checkpoint.changed_flags(before, now) == ["--rank 4 -> 8", "--gone 1 -> None", "--added None -> 2"]
 
 
 def test_another_failure_at_the_result_does_not_ask_for_space(tmp_path):
@@ -425,10 +432,12 @@ def test_the_gradient_scaler_is_saved_too(tmp_path):
 def test_check_resume_accepts_what_can_be_resumed(tmp_path):
     checkpoint.check_resume(None, tmp_path / "new")
     checkpoint.check_resume("latest", tmp_path / "new")
+    (tmp_path / "new").mkdir()
     saver(tmp_path).save(1)
     saver(tmp_path).save(2)
     checkpoint.check_resume("latest", tmp_path)
     checkpoint.check_resume(str(tmp_path / "checkpoint-2"), tmp_path)
+    checkpoint.check_resume(str(tmp_path / "new/../checkpoint-2"), tmp_path)  # the same folder by another name
     checkpoint.check_resume(str(tmp_path / "checkpoint-1"), tmp_path / "new")
 
 
@@ -439,6 +448,9 @@ def test_check_resume_refuses_a_checkpoint_past_the_end(tmp_path):
     checkpoint.check_resume("latest", tmp_path, max_train_steps=8)  # nothing left to train: the result is written again
     with pytest.raises(ValueError, match=r"--max_train_steps 7: checkpoint-8 is past it already; give at least 8"):
         checkpoint.check_resume("latest", tmp_path, max_train_steps=7)
+    checkpoint.check_resume("latest", tmp_path, num_epochs=2, updates=4)
+    with pytest.raises(ValueError, match=r"--num_epochs 2: checkpoint-8 is past it already; give at least 3"):  # of 3 steps each
+        checkpoint.check_resume("latest", tmp_path, num_epochs=2, updates=3)
 
 
 def test_check_resume_refuses_what_is_no_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from src import ema
 from src.ema import Ema
 
 
@@ -167,7 +168,21 @@ def test_an_average_on_another_device_is_the_same(dtype):
         there.update()
     for one, other in zip(here.average, there.average, strict=True):
         assert torch.equal(one, other) and other.dtype == torch.float32
+    assert [a[0].item() - number for number, a in enumerate(here.average)] == pytest.approx([here.average[0][0].item()] * 40, abs=1e-5)
+    assert here.average[0][0] > 2  # all moved alike, most of the way to 3
     with there.applied():
         assert torch.equal(parameters[7], there.average[7].to(dtype))
     assert parameters[7][0] == 10
     assert Ema([torch.nn.Parameter(torch.ones(2, device="meta"))], 0.9, device="meta").average[0].device.type == "meta"
+
+
+def test_the_result_is_the_average_and_the_trained_weights_lie_beside_it(tmp_path):
+    """One weight, trained to 5, whose average is 2; without an average there is nothing beside the result."""
+    (weight,) = weights = [torch.nn.Parameter(torch.tensor([5.0]))]
+    average, written = Ema(weights, 0.9), {}
+    average.average[0].fill_(2.0)
+    ema.save(tmp_path, average, lambda folder: written.update({folder: weight.item()}))
+    assert written == {tmp_path: 2.0, tmp_path / "raw": 5.0}
+    written.clear()
+    ema.save(tmp_path, None, lambda folder: written.update({folder: weight.item()}))
+    assert written == {tmp_path: 5.0}

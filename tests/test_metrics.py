@@ -207,6 +207,35 @@ def test_a_non_finite_loss_names_its_step_at_the_end_of_the_window(tmp_path, bad
     assert [line["step"] for line in metrics.read(log.path)] == [5]
 
 
+def test_a_resumed_run_names_the_step_of_a_non_finite_loss_from_the_start_of_the_run(tmp_path):
+    before = train(FakeRun(tmp_path), 1, 10).state_dict()  # windows of 4 steps: 9 and 10 are in an open one
+    log = metrics.Log(FakeRun(tmp_path), every=4)
+    log.load_state_dict(before)
+    log.add(loss=torch.tensor(1.0), grad_norm=torch.tensor(1.0))
+    log.write(11)
+    log.add(loss=torch.tensor(math.nan), grad_norm=torch.tensor(1.0))
+    with pytest.raises(FloatingPointError, match="at step 12"):
+        log.write(12)
+
+
+def test_a_validation_that_is_repeated_at_the_resumed_step_is_not_written_twice(tmp_path):
+    """Killed after its last validation; one of other numbers, as a new scorer's, is written."""
+    log = train(FakeRun(tmp_path), 1, 2, every=2)
+    log.record(2, val_loss=0.5)
+    again = metrics.Log(FakeRun(tmp_path), every=2)
+    again.load_state_dict(log.state_dict())
+    again.record(2, val_loss=0.5)
+    again.record(2, eval_reward=1.0)
+    again.record(4, val_loss=0.4)
+    written = [line for line in stable(again.path) if "loss" not in line]
+    assert written == [{"step": 2, "val_loss": 0.5}, {"step": 2, "eval_reward": 1.0}, {"step": 4, "val_loss": 0.4}]
+
+
+def test_samples_of_a_step_are_counted_over_all_processes(tmp_path):
+    """2 samples x 3 accumulated x 3 processes."""
+    assert metrics.Log(FakeRun(tmp_path, peers=(2, 3)), every=1).images_per_add == 18
+
+
 def test_a_non_finite_loss_prevents_a_checkpoint(tmp_path):
     log = metrics.Log(FakeRun(tmp_path), every=100)
     for step in (1, 2, 3):

@@ -104,12 +104,16 @@ def test_adamw8bit_holds_its_moments_in_8_bits():
     parameters, optimizer, step = problem("adamw8bit")
     step(0)
     assert optimizer.state[parameters[0]]["state1"].dtype == torch.uint8
+    before, parameters[0].grad = [parameter.detach().clone() for parameter in parameters], None
+    optimizer.step()  # without a gradient a weight stays
+    assert [torch.equal(*pair) for pair in zip(before, parameters, strict=True)] == [True, False]
 
 
 def test_prodigy_says_nothing_on_stdout(capsys):
     pytest.importorskip("prodigyopt")
-    problem("prodigy", weight_decay=0.1)
+    _, optimizer, _ = problem("prodigy", weight_decay=0.1)
     assert capsys.readouterr().out == ""
+    assert optimizer.defaults["safeguard_warmup"] and optimizer.defaults["use_bias_correction"]  # as its authors advise for diffusion
 
 
 def test_8_bit_adam_is_that_of_bitsandbytes_without_its_waits(monkeypatch):
