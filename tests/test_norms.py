@@ -75,6 +75,15 @@ def test_fp16_does_not_overflow():
         torch.testing.assert_close(found.double(), want, rtol=0.01, atol=0.01 * want.abs().max().item())
 
 
+def test_fp32_weights_after_a_norm_get_gradients_that_are_neither_rounded_nor_infinite():
+    """Of 100 rows each: 1 + 2^-7 sums to 100.78, which bf16 rounds to 101; 300 x 300 is beyond fp16's 65504."""
+    for dtype, x, gradient in ((torch.bfloat16, 1.0, 1 + 2**-7), (torch.float16, 300.0, 300.0)):
+        rows = torch.full((100, 4), x, dtype=dtype)
+        weight, bias = (torch.ones(1, 4, requires_grad=True) for _ in range(2))
+        norms.Affine.apply(rows, weight, bias).backward(torch.full_like(rows, gradient))
+        assert weight.grad.tolist() == [[100 * x * gradient] * 4] and bias.grad.tolist() == [[100 * gradient] * 4]
+
+
 @pytest.mark.parametrize("wanted", ["x", "weight"])
 def test_a_gradient_that_nobody_needs_is_not_computed(wanted):
     x, weight = heads(torch.bfloat16), WEIGHT.bfloat16().clone()

@@ -28,6 +28,7 @@ def problem(name="adamw", dtype=torch.bfloat16, seed=0, fused=False, piece=4650,
         loss = sum(((w.float() + torch.randn(w.shape, generator=noise)) ** 2).sum() / 2 for w in weights)
         loss.backward()
         norm = optimizer.grad_norm() if fused else None
+        assert not fused or all(weight.grad is None for weight in weights)  # each is freed before the next is computed
         optimizer.step()
         optimizer.zero_grad()
         return norm
@@ -163,7 +164,6 @@ def test_a_fused_backward_pass_ends_at_the_same_bits(name, dtype):
         norm = fused_step(number)
         whole_step(number)
         assert norm.item() == pytest.approx(torch.cat([g.detach().flatten() for g in gradients]).norm().item(), rel=1e-4)
-        assert all(w.grad is None for w in other)
     for a, b, c in zip(one, other, whole, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 
@@ -223,7 +223,31 @@ def test_moments_of_bf16_weights_are_fp32_and_no_copy_of_the_weights_stays():
     state = optimizer.state_dict()["state"]
     assert sorted(state) == [0, 1, 2]
     assert {value.dtype for entry in state.values() for value in entry.values()} == {torch.float32}
-    assert [copy.numel() for piece in optimizer.pieces for copy in piece.copies] == [0, 0, 0]
+    assert [(copy.numel(), copy.grad) for piece in optimizer.pieces for copy in piece.copies] == [(0, None)] * 3
+
+
+def test_pieces_hold_consecutive_weights_up_to_their_size():
+    """Of 3, 4, 5 numbers two fit into 8, and the third has a piece of its own; a larger one too."""
+    weights = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 4, 5, 9, 1)]
+    assert [[weight.numel() for weight in part] for part in rounding._split(weights, 8)] == [[3, 4], [5], [9], [1]]
+
+
+def test_every_update_and_every_weight_is_rounded_by_numbers_of_its_own():
+    """Two equal weights of ones go up by a quarter of the spacing 2^-7, again and again: other numbers of each are rounded up each time.
+    With the same ones every time some would never move; the seed and the number of the update alone decide."""
+
+    def moved(seed):
+        weights = [torch.nn.Parameter(torch.ones(200, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = rounding.Pieces([{"params": weights, "lr": 1.0}], lambda copies: torch.optim.SGD(copies, lr=1.0), seed=seed)
+        for _ in range(2):
+            for weight in weights:
+                weight.data.fill_(1.0)
+                weight.grad = torch.full_like(weight, -(2.0**-9))
+            optimizer.step()
+            yield from [tuple((weight > 1).tolist()) for weight in weights]
+
+    one, other = list(moved(3)), list(moved(4))
+    assert one == list(moved(3)) and len({*one, *other}) == 8 and all(20 < sum(up) < 80 for up in one)
 
 
 def test_groups_keep_their_learning_rates_and_a_weight_without_gradient_stays():

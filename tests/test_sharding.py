@@ -165,3 +165,4 @@ def test_fp16_is_refused_where_weights_are_spread():
         sharding.check(spread, **settings, mixed_precision="fp16")
     sharding.check(spread, **settings, mixed_precision="bf16")
     sharding.check({}, **settings, mixed_precision="fp16")
+    sharding.check(spread | {"WORLD_SIZE": "1"}, **settings, mixed_precision="fp16")  # nothing is spread over one process
