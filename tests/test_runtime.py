@@ -224,6 +224,9 @@ def test_the_norm_of_bf16_gradients_is_an_fp32_number(tmp_path):
     assert norm.dtype == torch.float32 and norm.item() == pytest.approx(1001**0.5, rel=1e-6)
     torch.testing.assert_close(parameters[0].grad, torch.full((1000,), 8 / 1001**0.5).bfloat16(), rtol=2**-8, atol=0)
     assert run.clip_gradients([torch.nn.Parameter(torch.zeros(2))], 1.0) == 0  # nothing was trained
+    parameters[0].grad = torch.ones_like(parameters[0])
+    run.clip_gradients(parameters, 0)
+    assert (parameters[0].grad == 1).all()  # without a limit they stay
     run.finish()
 
 
@@ -331,6 +334,69 @@ def test_tensorboard_points_are_not_doubled_by_a_resume(tmp_path):
     events = EventAccumulator(str(tmp_path / "logs" / "dive-sd3")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
     assert [(e.step, e.width, e.height) for e in events.Images("samples")] == [(4, 8, 4)]
+
+
+def test_a_fresh_run_draws_a_curve_of_its_own_where_an_earlier_one_was_begun(tmp_path, monkeypatch):
+    """Only a resumed run continues the one that logs/wandb_id names."""
+    begun, run = [], SimpleNamespace(output_dir=tmp_path, is_main=True, accelerator=SimpleNamespace())
+    run.accelerator.init_trackers = lambda name, config, init_kwargs: begun.append(init_kwargs["wandb"]["id"])
+    checkpoint_of(tmp_path / "checkpoint-1")
+    for spec in (None, None, "latest"):
+        run.args = arguments(tmp_path, report_to="wandb", resume_from_checkpoint=spec)
+        runtime._start_trackers(run)
+    assert begun[0] != begun[1] == begun[2]
+
+
+def test_the_main_process_draws_the_seed_for_all(tmp_path, monkeypatch):
+    """Two processes of other seeds would train on equal noise or on different weights."""
+    monkeypatch.setattr(runtime.Run, "broadcast", lambda self, value: 77)
+    checked = []
+    monkeypatch.setattr(runtime, "check_shared", lambda run, folder, flag: folder.mkdir(exist_ok=True) or checked.append(flag))
+    args = arguments(tmp_path, seed=None)
+    args.cache_dir = tmp_path / "cache"
+    runtime.start(args).finish()
+    assert args.seed == 77 and json.loads((tmp_path / "args.json").read_text())["seed"] == 77
+    assert checked == ["output_dir", "cache_dir"]
+
+
+def test_several_processes_stop_at_the_same_step(monkeypatch):
+    """Each asks once a step and hears what all had heard a step earlier; `wait` asks for now. What is under way is awaited at the end."""
+    waited, run = [], runtime.Run.__new__(runtime.Run)
+    work = SimpleNamespace(wait=lambda: waited.append(None))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, **_: work)
+    run.world, run.rank, run.is_main, run._group, run._pending, run.signals = 2, 0, True, None, None, runtime.StopSignal()
+    run.accelerator = SimpleNamespace(wait_for_everyone=lambda: None, end_training=lambda: None)
+    assert not run.stop_requested()
+    run.signals.received = True
+    assert [run.stop_requested(), run.stop_requested()] == [False, True] and len(waited) == 2
+    run.signals.received = False
+    assert run.stop_requested(wait=True) is False
+    run.signals.received = True
+    assert run.stop_requested(wait=True) is True
+    before = len(waited)
+    run.finish()
+    assert len(waited) == before + 1
+
+
+def test_gradients_outside_the_wrapped_module_are_averaged():
+    run = runtime.Run.__new__(runtime.Run)
+    run.world, run.mean = 2, lambda tensor: tensor / 2
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([2.0, 4.0])
+    run.average_gradients([weight])
+    assert weight.grad.tolist() == [1, 2]
+
+
+def test_processes_wait_for_hours_and_send_no_buffers(tmp_path, monkeypatch):
+    """For one that renders or scores; SD3's position embeddings would be 0.45 GB in every forward pass."""
+    import accelerate
+
+    given = {}
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: given.update(options))
+    runtime._accelerator(arguments(tmp_path))
+    merged = {name: value for handler in given["kwargs_handlers"] for name, value in handler.to_kwargs().items()}
+    assert merged["timeout"].total_seconds() == 2 * 3600
+    assert merged["broadcast_buffers"] is False and merged["gradient_as_bucket_view"] is True
 
 
 @pytest.mark.slow
