@@ -219,13 +219,13 @@ def test_what_an_earlier_run_left_in_forms_that_this_one_does_not_write_is_remov
 def test_files_that_no_run_writes_are_not_removed(folder, tmp_path_factory):
     """Somebody's photographs in a folder that has the name of ours, and a link to another one."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    lay(elsewhere, "config.json")
+    lay(elsewhere, "config.json", "unet/config.json")
     lay(folder, "raw/DSC_0001.NEF", "raw/holiday/config.json", "merged_transformer")
     (folder / "merged_unet").symlink_to(elsewhere)
     (folder / "raw/unet").symlink_to(elsewhere)
     written(folder)
     assert all((folder / name).exists() for name in ("raw/DSC_0001.NEF", "raw/holiday/config.json", "merged_transformer"))
-    assert (elsewhere / "config.json").exists()
+    assert (elsewhere / "config.json").exists() and (elsewhere / "unet/config.json").exists()
 
 
 def test_only_the_main_process_writes(tmp_path):

@@ -1,12 +1,14 @@
 """LoRA on the UNet of Stable Diffusion 1.5 and XL: which layers, the file that stock diffusers reads, the reference, the merged weights."""
 
+import argparse
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from src import lora
+from src import lora, unet
 from src.pipelines import sd15
 
 CONVOLUTIONS = "attn1.to_q,attn2.to_v,ff.net.2,conv1,proj_in"
@@ -122,3 +124,56 @@ def test_the_merged_unet_predicts_the_same(model, tmp_path, options):
     inputs = torch.randn(2, 4, 4, 4), torch.tensor([1, 999]), sd15.encode_prompts(model, ["a ring", "b"])
     with torch.no_grad():
         assert torch.allclose(sd15.eps(merged, *inputs), sd15.eps(unet, *inputs), atol=1e-5)
+
+
+# --------------------------------------------------------------------------- from the scripts' flags
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What `src.unet` asks of other modules, in order: (name, ...)."""
+    found = []
+    model = SimpleNamespace(unet=torch.nn.Linear(1, 1).requires_grad_(False))
+    for owner, name, result in (
+        (unet.lora, "add", None), (unet.sd15, "load", model), (unet.tuned, "check_layers", None), (unet.full, "fetch", None),
+        (unet.speed, "apply", None), (unet.speed, "narrow_frozen", None), (unet.seeds, "seed_everything", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, lambda *given, name=name, result=result, **options: found.append((name, given, options)) or result)
+    return found
+
+
+FLAGS = dict(
+    use_lora=True, rank=3, lora_alpha=5.0, lora_dropout=0.1, use_dora=True, lora_layers="attn1.to_q", seed=7, init_lora=None,
+    pretrained_model_name_or_path="some/model", revision="v2", variant="fp16",
+)  # fmt: skip
+RUN = SimpleNamespace(weight_dtype=torch.bfloat16, device="here", require=lambda make: make())
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_a_unet_is_loaded_and_adapted_as_the_flags_say(calls, use_lora):
+    """All weights are trained in fp32, under a LoRA they are frozen in the run's precision; it starts from the seed."""
+    args = argparse.Namespace(**FLAGS | {"use_lora": use_lora})
+    model = unet.load(RUN, args)
+    same = dict(revision="v2", variant="fp16")
+    dtype = torch.bfloat16 if use_lora else torch.float32
+    load = ("load", ("some/model",), same | dict(dtype=dtype, device="here", parts=("unet",)))
+    begin = ([] if use_lora else [("fetch", ("some/model",), same | {"trained": ["unet"]})]) + [
+        ("check_layers", (args, unet.sd15.denoiser_from_config), {}), load, ("seed_everything", (7, "lora"), {}),
+    ]  # fmt: skip
+    options = dict(rank=3, alpha=5.0, dropout=0.1, use_dora=True, layers="attn1.to_q")
+    assert calls == [*begin, *([("add", (model.unet,), options)] if use_lora else []), ("apply", (model.unet, args), {})]
+    assert model.unet.weight.requires_grad is not use_lora
+
+
+@pytest.mark.parametrize(("source", "path", "options"), [
+    (None, "some/model", dict(revision="v2", variant="fp16")), ("a/reference", "a/reference", {}),
+])  # fmt: skip
+def test_a_frozen_unet_beside_it_computes_by_the_same_kernels(calls, source, path, options):
+    """The base model in the same version, or another model, which has versions of its own; `requires_grad` decides on kernels, too."""
+    args = argparse.Namespace(**FLAGS)
+    frozen = unet.load_frozen(RUN, args, source)
+    assert calls == [
+        ("load", (path,), options | dict(dtype=torch.float32, device="here", parts=("unet",))),
+        ("narrow_frozen", (frozen, torch.bfloat16), {}), ("apply", (frozen, args), {}),
+    ]  # fmt: skip
+    assert frozen.weight.requires_grad
