@@ -249,7 +249,7 @@ def main(args: argparse.Namespace) -> None:
                     loss, logged, step = surrogate(actor, rollout, t, condition, negative, args.clip_nats)
                     if not values:  # the first pass of an epoch
                         sd3_rollout.check_on_policy(step, sd3_rollout.tolerance(run.weight_dtype, args.compile))
-                    run.accelerator.backward((loss * rollout.judged).mean() / (len(members) * turns))
+                    run.accelerator.backward(loss.mean() / (len(members) * turns))  # 0 of pictures that were not judged
                 for name, value in {"loss": loss, **logged}.items():
                     values[name].append(value.detach().mean())
                 if not args.full_weights and run.stop_requested():  # with --full_weights the epoch is finished: 27 GB and more to copy
