@@ -103,10 +103,9 @@ def test_sigterm_reaches_the_trainer_also_where_there_is_no_pgrep(tmp_path, foun
         if shutil.which(name) is None:
             pytest.skip(f"no {name} here")
         (tmp_path / name).symlink_to(shutil.which(name))
-    (tmp_path / "trainer").write_text("#!/usr/bin/env bash\ntrap 'echo saved; exit 0' TERM\necho begun\nwhile true; do sleep 0.05; done\n")
-    for name, text in {"python": "exit 0", "accelerate": "trainer & wait $!", "nvidia-smi": "exit 9"}.items():
+    trainer = "trap 'echo saved; exit 0' TERM\necho begun\nfor _ in {1..400}; do sleep 0.05; done"
+    for name, text in {"trainer": trainer, "python": "exit 0", "accelerate": "trainer & wait $!", "nvidia-smi": "exit 9"}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-    for name in ("trainer", "python", "accelerate", "nvidia-smi"):
         (tmp_path / name).chmod(0o755)
     env = {"PATH": str(tmp_path), "VENV": str(tmp_path / "none"), "NUM_PROCESSES": "1"}
     command = ["bash", "-c", f"set -euo pipefail; source {ROOT}/scripts/launch.sh; launch train.py"]
