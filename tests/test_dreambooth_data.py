@@ -56,6 +56,7 @@ def test_a_caption_of_its_own_comes_before_the_prompt_for_all(tmp_path):
     assert prompts(opened(folder, tmp_path, default_prompt="sks dog")) == ["sks dog", "sks dog in the sea"]
 
 
+@pytest.mark.slow
 def test_metadata_tar_and_parquet_may_lack_the_caption_column(tmp_path):
     import tarfile
 

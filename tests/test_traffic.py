@@ -51,7 +51,10 @@ def test_a_step_here_moves_less_than_diffusers_own(flags, share, monkeypatch):
     assert moved < share * moved_before
 
 
-@pytest.mark.parametrize("flags", [[], pytest.param(["--model", "sd1.5", "--full"], marks=pytest.mark.slow), ["--gradient_checkpointing"]])
+@pytest.mark.parametrize("flags", [
+    pytest.param([], marks=pytest.mark.slow), pytest.param(["--model", "sd1.5", "--full"], marks=pytest.mark.slow),
+    ["--gradient_checkpointing"],
+])  # fmt: skip
 def test_it_prints_a_bound_and_where_the_bytes_go(flags, capsys, monkeypatch):
     for model, part in (("sd3.5-medium", "transformer"), ("sd1.5", "unet")):
         monkeypatch.setitem(traffic.geometry.MODELS[model], part, traffic.geometry.MODELS[model][part] | SMALL[part])

@@ -268,6 +268,7 @@ def test_statistics_change_the_update_only_once_they_are_used(train):
     assert any(not torch.equal(tensor, runs.weights(used)[name]) for name, tensor in runs.weights(early).items())
 
 
+@pytest.mark.slow
 def test_a_share_of_the_steps_costs_that_share(train, monkeypatch):
     """0.5 of 3 steps are 2: so many passes for each batch of 4 in each of 2 inner epochs. An update has one batch, a loss of 1 is 1/2 in
     each pass. A picture has other steps in its two passes, and pictures, inner epochs and epochs an order of their own."""

@@ -342,7 +342,8 @@ LONG = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("way", [pytest.param("full", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["full", "lora"])
 def test_resumed_equals_uninterrupted(train, monkeypatch, way):
     flags = LONG | (LORA | dict(lora_dropout=0.2) if way == "lora" else {})
     whole = train("whole", **flags)

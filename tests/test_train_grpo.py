@@ -277,6 +277,7 @@ def test_bound_window_and_mean_of_an_epoch(train, judge, monkeypatch):
     assert len(advantages) == 2 and means == [3 / 4 / 4] * 4
 
 
+@pytest.mark.slow
 def test_pictures_of_a_group_may_start_from_the_same_noise(train, monkeypatch):
     """Two epochs of two groups of four, each group drawn in two batches; what their steps add stays each picture's own."""
     drawn, to = [], sd3_rollout.Trajectory.to

@@ -349,6 +349,7 @@ def test_sigterm_saves_and_a_resumed_run_ends_the_same(train, whole, monkeypatch
     assert runs.lines(whole) == runs.lines(parts)
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues_a_finished_one(train):
     train("run", max_train_steps=2, checkpointing_steps=2)
     out = train("run", max_train_steps=4, checkpointing_steps=2, checkpoints_total_limit=1, resume_from_checkpoint="latest")

@@ -61,6 +61,7 @@ def pixels(shown):
 # --------------------------------------------------------------------------- pictures
 
 
+@pytest.mark.slow
 def test_the_page_draws_what_the_command_beside_it_draws(studio, tmp_path):
     """After another scale, guidance and prompt were drawn: nothing of them may be left."""
     draw(studio, "a blue star", seed=9, scale=2.0, guidance=1.0)
