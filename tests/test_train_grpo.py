@@ -882,6 +882,7 @@ def test_the_plans_checkpoints_hold_all_weights_and_no_reference(world, tmp_path
     assert resident == [script.plan._size(held), script.plan._size(2 * held)]
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_reads_no_weights_and_writes_nothing(world, tmp_path, capsys):
     """4 steps and 2 trained, 8 pictures: 32 passes, 16 with gradient."""
     model = shutil.copytree(world.model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))

@@ -98,6 +98,7 @@ def test_every_adapter_is_trained_and_no_base_weight_changes(train, world, live)
     runs.assert_identical(saved, dict(trained))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_outputs_page_promises(train, summaries):
     summaries()
     validated = dict(validation_steps=2, num_validation_loss_images=2, **SHOWN)
