@@ -175,7 +175,7 @@ def main(args: argparse.Namespace) -> None:
         for micro in range(args.gradient_accumulation_steps):
             for kind, (batches, weight) in streams.items():
                 # 1. data
-                batch = next(batches).to(run.device)
+                batch = next(batches)
                 x0, condition = data.encode(batch, args.seed, step, train_text=args.train_text_encoder)  # (b, 16, h, w), (b, L, D)
                 # 2. noise
                 # twin: noise

@@ -62,13 +62,14 @@ class Inputs:
         return Identity(self.run, self.training.images.records)
 
     def batches(self, first_step: int) -> Iterator[samples.Batch]:
-        """This process's micro-batches from optimizer step `first_step` on, `gradient_accumulation_steps` of them per step."""
+        """This process's micro-batches from optimizer step `first_step` on, `gradient_accumulation_steps` a step, on its device."""
         args, run = self.run.args, self.run
         sampler = buckets.StepSampler(
             self.order, batch_size=args.train_batch_size, accumulation=args.gradient_accumulation_steps,
             rank=run.rank, world=run.world, start_step=first_step, max_steps=args.max_train_steps, first_position=self.first_position,
         )  # fmt: skip
-        return iter(samples.loader(self.training, sampler, num_workers=args.dataloader_num_workers, pin_memory=run.device.type == "cuda"))
+        loader = samples.loader(self.training, sampler, num_workers=args.dataloader_num_workers, pin_memory=run.device.type == "cuda")
+        return (batch.to(run.device) for batch in loader)
 
     @torch.no_grad()
     def encode(self, batch: samples.Batch, seed: int, step: int, *, train_text: bool = False) -> tuple[Tensor, sd3.Conditioning]:

@@ -14,7 +14,8 @@ import runs
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-COPIED = ("src", "tests", "benchmarks", "docs", "scripts", "pyproject.toml")  # and the programs; of models and data links do
+# Besides the programs; of models and data links do.
+COPIED = ("src", "tests", "benchmarks", "docs", "scripts", "pyproject.toml", "demo.sh", "README.md", "README_zh.md", "CONTRIBUTING.md")
 
 
 def recipe(title):

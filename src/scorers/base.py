@@ -38,7 +38,7 @@ class Weights:
     """Files that the user downloads.
 
     Attributes:
-        folder: name below models/, searched first, and the name for `scripts/download.sh`.
+        folder: name below models/, searched first, and the name for `scripts/download.sh`; or an absolute path that an option gave.
         files: required files, by their paths in the folder and on the Hub alike; "a|b": either of them, a first.
         hub_id: repository searched second; None: there is none.
         by_hand: how to get them, where scripts/download.sh does not know the folder.
@@ -92,7 +92,8 @@ class Weights:
     @property
     def cure(self) -> str:
         """How to get them."""
-        return self.by_hand or f"run bash scripts/download.sh {self.folder}"
+        by_script = f"run bash scripts/download.sh {self.folder}"
+        return self.by_hand or ("name the folder of a checkpoint" if Path(self.folder).is_absolute() else by_script)
 
     def path(self, names: str) -> Path:
         """One of `files` on this machine: below models/, else from the Hub's cache, else downloaded there.
