@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -227,6 +228,18 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return write(log, done, **floats)
 
     monkeypatch.setattr(metrics.Log, "write", dying)
+
+
+def stop(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run gets a SIGTERM in optimizer step `step`."""
+    write = metrics.Log.write
+
+    def stopping(log: metrics.Log, done: int, **floats: float) -> Any:
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(log, done, **floats)
+
+    monkeypatch.setattr(metrics.Log, "write", stopping)
 
 
 def parts_before_refusal(monkeypatch: pytest.MonkeyPatch, family: ModuleType, train: Any) -> tuple[str, list[str]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from src import cli, runtime, scorers
+from src.tiny import tour
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("docs", "models", "datas", "outputs", "benchmarks")
@@ -258,6 +259,19 @@ def test_predicted_memory_is_that_of_the_wrappers_own_flags(program, monkeypatch
 def test_every_trainer_has_a_wrapper_that_knows_a_tiny_run(path):
     wrapper = ROOT / wrapper_of(path)
     assert wrapper.is_file() and "TINY" in wrapper.read_text()
+
+
+@pytest.mark.parametrize("name", tour.TRAINERS)
+def test_a_wrapper_says_what_to_expect_of_its_tiny_run(name):
+    """Its figures are those of the tour's table: from `before` to `after` in each row, and the seconds."""
+    table, trainer = ENGLISH.split("<!-- table of scripts/tour.sh -->")[1].split("<!-- end")[0], tour.TRAINERS[name]
+    rows = re.search(rf"^\| {trainer.title} .*\n(?:\|  .*\n)*", table, re.M)[0].splitlines()
+    text = (ROOT / trainer.wrapper).read_text()
+    (expected,) = re.findall(r"^#             expect (.*)$", text, re.M)
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    for *_, before, after, _, _ in cells:
+        assert f"{before.removesuffix(' %')} -> {after}" in expected
+    assert expected.count(" -> ") == len(rows) and f"; {cells[0][-2]} s on two cores" in expected
 
 
 @pytest.mark.parametrize("path", SHELL, ids=name_of)

@@ -56,20 +56,35 @@ def contents(folder: Path) -> dict[str, bytes]:
 # --------------------------------------------------------------------------- killed
 
 LONG = dict(
-    num_class_images=60, sample_batch_size=4, train_text_encoder=True, text_encoder_learning_rate=1e-3, learning_rate=1e-2,
-    lr_scheduler="cosine", lora_dropout=0.2, use_ema=True, caption_dropout=0.2, max_train_steps=40, checkpointing_steps=5,
-    checkpoints_total_limit=2, logging_steps=4, train_batch_size=2, gradient_accumulation_steps=2, validation_steps=15,
-    num_validation_loss_images=1, dataloader_num_workers=1,
+    num_class_images=60, class_guidance_scale=2.0, sample_batch_size=4, train_text_encoder=True, text_encoder_learning_rate=1e-3,
+    learning_rate=1e-2, lr_scheduler="cosine", lora_dropout=0.2, use_ema=True, caption_dropout=0.2, no_hflip=True, max_train_steps=40,
+    checkpointing_steps=5, checkpoints_total_limit=2, logging_steps=4, train_batch_size=2, gradient_accumulation_steps=2,
+    validation_steps=15, num_validation_loss_images=1, dataloader_num_workers=1,
 )  # fmt: skip
 
 
-def test_killed_twice_at_random_moments_it_ends_like_an_uninterrupted_run(world, tmp_path):
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """Output of an uninterrupted run; its class pictures lie in `class` beside it."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    runs.train(script, argv(world, out, **LONG, class_data_dir=out.parent / "class"))
+    return out
+
+
+def assert_same_run(whole: Path, out: Path) -> None:
+    runs.assert_identical(runs.state(whole / "checkpoint-40"), runs.state(out / "checkpoint-40"))
+    for folder in (".", "raw"):
+        runs.assert_identical(runs.saved(whole / folder), runs.saved(out / folder))
+    assert runs.lines(whole) == runs.lines(out)
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-35", "checkpoint-40"]
+
+
+def test_killed_twice_at_random_moments_it_ends_like_an_uninterrupted_run(world, whole, tmp_path):
     """kill -9 once while class pictures are rendered, once while training; the moments are drawn anew at every test run."""
     chance = random.SystemRandom()
     rendered, step, pause = chance.randint(1, 50), chance.randint(6, 28), chance.uniform(0, 0.1)
     print(f"killed at {rendered} class pictures, and {pause:.3f} s after step {step}")
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    runs.train(script, argv(world, whole, **LONG, class_data_dir=tmp_path / "whole class"))
+    out = tmp_path / "run"
     here = dict(**LONG, class_data_dir=tmp_path / "class", resume_from_checkpoint="latest")
     moments = [lambda: len(list((tmp_path / "class").glob("*.png"))) >= rendered, lambda: step_of(out) >= step]
     for number, moment in enumerate(moments):
@@ -83,12 +98,20 @@ def test_killed_twice_at_random_moments_it_ends_like_an_uninterrupted_run(world,
 
     for left in (tmp_path / "class").glob("*.tmp"):  # of a file that was being written when the first kill came
         left.unlink()
-    assert contents(tmp_path / "class") == contents(tmp_path / "whole class")
-    runs.assert_identical(runs.state(whole / "checkpoint-40"), runs.state(out / "checkpoint-40"))
-    for folder in (".", "raw"):
-        runs.assert_identical(runs.saved(whole / folder), runs.saved(out / folder))
-    assert runs.lines(whole) == runs.lines(out)
-    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-35", "checkpoint-40"]
+    assert contents(tmp_path / "class") == contents(whole.parent / "class")
+    assert_same_run(whole, out)
+
+
+def test_sigterm_to_the_wrapper_saves_exits_0_and_resumes_exactly(world, whole, tmp_path):
+    out, here = tmp_path / "run", dict(**LONG, class_data_dir=whole.parent / "class")
+    log = out.with_suffix(".stopped")
+    process = runs.start(["bash", WRAPPER, *argv(world, out, **here)], log, TINY="1", NUM_PROCESSES="1")
+    runs.wait_for(process, lambda: step_of(out) >= 8, log)
+    process.send_signal(signal.SIGTERM)
+    said = runs.finish(process, log)
+    assert "stopped after step" in said and "Traceback" not in said and not (out / runs.WEIGHTS).exists()
+    runs.train(script, argv(world, out, **here, resume_from_checkpoint="latest"))
+    assert_same_run(whole, out)
 
 
 # --------------------------------------------------------------------------- two processes

@@ -31,6 +31,14 @@ def world(tiny_sd3_folder, tmp_path_factory):
     return runs.make_world(tiny_sd3_folder, tmp_path_factory.mktemp("full"))
 
 
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """Output of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    runs.train(script, world.argv(out, **LONG))
+    return out
+
+
 def launch(world, out: Path, log: str, ranks: int = 1, **flags) -> runs.Forked:
     """Starts the script as one process or several; prints to `out`.LOG."""
     return runs.fork(["train_full_finetuning_sd3.py", *world.argv(out, **flags)], out.with_suffix(f".{log}"), ranks)
@@ -46,24 +54,39 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
-def test_killed_at_a_random_moment_it_ends_like_an_uninterrupted_run(world, tmp_path):
+def assert_same_run(whole: Path, out: Path) -> None:
+    assert files(whole) == files(out)
+    for number in (55, 60):
+        runs.assert_identical(runs.state(whole / f"checkpoint-{number}"), runs.state(out / f"checkpoint-{number}"))
+    assert runs.lines(whole) == runs.lines(out)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_killed_at_a_random_moment_it_ends_like_an_uninterrupted_run(world, whole, tmp_path):
     """kill -9; the moment is drawn anew at every test run: within a step, while a checkpoint is written, while a picture is rendered."""
     chance = random.SystemRandom()
     step, pause = chance.randint(6, 40), chance.uniform(0, 0.1)
     print(f"killed {pause:.3f} s after step {step}")
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    runs.train(script, world.argv(whole, **LONG))
+    out = tmp_path / "run"
     process = launch(world, out, "killed", **LONG)
     runs.wait_for(process, lambda: step_of(out) >= step, out.with_suffix(".killed"))
     time.sleep(pause)
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (out / "model_index.json").exists()
     runs.train(script, world.argv(out, **LONG, resume_from_checkpoint="latest"))
-    assert files(whole) == files(out)
-    for number in (55, 60):
-        runs.assert_identical(runs.state(whole / f"checkpoint-{number}"), runs.state(out / f"checkpoint-{number}"))
-    assert runs.lines(whole) == runs.lines(out)
-    assert not list(out.rglob("*.tmp"))
+    assert_same_run(whole, out)
+
+
+def test_sigterm_to_the_wrapper_saves_exits_0_and_resumes_exactly(world, whole, tmp_path):
+    out = tmp_path / "run"
+    log = out.with_suffix(".stopped")
+    process = runs.start(WRAPPER + world.argv(out, **LONG), log, TINY="1", NUM_PROCESSES="1")
+    runs.wait_for(process, lambda: step_of(out) >= 8, log)
+    process.send_signal(signal.SIGTERM)
+    said = runs.finish(process, log)
+    assert "stopped after step" in said and "Traceback" not in said and not (out / "model_index.json").exists()
+    runs.train(script, world.argv(out, **LONG, resume_from_checkpoint="latest"))
+    assert_same_run(whole, out)
 
 
 # One process with batch 4 and two with batch 2 sum the same gradients in another order: 1e-7 relative. Adam's epsilon above every

@@ -7,7 +7,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -333,15 +332,8 @@ def test_killed_while_it_ends_a_run_resumes_to_the_same_files(train, whole, summ
 
 @pytest.mark.slow
 def test_sigterm_saves_and_a_resumed_run_ends_the_same(train, whole, monkeypatch, capsys):
-    write = metrics.Log.write
-
-    def stopping(log, done, **floats):
-        if done == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return write(log, done, **floats)
-
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.Log, "write", stopping)
+        runs.stop(patch, 5)
         parts = train("parts", **LONG)  # returns: the process would exit with 0
     assert checkpoint.find_latest(parts).name == "checkpoint-5" and not (parts / runs.WEIGHTS).exists()
     assert "--resume_from_checkpoint latest" in capsys.readouterr().out
