@@ -9,59 +9,12 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from src.cli import refusals
+from src.cli.elsewhere import ELSEWHERE, GONE
 from src.cli.environment import check_environment
 from src.cli.parser import Parser
 from src.cli.scorers import parts
 
 Check = Callable[[argparse.Namespace], None]
-# What other trainers, and the older scripts of docs/migrating.md, call a flag -> its names here, the first that a program has; perhaps with
-# a value
-ELSEWHERE: dict[str, tuple[str, ...]] = {
-    "lr": ("learning_rate",), "text_encoder_lr": ("text_encoder_learning_rate",), "weighting_scheme": ("timestep_density",),
-    "bs": ("train_batch_size", "sample_batch_size"), "batch_size": ("train_batch_size", "sample_batch_size"),
-    "train_batch_size": ("sample_batch_size",), "gradient_accumulation_steps": ("updates_per_epoch",),
-    "steps": ("max_train_steps", "num_epochs"), "epochs": ("num_epochs", "max_train_steps"), "max_train_steps": ("num_epochs",),
-    "num_train_epochs": ("max_train_steps", "num_epochs"), "checkpointing_steps": ("checkpointing_epochs",),
-    "validation_epochs": ("validation_steps", "eval_epochs"), "validation_steps": ("eval_epochs",), "validation_prompt": ("eval_prompts",),
-    "num_validation_images": ("num_eval_images",), "num_images_per_prompt": ("num_images",),
-    "model": ("pretrained_model_name_or_path",), "unet_init": ("pretrained_model_name_or_path",), "pretrained_revision": ("revision",),
-    "data": ("dataset_name", "prompts"), "train_data_dir": ("dataset_name", "prompts"), "dataset_name": ("prompts",),
-    "caption_column": ("prompt_column",), "instance_data_root": ("instance_data_dir",), "proportion_empty_prompts": ("caption_dropout",),
-    "network_dim": ("rank",), "lora_rank": ("rank",), "network_alpha": ("lora_alpha",),
-    "precision": ("mixed_precision",), "prior_generation_precision": ("mixed_precision",),
-    "enable_xformers_memory_efficient_attention": ("attention_backend",),
-    "use_8bit_adam": ("optimizer adamw8bit",), "train_use_8bit_adam": ("optimizer adamw8bit",), "use_adafactor": ("optimizer adafactor",),
-    "prodigy_beta3": ("optimizer prodigy",), "prodigy_decouple": ("optimizer prodigy",),
-    "prodigy_use_bias_correction": ("optimizer prodigy",), "prodigy_safeguard_warmup": ("optimizer prodigy",),
-    "adam_weight_decay_text_encoder": ("adam_weight_decay",), "train_learning_rate": ("learning_rate",),
-    "train_adam_beta1": ("adam_beta1",), "train_adam_beta2": ("adam_beta2",), "train_adam_epsilon": ("adam_epsilon",),
-    "train_adam_weight_decay": ("adam_weight_decay",), "train_max_grad_norm": ("max_grad_norm",),
-    "train_num_inner_epochs": ("num_inner_epochs",), "train_cfg": ("guidance_scale",), "train_adv_clip_max": ("max_advantage",),
-    "train_clip_range": ("clip_nats",), "grpo_epsilon": ("clip_nats",), "grpo_beta": ("kl_weight",), "sample_eta": ("noise_level",),
-    "reward": ("scorer",), "aesthetic_predictor_name_or_path": ("scorer aesthetic_v1",), "aesthetic_model_filename": ("aesthetic_head",),
-    "async_reward_computation": ("async_rewards",), "max_workers": ("async_rewards",), "train_method": ("sft",),
-    "resume": ("resume_from_checkpoint",), "resume_from": ("resume_from_checkpoint",), "save_freq": ("checkpointing_epochs",),
-    "num_checkpoint_limit": ("checkpoints_total_limit",), "exp_name": ("output_dir",), "run_name": ("output_dir",),
-    "wandb": ("report_to",), "log_with": ("report_to",), "hf_hub_model_id": ("hub_model_id",),
-}  # fmt: skip
-# Flags of theirs that have no counterpart -> what to do without them
-GONE = {
-    "center_crop": "leave it out: pictures are cut in the middle by default",
-    "random_flip": "leave it out: pictures are mirrored half of the time by default",
-    "hub_token": "log in by hf auth login, or set the variable HF_TOKEN: no secret on a command line",
-    "logging_dir": "leave it out: logs are in logs/ of --output_dir",
-    "logdir": "leave it out: logs are in logs/ of --output_dir",
-    "dataset_config_name": "a Hub id's default configuration is read; download another one, and name its folder",
-    "precondition_outputs": "leave it out: the loss is the plain one of the velocity",
-    "upcast_before_saving": "leave it out: what is trained in low precision is saved as it is, a LoRA always in fp32",
-    "local_rank": "leave it out: the launcher says it",
-    "sdxl": "leave it out: the model's folder says it",
-    "hard_skip_resume": "leave it out: resuming finds its place at once",
-    "choice_model": "label the pairs beforehand, for example with python -m src.scorers",
-    "aesthetic_model_path": "leave it out: scorers find their weights in models/ (docs/scorers.md)",
-    "clip_model_path": "leave it out: scorers find their weights in models/ (docs/scorers.md)",
-    "image_path": "python -m src.scorers NAME PICTURE scores a picture",
-}
 
 
 def _flag(action: argparse.Action) -> str:
