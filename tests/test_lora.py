@@ -280,7 +280,9 @@ def test_disabled_is_the_base_model_bit_for_bit(transformer, use_dora):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled, use_dora", [("blocks", False), ("blocks", True), ("whole", False)])
+@pytest.mark.parametrize("compiled, use_dora", [
+    pytest.param("blocks", False, marks=pytest.mark.long), ("blocks", True), pytest.param("whole", False, marks=pytest.mark.long),
+])  # fmt: skip
 def test_disabled_works_on_compiled_models(transformer, compiled, use_dora):
     """The switch must be one of the compiler's guards, or the first of the two graphs would serve for both."""
     torch._dynamo.reset()

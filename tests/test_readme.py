@@ -237,7 +237,10 @@ VAE = {"lora": 83_819_683, "full": 83_819_683, "dreambooth": 83_819_683, "dpo": 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", PREDICTED)
+@pytest.mark.parametrize("program", [
+    program if program in ("train_text_to_image_lora_sd3", "train_refl_sd15") else pytest.param(program, marks=pytest.mark.long)
+    for program in PREDICTED
+])  # fmt: skip
 def test_predicted_memory_is_that_of_the_wrappers_own_flags(program, monkeypatch):
     """With 77 + 256 text tokens in SD3, and the VAE in bf16 where the benchmarks' plan does not count it."""
     from benchmarks import loops, trainers

@@ -404,7 +404,7 @@ def test_unknown_trainers_and_sizes_are_refused(capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_crash_and_a_hang_of_a_row_are_told():
     assert "terminated abruptly" in benchmark.in_process(die, seconds=60)["failed"]
     assert benchmark.in_process(sleep, 300, seconds=15)["failed"] == "nothing after 15 s"

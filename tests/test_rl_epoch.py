@@ -105,7 +105,7 @@ def test_a_wrong_flag_of_the_trainer_is_refused_by_name(benchmark, capsys):
     assert stopped.value.code == 2 and "--noise_level must be above 0" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_benchmark_reports_time_and_memory(world, tmp_path):
     """Memory of an epoch must not grow with its pictures but for what waits on the CPU: here 8 and 32 pictures, 20 kB each."""
     command = ["benchmarks/rl_epoch.py", "--trainer", "ddpo", "--epochs", "1", "--memory", "--output", tmp_path / "result.json", "--",

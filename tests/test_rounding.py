@@ -105,7 +105,7 @@ def test_what_bf16_can_hold_is_left_alone():
     assert rounded(largest).isnan().all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_compiled_rounding_gives_the_same_numbers():
     """Every pattern of the upper 16 bits beside many of the lower ones: zeros, subnormals, infinities and NaN among them."""
     upper = torch.arange(-(2**15), 2**15, dtype=torch.int32).repeat(4) << 16
