@@ -20,11 +20,12 @@ gc.set_threshold(10_000, 10, 10)
 
 # Files that take several seconds, longest first: who starts with them ends together, which --dist loadfile alone would not see to.
 LONGEST = [
-    "test_train_lora_slow", "test_train_grpo_slow", "test_train_ddpo_slow", "test_train_dpo_slow", "test_train_refl_slow", "test_learning",
-    "test_rl_epoch", "test_real_geometry", "test_contributing", "test_train_dreambooth_slow", "test_benchmarks", "test_rollout", "test_train_grpo",
-    "test_train_lora", "test_train_dpo", "test_train_refl", "test_train_dreambooth", "test_train_full", "test_tiny_build", "test_runtime",
-    "test_memory_table", "test_train_full_slow", "test_plan", "test_cli", "test_scorer_preprocess", "test_lora", "test_demo",
-    "test_sharding", "test_tour", "test_speed", "test_train_ddpo", "test_tiny_build_sd15", "test_shapes", "test_seeds",
+    "test_train_lora_slow", "test_train_grpo_slow", "test_train_ddpo_slow", "test_train_dpo_slow", "test_train_refl_slow",
+    "test_learning", "test_rl_epoch", "test_real_geometry", "test_contributing", "test_train_dreambooth_slow", "test_benchmarks",
+    "test_rollout", "test_train_grpo", "test_train_lora", "test_train_dpo", "test_train_refl", "test_train_dreambooth",
+    "test_train_full", "test_tiny_build", "test_runtime", "test_memory_table", "test_train_full_slow", "test_plan", "test_cli",
+    "test_scorer_preprocess", "test_lora", "test_demo", "test_sharding", "test_tour", "test_speed", "test_train_ddpo",
+    "test_tiny_build_sd15", "test_shapes", "test_seeds",
 ]  # fmt: skip
 
 
