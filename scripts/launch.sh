@@ -49,7 +49,7 @@ terminate() {
 # Before that there is nothing to save, and launcher and trainers end at once, without reports of each other's end.
 interrupt() {
   local below trainer caught begun=
-  if [ ! -r "/proc/$launcher/status" ]; then # nobody knows: torchrun passes it on
+  if [ ! -r "/proc/$launcher/status" ] || ! { command -v pgrep > /dev/null || [ -r "/proc/$launcher/task/$launcher/children" ]; }; then # nobody knows: torchrun passes it on
     if [ "$processes" -gt 1 ]; then kill -TERM "$launcher" 2>/dev/null || true; fi
     return 0
   fi

@@ -7,7 +7,7 @@
 #   override  any argument:  bash scripts/train_aesthetic_ddpo_sd3.sh --scorer jpeg_compressibility --prompts datas/my-prompts.txt
 #   try it    TINY=1 bash scripts/train_aesthetic_ddpo_sd3.sh     the tiny model, pictures that JPEG compresses well, on a CPU;
 #             --num_epochs 100 for more
-#             expect the reward, jpeg_compressibility: -1.49 -> -1.42; shapes drawn as asked: 76 -> 64 %, the price; 122 s on two cores (the tour in README.md; at full size nothing has been measured)
+#             expect the reward, jpeg_compressibility: -1.49 -> -1.42; shapes drawn as asked: 76 -> 64 %, the price; 122 s on two cores (the tour's evaluation in README.md, with --seed 0; at full size nothing has been measured)
 #   plan it   bash scripts/train_aesthetic_ddpo_sd3.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

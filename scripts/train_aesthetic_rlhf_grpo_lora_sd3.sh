@@ -8,7 +8,7 @@
 #   as paper  --config scripts/presets/flow_grpo.yaml (or grpo_guard.yaml, nft.yaml)
 #   try it    TINY=1 bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh     the tiny model against its own verifier, on a CPU;
 #             docs/grpo.md has the flags of twenty minutes; --loss ppo --learning_rate 3e-4 takes the clipped surrogate, as the real run does
-#             expect the reward, shapes: 0.911 -> 0.938; prompts wholly right: 76 -> 82 %; 319 s on two cores (the tour in README.md; at full size nothing has been measured)
+#             expect the reward, shapes: 0.911 -> 0.938; prompts wholly right: 76 -> 82 %; 319 s on two cores (the tour's evaluation in README.md, with --seed 0; at full size nothing has been measured)
 #   plan it   bash scripts/train_aesthetic_rlhf_grpo_lora_sd3.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

@@ -10,7 +10,7 @@
 #             --dataset_name datas/pickapic --gradient_accumulation_steps 512 --max_train_steps 2000 --learning_rate 2e-5
 #             --beta_dpo 5000
 #   try it    TINY=1 bash scripts/train_dpo_sd_v1_5.sh      the same thing on the shipped tiny model, on a CPU
-#             expect prompts wholly right: 39 -> 50 %; 135 s on two cores (the tour in README.md; at full size nothing has been measured)
+#             expect prompts wholly right: 39 -> 50 %; 135 s on two cores (the tour's evaluation in README.md, with --seed 0; at full size nothing has been measured)
 #   plan it   bash scripts/train_dpo_sd_v1_5.sh --dry_run      it counts the pairs, so a data set of the Hub is downloaded for it
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

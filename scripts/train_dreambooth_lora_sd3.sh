@@ -10,7 +10,7 @@
 #   override  any argument: --no-with_prior_preservation does without class pictures, a --config with `no_hflip: false` mirrors at random,
 #             --train_text_encoder --text_encoder_learning_rate 5e-6 adapts both CLIPs, too
 #   try it    TINY=1 bash scripts/train_dreambooth_lora_sd3.sh      the same thing on the shipped tiny model, on a CPU
-#             expect the subject: 0 -> 85 % of the pictures right; its class, other shapes: 84 -> 80 %; 161 s on two cores (the tour in README.md; at full size nothing has been measured)
+#             expect the subject: 0 -> 85 % of the pictures right; its class, other shapes: 84 -> 80 %; 161 s on two cores (the tour's evaluation in README.md, with --seed 0; at full size nothing has been measured)
 #   plan it   bash scripts/train_dreambooth_lora_sd3.sh --dry_run with the arguments above
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

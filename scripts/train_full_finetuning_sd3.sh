@@ -8,7 +8,7 @@
 #   override  any argument:  bash scripts/train_full_finetuning_sd3.sh --dataset_name datas/mine --max_train_steps 500
 #   several   ACCELERATE_ARGS="--config_file scripts/accelerate/fsdp2.yaml --num_processes 4" bash scripts/train_full_finetuning_sd3.sh
 #   try it    TINY=1 bash scripts/train_full_finetuning_sd3.sh      the same thing on the shipped tiny model, on a CPU
-#             expect hearts, new to the model: 0 -> 52 % of the prompts right; known shapes: 84 -> 73 %; 107 s on two cores (the tour in README.md; at full size nothing has been measured)
+#             expect hearts, new to the model: 0 -> 52 % of the prompts right; known shapes: 84 -> 73 %; 107 s on two cores (the tour's evaluation in README.md, with --seed 0; at full size nothing has been measured)
 #   plan it   bash scripts/train_full_finetuning_sd3.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

@@ -9,7 +9,7 @@
 #   hold back --pretrain_dataset_name datas/photos adds the denoising loss of captioned pictures
 #   relatives --method draft --draft_k 1, --method draft_lv
 #   try it    TINY=1 bash scripts/train_refl_v1_5.sh      the tiny model against a tiny CLIP, on a CPU
-#             expect the reward, tiny_clip: 0.655 -> 0.716; prompts wholly right: 39 -> 51 %; 142 s on two cores (the tour in README.md; at full size nothing has been measured)
+#             expect the reward, tiny_clip: 0.655 -> 0.716; prompts wholly right: 39 -> 51 %; 142 s on two cores (the tour's evaluation in README.md, with --seed 0; at full size nothing has been measured)
 #   plan it   bash scripts/train_refl_v1_5.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

@@ -6,7 +6,7 @@
 #   smaller   --config scripts/presets/24gb.yaml, 16gb.yaml or 12gb.yaml;  faster, in a longer run: --compile
 #   override  any argument:  bash scripts/train_text_to_image_lora_sd3.sh --dataset_name datas/mine --max_train_steps 500
 #   try it    TINY=1 bash scripts/train_text_to_image_lora_sd3.sh      the same thing on the shipped tiny model, on a CPU
-#             expect hearts, new to the model: 0 -> 65 % of the prompts right; known shapes: 84 -> 80 %; 115 s on two cores (the tour in README.md; at full size nothing has been measured)
+#             expect hearts, new to the model: 0 -> 65 % of the prompts right; known shapes: 84 -> 80 %; 115 s on two cores (the tour's evaluation in README.md, with --seed 0; at full size nothing has been measured)
 #   plan it   bash scripts/train_text_to_image_lora_sd3.sh --dry_run
 set -euo pipefail
 source "$(dirname "$0")/launch.sh"

@@ -186,7 +186,8 @@ class Log:
         for name, values in self._settled.items():
             for index, value in enumerate(values):
                 if name.endswith("loss" if scaled else ("loss", "grad_norm")) and not math.isfinite(value):
-                    judged = "; or a scorer's gradient is not finite (sqrt or division at 0)" if hasattr(self.run.args, "scorer") else ""
+                    refl = hasattr(self.run.args, "grad_scale")  # a scorer is a part of its gradient
+                    judged = ". The scorer's own gradient may be the cause: a root or a division at 0" if refl else ""
                     raise FloatingPointError(
                         f"{name} is {value} at step {self._written + 1 + index}: nothing was saved since; go on from the last checkpoint "
                         f"with a smaller --learning_rate, more --lr_warmup_steps, or --mixed_precision bf16 or no{judged}"

@@ -38,9 +38,8 @@ def test_a_line_by_hand(monkeypatch):
 
 
 ROWS = [(row, side) for _, rows, sides in memory_table.TABLES for side in sides for row in rows]
-SHORT = {  # rows take seconds each: of each model, way to train and size one or two
-    ("LoRA, rank 16", 512), ("LoRA, rank 16, base in nf4, checkpointed", 1024), ("full, fp32, AdamW", 1024),
-    ("full, bf16, 8-bit Adam, checkpointed, fused backward", 1024), ("DPO, LoRA of rank 16, checkpointed", 512),
+SHORT = {  # rows take seconds each: one of each way to train
+    ("LoRA, rank 16, base in nf4, checkpointed", 1024), ("full, bf16, 8-bit Adam, checkpointed, fused backward", 1024),
     ("ReFL, full, AdamW, checkpointed", 512),
 }  # fmt: skip
 

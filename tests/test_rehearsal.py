@@ -94,7 +94,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lora_is_trained_resumed_and_drawn_with(tmp_path):
     args = parsed(
         "--tiny", "--folder", tmp_path, "--programs", "lora,demo", "--mixed_precision", "no", "--output", tmp_path / "result.json"

@@ -165,10 +165,8 @@ def test_flags_reach_the_scorers_and_the_reader_of_prompts(monkeypatch):
     rewards.build(SimpleNamespace(device="cpu"), args, "clip=1")
     assert built == [("clip=1", dict(device="cpu", dtype=torch.bfloat16, batch_size=3, vlm_url="here"))]
     found = rewards.read_prompts(args)
-    assert [prompt.text for prompt in found.training] == ["some/set1", "some/set2", "some/set3"] and found.evaluated == [
-        "held.txt1",
-        "held.txt2",
-    ]
+    assert [prompt.text for prompt in found.training] == ["some/set1", "some/set2", "some/set3"]
+    assert found.evaluated == ["held.txt1", "held.txt2"]
     same = dict(column="words", cache_dir="there", revision="v2")
     assert read == [("some/set", same | {"flag": "--prompts"}), ("held.txt", same | {"flag": "--eval_prompts"})]
 

@@ -340,6 +340,11 @@ def test_weights_are_looked_for_in_models_first_then_in_the_hubs_cache_then_on_t
     assert weights.source == "models/local" and weights.path("a.bin|b.bin") == Path("models/local/a.bin")
     assert weights.path("c.json").read_text() == "local"
 
+    own = Weights(str(tmp_path / "models/local"), ("a.bin", "c.json"), by_hand="give another --my_path")  # as docs/scorers.md has it
+    assert own.source == str(tmp_path / "models/local") and own.missing() is None
+    gone = Weights(str(tmp_path / "nowhere"), ("a.bin",), by_hand="give another --my_path")
+    assert gone.missing() == f"weights are missing: {tmp_path}/nowhere has no a.bin; give another --my_path"
+
 
 @pytest.mark.parametrize(("kinds", "words"), [
     (("LocalEntryNotFoundError",) * 2, "could not be reached.*; run bash scripts/download.sh far"),

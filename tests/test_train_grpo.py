@@ -397,7 +397,7 @@ def test_guards_surrogate_by_hand(world, tmp_path):
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(logged["drift"], linear, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(logged["log_ratio"], step.log_ratio.abs())
-        assert (step.log_ratio - linear).abs().max() > 0.02  # the drift is not small here
+        assert (step.log_ratio - linear).abs().max() > 0.02  # far above the tolerances: the drift is not small here
 
 
 def test_nfts_loss_by_hand(world, tmp_path):

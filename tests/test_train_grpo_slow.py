@@ -136,7 +136,7 @@ def test_a_few_epochs_on_the_shipped_model_through_the_wrapper(tmp_path):
     out = tmp_path / "run"
     flags = runs.command_line(
         output_dir=out, cache_dir=tmp_path / "cache", num_epochs=2, num_eval_prompts=16, report_to="none", seed=0,
-        sample_num_batches_per_epoch=2,
+        sample_num_batches_per_epoch=2, eval_num_inference_steps=6,
     )  # fmt: skip
     runs.finish(runs.start([*WRAPPER, *flags], tmp_path / "log", TINY="1", NUM_PROCESSES="1"), tmp_path / "log")
     evaluated = runs.values(out, "eval/shapes_strict")

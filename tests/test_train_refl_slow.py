@@ -44,7 +44,7 @@ def test_killed_while_training_it_ends_like_an_uninterrupted_run(program, tmp_pa
     assert runs.lines(whole) == runs.lines(parts)
 
 
-@pytest.mark.parametrize("method", ["refl", "draft"])
+@pytest.mark.parametrize("method", [pytest.param("refl", marks=pytest.mark.long), "draft"])
 def test_two_processes_are_one_with_twice_the_batch(program, tmp_path, method):
     """Adam's epsilon above every gradient keeps its steps proportional to them: fp32 sums in another order, no more."""
     world, _ = program

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from src.cli import refusals
-from src.cli.elsewhere import ELSEWHERE, GONE
+from src.cli.elsewhere import ELSEWHERE, GONE, OTHER_UNITS
 from src.cli.environment import check_environment
 from src.cli.parser import Parser
 from src.cli.scorers import parts
@@ -77,14 +77,13 @@ def read_config(parser: argparse.ArgumentParser, path: Path) -> tuple[list[str],
 
 
 def _cure(name: str, names: Collection[str], spelt: Callable[[str], str]) -> str:
-    """What to write instead of a name that is none of `names`: by what it is called elsewhere, its beginning, or its spelling."""
-    there = (one for one in ELSEWHERE.get(name, ()) if one.split()[0] in names)
+    """What to write instead of a name that is none of `names`: by what it is called elsewhere, or else its beginning or its spelling."""
+    if near := next((one for one in ELSEWHERE.get(name, ()) if one.split()[0] in names), None):
+        return f"did you mean {spelt(near)}?" + (" Its unit is another: docs/migrating.md" if name in OTHER_UNITS else "")
+    if gone := GONE.get(name):
+        return gone if isinstance(gone, str) else gone["no_hflip" not in names]
     begun = [one for one in names if one.startswith(name)]
     alike = begun if len(begun) == 1 else difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    if near := next(there, None):
-        return f"did you mean {spelt(near)}?"
-    if name in GONE:
-        return GONE[name]
     return f"did you mean {spelt(alike[0])}?" if alike else "--help lists the flags"
 
 
@@ -139,9 +138,9 @@ def _read(parser: Parser, argv: list[str]) -> argparse.Namespace:
         held_out, trained_on = parts(args.eval_scorers), parts(args.scorer)
         kept = [part for name, part in held_out.items() if name not in trained_on and parser.judges(args, name)]
         args.eval_scorers = ",".join(kept) or None
-    for names, counts, _ in refusals.WITHOUT_EFFECT:
+    for names, rule, _ in refusals.WITHOUT_EFFECT:
         for name in names:
-            if name in wrapper and name not in given and not counts(args):
+            if name in wrapper and name not in given and not refusals.counts(rule, args):
                 setattr(args, name, parser.get_default(name))
     return args
 

@@ -125,7 +125,7 @@ def _dreambooth_refusals(args: argparse.Namespace) -> Iterator[str]:
         yield "--export_merged writes the transformer alone, without what --train_text_encoder trains; leave one out"
 
 
-def _counts(rule: Callable[[argparse.Namespace], bool], args: argparse.Namespace) -> bool:
+def counts(rule: Callable[[argparse.Namespace], bool], args: argparse.Namespace) -> bool:
     """Whether a flag has an effect; True where the rule asks for a flag that this program does not have, as a trainer of your own may."""
     try:
         return rule(args)
@@ -139,9 +139,9 @@ def find(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[
     A flag counts as given if it differs from its default, so that the complete args.json of a run can serve as --config.
     """
     has = vars(args)
-    for names, counts, why in WITHOUT_EFFECT:
+    for names, rule, why in WITHOUT_EFFECT:
         for name in names:
-            if name in has and has[name] != parser.get_default(name) and not _counts(counts, args):
+            if name in has and has[name] != parser.get_default(name) and not counts(rule, args):
                 yield f"--{name} {has[name]} has no effect {why}"
     if has.get("random_crop") and has.get("cache_latents"):
         yield "--random_crop needs fresh latents for every crop: add --no-cache_latents"

@@ -154,7 +154,7 @@ def loader(samples: Samples, sampler: StepSampler, *, num_workers: int = 0, pin_
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
-        generator=torch.Generator().manual_seed(0),  # else each epoch draws from the global generator, which is the training loop's
+        generator=torch.Generator().manual_seed(0),  # else its start draws from the global generator, which is the training loop's
     )
 
 

@@ -92,8 +92,7 @@ class Weights:
     @property
     def cure(self) -> str:
         """How to get them."""
-        by_script = f"run bash scripts/download.sh {self.folder}"
-        return self.by_hand or ("name the folder of a checkpoint" if Path(self.folder).is_absolute() else by_script)
+        return self.by_hand or f"run bash scripts/download.sh {self.folder}"
 
     def path(self, names: str) -> Path:
         """One of `files` on this machine: below models/, else from the Hub's cache, else downloaded there.
