@@ -385,7 +385,7 @@ def test_guards_surrogate_by_hand(world, tmp_path):
     flags = dict(loss="guard", window_range=(0, 3), num_inference_steps=5)
     args, actor, rollout, condition = actor_with(lambda weights: None, world, tmp_path, **flags)
     perturb(actor.weights)
-    rollout, trajectory = replace(rollout, advantage=torch.tensor([2.0, -1.0, 0.3, 0.5])), rollout.trajectory
+    rollout, trajectory = replace(rollout, advantage=rollout.advantage.new_tensor([2.0, -1.0, 0.3, 0.5])), rollout.trajectory
     args.clip_nats = 1e9
     sigmas, size = trajectory.sigmas.double(), trajectory.dimensions
     step_std, length = sigmas[1:4] * math.sin(0.4 * math.pi), sigmas[:3] - sigmas[1:4]
@@ -407,7 +407,7 @@ def test_nfts_loss_by_hand(world, tmp_path):
     """
     args, actor, rollout, condition = actor_with(perturb, world, tmp_path, kl_weight=0.5)
     args.nft_strength, args.max_advantage = 0.5, 2.0
-    rollout = replace(rollout, advantage=torch.tensor([2.0, -1.0, 0.0, 0.5]))
+    rollout = replace(rollout, advantage=rollout.advantage.new_tensor([2.0, -1.0, 0.0, 0.5]))
     old = ema.Ema(actor.weights, 0.0, warmup=False)
     perturb(actor.weights)
     x0, where, shift = rollout.trajectory.final, (args.seed, 3, range(4)), actor.model.shift
@@ -415,9 +415,9 @@ def test_nfts_loss_by_hand(world, tmp_path):
     for level in (0, 1):
         loss, logged = script.forward_process(actor, old, rollout, level, 3, condition, args)
         u = seeds.uniform(*where, f"nft level {level}")
-        sigma = (shift * u / (1 + (shift - 1) * u)).float()
+        sigma = (shift * u / (1 + (shift - 1) * u)).float().to(x0.device)
         share = sigma.view(-1, 1, 1, 1)
-        x_t = (1 - share) * x0 + share * seeds.normal(*where, f"nft noise {level}", x0.shape[1:])
+        x_t = (1 - share) * x0 + share * seeds.normal(*where, f"nft noise {level}", x0.shape[1:], x0.device)
         found = []
         for model in (contextlib.nullcontext(), old.applied(), lora.disabled(actor.transformer)):
             with torch.no_grad(), model:
