@@ -188,6 +188,8 @@ def report(args: argparse.Namespace, seconds: dict[str, float], passes: dict[str
     bound = counted * pictures * pass_seconds
     published = "; ".join(f"{number:g} ({text})" for text, number in PUBLISHED.items())
     print(f"forward passes' worth per picture: {counted:.1f} counted, {ideal:.1f} by arithmetic; published settings: {published}")
+    if counted < ideal:
+        print("(batches whose groups all got equal rewards have no advantage, and are not replayed)")
     print(f"a trained step costs {cost:.2f} forward passes by FLOPs; at sampling's {1000 * pass_seconds:.2f} ms a pass and picture the "
           f"epoch would take {bound:.2f} s: {total / bound:.2f} times that was measured")  # fmt: skip
     return {"seconds": seconds, "passes": passes, "step_cost": cost, "counted": counted, "ideal": ideal,
