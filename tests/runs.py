@@ -238,6 +238,14 @@ def stop(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(metrics.Log, "write", stopping)
 
 
+def assert_stopped(out: Path, step: int, said: str) -> None:
+    """The run returned, so its process would exit with 0; it left a checkpoint and no result, and said how to go on."""
+    from src import checkpoint
+
+    assert checkpoint.find_latest(out).name == f"checkpoint-{step}" and not (out / "README.md").exists()
+    assert "--resume_from_checkpoint latest" in said
+
+
 def parts_before_refusal(monkeypatch: pytest.MonkeyPatch, family: ModuleType, train: Any) -> tuple[str, list[str]]:
     """The last words of a run that cannot fetch the rest of its result, and which parts of the model it had loaded by then."""
     from src import full

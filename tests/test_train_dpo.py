@@ -16,7 +16,7 @@ import unets
 from PIL import Image
 
 import train_dpo_sd15 as script
-from src import checkpoint, full, lora, seeds, unet
+from src import full, lora, seeds, unet
 from src.data import buckets
 from src.pipelines import sd15
 
@@ -347,16 +347,14 @@ LONG = dict(
 def test_resumed_equals_uninterrupted(train, monkeypatch, capsys, way):
     flags = LONG | (LORA | dict(lora_dropout=0.2) if way == "lora" else {})
     whole = train("whole", **flags)
-    if way == "lora":
-        with monkeypatch.context() as patch, pytest.raises(runs.Interrupted):
+    with monkeypatch.context() as patch:
+        if way == "lora":
             runs.interrupt(patch, 4)  # two steps after the checkpoint, in the middle of a window of metrics
-            train("parts", **flags)
-    else:
-        with monkeypatch.context() as patch:
+            with pytest.raises(runs.Interrupted):
+                train("parts", **flags)
+        else:
             runs.stop(patch, 3)
-            stopped = train("parts", **flags)  # returns: the process would exit with 0
-        assert checkpoint.find_latest(stopped).name == "checkpoint-3" and not (stopped / "unet").exists()
-        assert "--resume_from_checkpoint latest" in capsys.readouterr().out
+            runs.assert_stopped(train("parts", **flags), 3, capsys.readouterr().out)
     parts = train("parts", **flags, resume_from_checkpoint="latest")
     runs.assert_identical(runs.state(whole / "checkpoint-4"), runs.state(parts / "checkpoint-4"))
     for folder in (whole, whole / "raw", whole / "checkpoint-4"):

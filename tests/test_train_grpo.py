@@ -384,7 +384,8 @@ def test_guards_surrogate_by_hand(world, tmp_path):
     """
     flags = dict(loss="guard", window_range=(0, 3), num_inference_steps=5)
     args, actor, rollout, condition = actor_with(lambda weights: None, world, tmp_path, **flags)
-    perturb(actor.weights)
+    for _ in range(3):
+        perturb(actor.weights)
     rollout, trajectory = replace(rollout, advantage=rollout.advantage.new_tensor([2.0, -1.0, 0.3, 0.5])), rollout.trajectory
     args.clip_nats = 1e9
     sigmas, size = trajectory.sigmas.double(), trajectory.dimensions
@@ -397,7 +398,7 @@ def test_guards_surrogate_by_hand(world, tmp_path):
         torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(logged["drift"], linear, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(logged["log_ratio"], step.log_ratio.abs())
-        assert (step.log_ratio - linear).abs().max() > 0.02  # far above the tolerances: the drift is not small here
+        assert (step.log_ratio - linear).abs().max() > 0.1  # the drift is not small here
 
 
 def test_nfts_loss_by_hand(world, tmp_path):

@@ -132,15 +132,15 @@ def test_sixteen_on_one_process_are_eight_on_each_of_two(world, tmp_path):
 
 
 def test_a_few_epochs_on_the_shipped_model_through_the_wrapper(tmp_path):
-    """The TINY recipe as it stands, but for its length: nothing breaks, and the held-out score stays near where it was."""
+    """The TINY recipe as it stands, but for its length: nothing breaks, and the held-out score stays where it was within 10 points."""
     out = tmp_path / "run"
     flags = runs.command_line(
-        output_dir=out, cache_dir=tmp_path / "cache", num_epochs=2, num_eval_prompts=16, report_to="none", seed=0,
-        sample_num_batches_per_epoch=2, eval_num_inference_steps=6,
+        output_dir=out, cache_dir=tmp_path / "cache", num_epochs=2, num_eval_prompts=32, report_to="none", seed=0,
+        sample_num_batches_per_epoch=4,
     )  # fmt: skip
     runs.finish(runs.start([*WRAPPER, *flags], tmp_path / "log", TINY="1", NUM_PROCESSES="1"), tmp_path / "log")
     evaluated = runs.values(out, "eval/shapes_strict")
-    assert len(evaluated) == 2 and abs(evaluated[1] - evaluated[0]) <= 0.2 and 0.2 < evaluated[0] < 0.95
+    assert len(evaluated) == 2 and abs(evaluated[1] - evaluated[0]) <= 0.1 and 0.2 < evaluated[0] < 0.8
     assert len(runs.values(out, "reward")) == 2
 
 

@@ -334,9 +334,8 @@ def test_killed_while_it_ends_a_run_resumes_to_the_same_files(train, whole, summ
 def test_sigterm_saves_and_a_resumed_run_ends_the_same(train, whole, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         runs.stop(patch, 5)
-        parts = train("parts", **LONG)  # returns: the process would exit with 0
-    assert checkpoint.find_latest(parts).name == "checkpoint-5" and not (parts / runs.WEIGHTS).exists()
-    assert "--resume_from_checkpoint latest" in capsys.readouterr().out
+        parts = train("parts", **LONG)
+    runs.assert_stopped(parts, 5, capsys.readouterr().out)
     train("parts", **LONG, resume_from_checkpoint="latest")
     runs.assert_identical(runs.state(whole / "checkpoint-8"), runs.state(parts / "checkpoint-8"))
     assert runs.lines(whole) == runs.lines(parts)

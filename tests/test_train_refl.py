@@ -19,7 +19,7 @@ from conftest import clip_tokenizer
 from PIL import Image
 
 import train_refl_sd15 as script
-from src import checkpoint, cli, lora
+from src import cli, lora
 from src.scorers import Scores, base
 from src.scorers.mixture import Mixture
 
@@ -293,16 +293,14 @@ LONG = dict(max_train_steps=5, checkpointing_steps=2, logging_steps=3, use_ema=T
 def test_resumed_equals_uninterrupted(train, world, monkeypatch, capsys, way):
     flags = LONG | (LORA | dict(lora_dropout=0.2, method="draft", draft_k=2) if way == "lora" else world.pretraining)
     whole = train("whole", **flags)
-    if way == "lora":
-        with monkeypatch.context() as patch, pytest.raises(runs.Interrupted):
+    with monkeypatch.context() as patch:
+        if way == "lora":
             runs.interrupt(patch, 4)  # two steps after the checkpoint, in the middle of a window of metrics
-            train("parts", **flags)
-    else:
-        with monkeypatch.context() as patch:
+            with pytest.raises(runs.Interrupted):
+                train("parts", **flags)
+        else:
             runs.stop(patch, 3)
-            stopped = train("parts", **flags)  # returns: the process would exit with 0
-        assert checkpoint.find_latest(stopped).name == "checkpoint-3" and not (stopped / "unet").exists()
-        assert "--resume_from_checkpoint latest" in capsys.readouterr().out
+            runs.assert_stopped(train("parts", **flags), 3, capsys.readouterr().out)
     parts = train("parts", **flags, resume_from_checkpoint="latest")
     runs.assert_identical(runs.state(whole / "checkpoint-4"), runs.state(parts / "checkpoint-4"))
     for folder in (whole, whole / "raw", whole / "checkpoint-4"):
